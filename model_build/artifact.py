@@ -1,0 +1,201 @@
+"""A checkpoint becomes an artifact: compiled, described, checked against its golden answers, and only then there."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from model_build import aie, export, int8
+from model_build.checkpoint import Checkpoint, open_checkpoint
+from model_build.oracle import golden
+from model_build.shapes import parse_shapes
+from model_build.wrap import Encoder, build
+from worker.contracts.errors import EngineError, UsageError
+from worker.contracts.manifest import (
+    TOKENIZER_FILE,
+    Backend,
+    Input,
+    Layout,
+    Manifest,
+    Precision,
+    file_sha256,
+    load_manifest,
+)
+from worker.engine import load_engine
+from worker.engine.golden import golden_difference, load_golden
+
+TOKEN_BUDGET = 1024  # padded tokens of a batch where shapes are free; measured best on CPUs
+PRECISIONS: dict[Backend, tuple[Precision, ...]] = {
+    "onnx": ("fp32", "fp16", "int8"),
+    "torch": ("fp32", "fp16", "bf16", "int8"),
+    "aie": ("fp16", "fp32"),
+}
+# accepted difference of a golden logit, relative to the largest one (or to 1 where all are small)
+TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.15, "int8": 0.1}
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}
+_LIBRARIES = ("torch", "transformers", "tokenizers", "onnx", "onnxruntime", "mindietorch", "torch_aie")
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to build.
+
+    Attributes:
+        backend: Who runs it.
+        layout: ``packed`` rows, or the ``plain`` contract of the recipe.
+        precision: Of the weights and products; the backend's first one where it is None.
+        shapes: ``auto`` or ``BxL,...``.
+        index_dtype: ``int64`` or ``int32``: type of the graph's inputs.
+        soc: Name of the Ascend chip, for the backend ``aie``.
+        name: What people will call it; the checkpoint's own name where it is empty.
+    """
+
+    backend: Backend
+    layout: Layout = "packed"
+    precision: Precision | None = None
+    shapes: str = "auto"
+    index_dtype: str = "int64"
+    soc: str = aie.SOC
+    name: str = ""
+
+
+def compile_artifact(where: str, out: Path, order: Order) -> Manifest:
+    """Builds the artifact ``out`` from the checkpoint ``where``; nothing is there until all of it is.
+
+    Raises:
+        UsageError: the checkpoint, an option or the output folder does not fit.
+        EngineError: the compiled graph does not give the checkpoint's logits.
+    """
+    precision = _precision(order)
+    checkpoint = open_checkpoint(where)
+    shapes = parse_shapes(order.shapes, checkpoint.max_length, order.backend)
+    with folder_at_once(out) as folder:
+        answers = golden(checkpoint)
+        answers.write(folder)
+        (folder / TOKENIZER_FILE).write_text(checkpoint.tokenizer, "utf-8")
+        model = build(checkpoint.architecture, checkpoint.weights(), plain=order.layout == "plain")
+        inputs = tuple(Input(name, order.index_dtype) for name in model.inputs)
+        model_file, details = _compile(model, order, precision, shapes, folder)
+        del model
+        gc.collect()
+        scale = max(1.0, max(float(abs(logits).max()) for logits in answers.logits))
+        manifest = Manifest(
+            name=order.name or checkpoint.name,
+            backend=order.backend,
+            model_file=model_file,
+            layout=order.layout,
+            precision=precision,
+            inputs=inputs,
+            shapes=shapes,
+            token_budget=TOKEN_BUDGET,
+            max_length=_longest(checkpoint, shapes),
+            labels=checkpoint.labels,
+            scheme=checkpoint.scheme,
+            lowercase=checkpoint.lowercase,
+            cls_id=checkpoint.cls_id,
+            sep_id=checkpoint.sep_id,
+            pad_id=checkpoint.pad_id,
+            position_offset=checkpoint.architecture.position_offset,
+            source=checkpoint.source,
+            libraries=_libraries(),
+            files={path.name: file_sha256(path) for path in sorted(folder.iterdir())},
+            tolerance=round(TOLERANCE[precision] * scale, 6),
+            details={"architecture": asdict(checkpoint.architecture), **details},
+        )
+        manifest.write(folder)
+        _try(folder, "npu:0" if order.backend == "aie" else "cpu")
+    return load_manifest(out)
+
+
+@contextmanager
+def folder_at_once(out: Path) -> Iterator[Path]:
+    """A folder to write into that takes its name when all is written, or vanishes.
+
+    Raises:
+        UsageError: ``out`` is there already, or its parent cannot be written.
+    """
+    if out.exists():
+        raise UsageError(f"{out}: is there already; name a new folder or remove it")
+    aside = out.absolute().parent / f".{out.name}.{uuid.uuid4().hex}"
+    try:
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise UsageError(f"{out}: cannot be written ({error.strerror})") from None
+    try:
+        yield aside
+        os.replace(aside, out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _precision(order: Order) -> Precision:
+    if order.backend not in get_args(Backend):
+        raise UsageError(f"--backend {order.backend}: nermill builds {', '.join(get_args(Backend))}")
+    if order.layout not in get_args(Layout):
+        raise UsageError(f"--layout {order.layout}: nermill builds {', '.join(get_args(Layout))}")
+    if order.index_dtype not in ("int64", "int32"):
+        raise UsageError(f"--index-dtype {order.index_dtype}: nermill builds int64, int32")
+    offered = PRECISIONS[order.backend]
+    if order.precision is None:
+        return offered[0]
+    if order.precision not in offered:
+        raise UsageError(f"--precision {order.precision}: backend {order.backend} takes {', '.join(offered)}")
+    return order.precision
+
+
+def _compile(
+    model: Encoder, order: Order, precision: Precision, shapes: tuple[tuple[int, int], ...], folder: Path
+) -> tuple[str, dict[str, Any]]:
+    dtype = getattr(torch, order.index_dtype)
+    if order.backend == "aie":
+        return "model.pt", aie.compile_module(
+            model, folder / "model.pt", shapes=shapes, dtype=dtype, precision=precision, soc=order.soc
+        )
+    model = model.to(_DTYPES[precision])
+    if order.backend == "onnx":
+        export.to_onnx(model, folder / "model.onnx", dtype)
+        if precision == "int8":
+            int8.quantize_onnx(folder / "model.onnx")
+        return "model.onnx", {}
+    if precision == "int8":
+        int8.quantize_module(model)
+    export.to_torchscript(model, folder / "model.pt", dtype)
+    return "model.pt", {}
+
+
+def _longest(checkpoint: Checkpoint, shapes: tuple[tuple[int, int], ...]) -> int:
+    return min([checkpoint.max_length, *([max(length for _, length in shapes)] if shapes else [])])
+
+
+def _try(folder: Path, device: str) -> None:
+    engine = load_engine(folder, device)
+    try:
+        difference = golden_difference(engine, load_golden(folder))
+        if difference > engine.manifest.tolerance:
+            raise EngineError(
+                f"{engine.manifest.name}: the compiled graph is {difference:.3g} away from the checkpoint's logits "
+                f"(tolerance {engine.manifest.tolerance:.3g}); nothing was written"
+            )
+    finally:
+        engine.close()
+
+
+def _libraries() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,148 @@
+"""How fast an artifact is here: every shape, beside the machine's own matrix product of the model's largest size."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from model_build.wrap import Architecture
+from worker.contracts.errors import EngineError
+from worker.engine import load_engine
+from worker.engine.golden import lay_rows
+
+if TYPE_CHECKING:
+    from worker.engine import Engine
+
+REPEATS = 9
+MIN_SECONDS = 0.2  # of one measurement: short calls are repeated within it
+FREE_LENGTHS = (16, 32, 64, 128, 256, 512)
+
+
+def bench(artifact: Path, device: str = "cpu", threads: int = 0, repeats: int = REPEATS) -> dict[str, Any]:
+    """Measures every shape of an artifact, and the peak.
+
+    Returns:
+        A JSON object that ``shapes --costs`` reads; ``shapes`` holds for each shape rows, length, seconds (the
+        median of one call), documents_per_second (one document a row), tokens_per_second, gflops and peak_share.
+        A shape that the device refused holds ``refused`` instead.
+    """
+    engine = load_engine(artifact, device, threads)
+    try:
+        manifest = engine.manifest
+        sizes = Architecture(**manifest.details["architecture"])
+        largest = max(rows * length for rows, length in manifest.shapes) if manifest.shapes else manifest.token_budget
+        peak = _peak_gflops(engine, threads, (largest, sizes.hidden, sizes.intermediate), repeats)
+        return {
+            "kind": "measured",
+            "source": f"nermill-build bench on {device}, median of {repeats}",
+            "artifact": manifest.name,
+            "artifact_sha256": manifest.sha256,
+            "backend": manifest.backend,
+            "precision": manifest.precision,
+            "device": device,
+            "threads": threads,
+            "peak_gflops": peak,
+            "shapes": [_measure(engine, shape, sizes, peak, repeats) for shape in _shapes(engine)],
+        }
+    finally:
+        engine.close()
+
+
+def _shapes(engine: Engine) -> list[tuple[int, int]]:
+    manifest = engine.manifest
+    if manifest.shapes:
+        return list(manifest.shapes)
+    return [(manifest.token_budget // n, n) for n in FREE_LENGTHS if n <= manifest.max_length]
+
+
+def _measure(
+    engine: Engine, shape: tuple[int, int], sizes: Architecture, peak: float | None, repeats: int
+) -> dict[str, Any]:
+    rows, length = shape
+    content = np.random.default_rng(0).integers(0, sizes.vocabulary, (rows, length - 2))
+    windows = [[(engine.manifest.cls_id, *ids, engine.manifest.sep_id)] for ids in content.tolist()]
+    batch = lay_rows(windows, shape, engine.manifest)
+    try:
+        seconds = _seconds(lambda: engine.run(batch), repeats)
+    except EngineError as error:
+        return {"rows": rows, "length": length, "refused": str(error)}
+    gflops = rows * length * sizes.flops_of_token(length) / seconds / 1e9
+    return {
+        "rows": rows,
+        "length": length,
+        "seconds": round(seconds, 6),
+        "documents_per_second": round(rows / seconds, 2),
+        "tokens_per_second": round(rows * length / seconds, 1),
+        "gflops": round(gflops, 2),
+        "peak_share": round(gflops / peak, 4) if peak else None,
+    }
+
+
+def _seconds(call: Callable[[], object], repeats: int) -> float:
+    call()  # allocations and lazy compilation
+    begun = time.perf_counter()
+    call()
+    inner = max(1, round(MIN_SECONDS / (time.perf_counter() - begun)))
+    taken = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        for _ in range(inner):
+            call()
+        taken.append((time.perf_counter() - begun) / inner)
+    return median(taken)
+
+
+def _peak_gflops(engine: Engine, threads: int, shape: tuple[int, int, int], repeats: int) -> float | None:
+    """Speed of one product (tokens, hidden) × (hidden, intermediate) in the engine's own library and precision."""
+    backend = engine.manifest.backend
+    if backend == "aie":
+        return None  # the package has no product of its own to compare with
+    product = _onnx_product(engine, threads, shape) if backend == "onnx" else _torch_product(engine, shape)
+    rows, inner, columns = shape
+    return round(2 * rows * inner * columns / _seconds(product, repeats) / 1e9, 2)
+
+
+def _onnx_product(engine: Engine, threads: int, shape: tuple[int, int, int]) -> Callable[[], object]:
+    from onnx import TensorProto, helper, numpy_helper
+
+    from worker.engine.onnx import open_session
+
+    rows, inner, columns = shape
+    precision = engine.manifest.precision
+    x_type = {"int8": TensorProto.UINT8, "fp16": TensorProto.FLOAT16}.get(precision, TensorProto.FLOAT)
+    x = np.ones((rows, inner), helper.tensor_dtype_to_np_dtype(x_type))
+    weight = np.ones((inner, columns), np.int8 if precision == "int8" else x.dtype)
+    y_type = TensorProto.INT32 if precision == "int8" else x_type
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger" if precision == "int8" else "MatMul", ["x", "w"], ["y"])],
+        "product",
+        [helper.make_tensor_value_info("x", x_type, x.shape)],
+        [helper.make_tensor_value_info("y", y_type, (rows, columns))],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    session = open_session(model.SerializeToString(), engine.device, engine.manifest, threads)
+    return lambda: session.run(None, {"x": x})
+
+
+def _torch_product(engine: Engine, shape: tuple[int, int, int]) -> Callable[[], object]:
+    import torch
+
+    rows, inner, columns = shape
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
+    dtype = dtypes[engine.manifest.precision]
+    x = torch.ones(rows, inner, dtype=dtype, device=engine.device)
+    weight = torch.ones(inner, columns, dtype=dtype, device=engine.device)
+    multiply = torch._int_mm if dtype == torch.int8 else torch.mm
+
+    def call() -> None:
+        multiply(x, weight)
+        if x.is_cuda:
+            torch.cuda.synchronize()
+
+    return call

@@ -1,0 +1,214 @@
+"""``nermill-build``: the model builder's command line; every error is one line and a documented exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from worker.contracts.errors import NermillError, UsageError
+from worker.contracts.manifest import load_manifest, resolve_artifact
+
+INTERRUPTED = 3
+BEYOND_TOLERANCE = 4
+
+Artifact = Annotated[str, typer.Argument(help="The artifact's folder, or demo: the bundled model.", show_default=False)]
+Device = Annotated[str, typer.Option("--device", envvar="NERMILL_DEVICE", help="cpu, cuda:N or npu:N.")]
+Threads = Annotated[
+    int, typer.Option("--threads", envvar="NERMILL_THREADS", min=0, help="Compute threads on a CPU; 0 takes all cores.")
+]
+Json = Annotated[bool, typer.Option("--json", envvar="NERMILL_JSON", help="One JSON object on standard output.")]
+
+
+def compile_(
+    checkpoint: Annotated[
+        str, typer.Argument(help="Hugging Face folder, or OWNER/NAME@REVISION of the hub.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder to make; must not exist.", show_default=False)],
+    backend: Annotated[str, typer.Option("--backend", help="Who runs it: onnx, torch or aie.")] = "onnx",
+    layout: Annotated[
+        str, typer.Option("--layout", help="packed rows, or plain: input_ids, attention_mask, token_type_ids.")
+    ] = "packed",
+    precision: Annotated[
+        str | None,
+        typer.Option("--precision", help="fp32, fp16, bf16 or int8; default: fp32, for aie fp16.", show_default=False),
+    ] = None,
+    shapes: Annotated[str, typer.Option("--shapes", help="auto, or rows x length: 32x64,8x512.")] = "auto",
+    index_dtype: Annotated[str, typer.Option("--index-dtype", help="Type of the inputs: int64 or int32.")] = "int64",
+    soc: Annotated[str, typer.Option("--soc", help="Ascend chip, for aie.")] = "Ascend310P3",
+    name: Annotated[str, typer.Option("--name", help="Its name; default: the checkpoint's.", show_default=False)] = "",
+    as_json: Json = False,
+) -> None:
+    """Compile a checkpoint into an artifact, checked against its golden answers."""
+    from model_build.artifact import Order, compile_artifact
+
+    order = Order(backend, layout, precision, shapes, index_dtype, soc, name)  # type: ignore[arg-type]
+    manifest = compile_artifact(checkpoint, out, order)
+    body = {"artifact": str(out), "sha256": manifest.sha256, "bytes": _size(out), "files": manifest.files}
+    _answer(body, as_json, [f"{out}: {manifest.name}, {_kind(manifest)}, {_size(out) / 1e6:.1f} MB"])
+
+
+def verify(
+    artifact: Artifact,
+    inputs: Annotated[
+        list[str] | None, typer.Argument(help="Further texts: CoNLL, JSONL or plain lines.", show_default=False)
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option("--checkpoint", help="The checkpoint it came from, run eagerly.", show_default=False)
+    ] = None,
+    device: Device = "cpu",
+    threads: Threads = 0,
+    as_json: Json = False,
+) -> None:
+    """Compare an artifact with its checkpoint: logits, tags, padding, packing. Exit code 4 beyond tolerance."""
+    from model_build.corpus import read_texts
+    from model_build.verify import report
+    from model_build.verify import verify as check
+
+    folder = resolve_artifact(artifact)
+    texts = read_texts(inputs or [])
+    checks = check(folder, checkpoint=checkpoint, texts=texts, device=device, threads=threads)
+    rows = [
+        (c.name, f"{c.value:.3g}", "" if c.limit is None else f"{c.limit:.3g}", "ok" if c.passed else "FAILED", c.note)
+        for c in checks
+    ]
+    body = report(folder, checks)
+    _answer(body, as_json, _table(("check", "value", "limit", "", ""), rows))
+    if not body["passed"]:
+        raise typer.Exit(BEYOND_TOLERANCE)
+
+
+def bench(artifact: Artifact, device: Device = "cpu", threads: Threads = 0, as_json: Json = False) -> None:
+    """Measure every shape of an artifact, beside the machine's own matrix product."""
+    from model_build.bench import bench as measure
+
+    body = measure(resolve_artifact(artifact), device, threads)
+    rows = [
+        (f"{s['rows']}x{s['length']}", "refused", s["refused"], "", "", "")
+        if "refused" in s
+        else (
+            f"{s['rows']}x{s['length']}",
+            f"{s['seconds'] * 1e3:.1f}",
+            f"{s['documents_per_second']:,.0f}",
+            f"{s['tokens_per_second']:,.0f}",
+            f"{s['gflops']:,.1f}",
+            "" if s["peak_share"] is None else f"{s['peak_share']:.0%}",
+        )
+        for s in body["shapes"]
+    ]
+    peak = f"largest product alone: {body['peak_gflops'] or 'unknown'} GFLOP/s"
+    _answer(body, as_json, [peak, *_table(("shape", "ms", "documents/s", "tokens/s", "GFLOP/s", "of peak"), rows)])
+
+
+def shapes(
+    inputs: Annotated[list[str], typer.Argument(help="The corpus: CoNLL, JSONL or plain lines.", show_default=False)],
+    max_shapes: Annotated[int, typer.Option("--max-shapes", min=1, max=100, help="Shapes to compile at most.")] = 2,
+    costs: Annotated[
+        str, typer.Option("--costs", help="Table by name, or a file of bench --json.")
+    ] = "310p3-bert-large",
+    model: Annotated[str, typer.Option("--model", help="Artifact whose tokenizer counts.")] = "demo",
+    target: Annotated[
+        float | None, typer.Option("--target", help="Documents/s to serve: how many devices?", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Which shapes to compile for a corpus, and what packing into them will give."""
+    from model_build.advice import advise
+
+    body, lines = advise(inputs, max_shapes, costs, resolve_artifact(model), target)
+    _answer(body, as_json, lines)
+
+
+def inspect(artifact: Artifact, as_json: Json = False) -> None:
+    """Show what an artifact swears to, its hashes checked."""
+    folder = resolve_artifact(artifact)
+    manifest = load_manifest(folder)
+    shapes = ", ".join(f"{rows}x{length}" for rows, length in manifest.shapes) or "free"
+    rows = [
+        ("name", manifest.name),
+        ("sha256", manifest.sha256),
+        ("kind", _kind(manifest)),
+        ("inputs", ", ".join(f"{entry.name} {entry.dtype}" for entry in manifest.inputs)),
+        ("shapes", shapes if manifest.shapes else f"{shapes}, {manifest.token_budget} tokens a batch"),
+        ("length", f"{manifest.max_length} tokens, {'lowercased' if manifest.lowercase else 'cased'}"),
+        ("labels", f"{', '.join(manifest.labels)} ({manifest.scheme})"),
+        ("source", f"{manifest.source['name']} @ {manifest.source['revision']}"),
+        ("built with", ", ".join(f"{name} {version}" for name, version in manifest.libraries.items())),
+        ("tolerance", f"{manifest.tolerance:g}"),
+        *(("file", f"{name} {digest[:16]}…") for name, digest in manifest.files.items()),
+    ]
+    body = {"artifact": str(folder), "bytes": _size(folder), **asdict(manifest)}
+    _answer(body, as_json, [f"{name:<11} {value}" for name, value in rows])
+
+
+def _kind(manifest: Any) -> str:
+    return f"{manifest.backend} {manifest.precision} {manifest.layout}"
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
+    ]
+
+
+def _answer(body: dict[str, Any], as_json: bool, lines: list[str]) -> None:
+    print(json.dumps(body, ensure_ascii=False) if as_json else "\n".join(lines), flush=True)
+
+
+app = typer.Typer(
+    name="nermill-build",
+    help="From a checkpoint to a compiled model that can be trusted.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for command, name, example in (
+    (compile_, "compile", "nermill-build compile ./bert-large-NER --out ner-int8 --backend onnx --precision int8"),
+    (verify, "verify", "nermill-build verify ner-int8 valid.txt --checkpoint ./bert-large-NER"),
+    (bench, "bench", "nermill-build bench ner-int8 --json > costs.json"),
+    (shapes, "shapes", "nermill-build shapes valid.txt --max-shapes 2 --costs 310p3-bert-large --target 5000"),
+    (inspect, "inspect", "nermill-build inspect demo"),
+):
+    app.command(name, epilog=f"Example: {example}")(command)
+
+
+def main() -> None:
+    """Entry point of ``nermill-build``."""
+    try:
+        code = app(standalone_mode=False, prog_name="nermill-build")
+    except NermillError as error:
+        code = _fail(str(error), error.exit_code)
+    except ModuleNotFoundError as error:
+        code = _fail(f"{error.name} is not installed; pip install 'nermill[build]'", UsageError.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read us has seen enough
+        code = 0
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except Exception as error:
+        format_message = getattr(error, "format_message", None)  # the parser's errors, whichever click typer carries
+        if format_message is None:
+            raise
+        code = _fail(f"{' '.join(format_message().split())} See nermill-build --help.", UsageError.exit_code)
+    sys.exit(code or 0)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"nermill-build: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""From a module to a compiled file: ONNX and TorchScript."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model_build.wrap import Encoder
+
+OPSET = 18
+
+
+def example_inputs(model: Encoder, dtype: torch.dtype, shape: tuple[int, int] = (2, 16)) -> tuple[Tensor, ...]:
+    """Inputs to trace with: one window a row, in the order of ``model.inputs``."""
+    ones = torch.ones(shape, dtype=dtype)
+    positions = torch.arange(shape[1], dtype=dtype).repeat(shape[0], 1)
+    by_name = {
+        "input_ids": ones,
+        "segments": ones.clone(),
+        "position_ids": positions + model.position_offset,
+        "attention_mask": ones.clone(),
+        "token_type_ids": torch.zeros_like(ones),
+    }
+    return tuple(by_name[name] for name in model.inputs)
+
+
+def to_onnx(model: Encoder, path: Path, dtype: torch.dtype) -> None:
+    """Writes an ONNX graph with free rows and length; parameters keep their names.
+
+    Weights over 2 GB go into a file beside it, as the format wants.
+    """
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of operators that we do not use
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own use of what torch deprecates
+        program = torch.onnx.export(
+            model,
+            example_inputs(model, dtype),
+            dynamo=True,
+            input_names=model.inputs,
+            output_names=["logits"],
+            dynamic_shapes=({0: "rows", 1: "length"},) * len(model.inputs),
+            opset_version=OPSET,
+            verbose=False,
+        )
+    assert program is not None
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # stack traces with the paths of this machine
+        node.doc_string = None
+    program.save(path)
+
+
+def to_torchscript(model: Encoder, path: Path, dtype: torch.dtype) -> None:
+    """Writes a traced module whose ``forward`` keeps the names of its inputs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, and still what compilers for NPUs take
+        traced = torch.jit.trace(model, example_inputs(model, dtype), check_trace=False)
+        torch.jit.save(traced, str(path))

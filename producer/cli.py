@@ -1,0 +1,67 @@
+"""``nermill``: the producer's command line; every error is one line and a documented exit code."""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+import typer
+
+from producer.commands import following, reading, submitting
+from worker.contracts.errors import NermillError, UsageError
+
+INTERRUPTED = 3  # not complete; nermill resume goes on
+SHELL_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="nermill",
+    help="A mill for named entities: documents go in through a queue, workers tag them, tables come out.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for command, example in (
+    (submitting.run, "nermill run reports/*.jsonl --out tagged"),
+    (submitting.submit, "nermill submit s3://news/2024/ --out s3://news/tagged --wait"),
+    (submitting.plan, "nermill plan reports/*.jsonl --out tagged"),
+    (following.status, "nermill status tagged/run=3f2a91c07b55 --watch"),
+    (following.resume, "nermill resume tagged/run=3f2a91c07b55 --wait"),
+    (following.rejects, "nermill rejects tagged/run=3f2a91c07b55 --json"),
+    (following.cancel, "nermill cancel tagged/run=3f2a91c07b55"),
+    (reading.evaluate, "nermill evaluate tagged/run=3f2a91c07b55 --min-f1 0.9"),
+    (reading.compact, "nermill compact tagged/run=3f2a91c07b55"),
+    (reading.doctor, "nermill doctor --broker redis://queue:6379/0 --devices npu:0,npu:1"),
+    (reading.show, "nermill show tagged/run=3f2a91c07b55 --limit 5"),
+):
+    app.command(epilog=f"Example: {example}")(command)
+
+
+def main() -> None:
+    """Entry point of ``nermill``."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whatever was started is stopped in order
+    try:
+        code = app(standalone_mode=False, prog_name="nermill")
+    except NermillError as error:
+        code = _fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read us has seen enough
+        code = 0
+    except (KeyboardInterrupt, typer.Abort):
+        code = SHELL_INTERRUPTED
+    except Exception as error:
+        format_message = getattr(error, "format_message", None)  # the parser's errors, whichever click typer carries
+        if format_message is None:
+            raise
+        code = _fail(f"{' '.join(format_message().split())} See nermill --help.", UsageError.exit_code)
+    sys.exit(INTERRUPTED if code == SHELL_INTERRUPTED else code or 0)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"nermill: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

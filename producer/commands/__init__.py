@@ -1,0 +1,1 @@
+"""The commands of ``nermill``; what they need is imported when they run, so that ``--help`` is quick."""

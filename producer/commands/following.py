@@ -1,0 +1,122 @@
+"""Commands that follow and steer a run: status, resume, rejects, cancel."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from producer.commands import options as o
+from producer.commands.outcome import ensure_evaluated, report_status, told_how_to_resume
+from worker.contracts.errors import BrokerError
+
+if TYPE_CHECKING:
+    from producer.queue import Queue
+
+WATCH_SECONDS = 1.0
+
+
+def status(
+    run: o.Run,
+    broker: o.Broker = o.DEFAULT_BROKER,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again every second until the run ends.")] = False,
+    json: o.Json = False,
+) -> int:
+    """Say how far a run is: committed, rejected, waiting, documents/s, tokens/s, padding, time left."""
+    from producer.run import open_run
+    from producer.status import Tally, look
+    from producer.view import watching
+
+    folder, plan = open_run(run)
+    queue = _queue_if_any(broker)
+    tally = Tally(folder)
+    current = look(folder, plan, queue, tally)
+    if watch:
+        with watching() as show:
+            while current.state == "running":
+                show(current)
+                time.sleep(WATCH_SECONDS)
+                folder, plan = open_run(run)
+                current = look(folder, plan, queue, tally)
+    return report_status(current, as_json=json)
+
+
+def resume(
+    run: o.Run,
+    broker: o.Broker = o.DEFAULT_BROKER,
+    high_water: o.HighWater = 1_000_000,
+    wait: Annotated[bool, typer.Option("--wait", envvar="NERMILL_WAIT", help="Follow the run to its end.")] = False,
+    json: o.Json = False,
+) -> int:
+    """Send again what has no part; safe at any time, any number of times."""
+    from producer import run as runs
+    from producer.queue import Queue
+    from producer.status import look
+    from producer.view import watching
+
+    folder, plan = runs.open_run(run)
+    queue = Queue(broker)
+    with told_how_to_resume(folder.uri), watching() as show:
+        plan = runs.resume(folder, plan, queue, high_water, show)
+        if wait and runs.wait(folder, plan, queue, show).state == "complete":
+            ensure_evaluated(folder, plan)
+    code = report_status(look(folder, plan, queue), as_json=json)
+    return code if wait else 0
+
+
+def cancel(run: o.Run, broker: o.Broker = o.DEFAULT_BROKER, json: o.Json = False) -> int:
+    """Stop what has not started; committed parts stay, and nermill resume takes the run up again."""
+    from producer import run as runs
+    from producer.queue import Queue
+    from producer.status import look
+
+    folder, plan = runs.open_run(run)
+    queue = Queue(broker)
+    plan = runs.cancel(folder, plan, queue)
+    report_status(look(folder, plan, queue), as_json=json)
+    return 0
+
+
+def rejects(
+    run: o.Run,
+    broker: o.Broker = o.DEFAULT_BROKER,
+    retry: Annotated[bool, typer.Option("--retry", help="Send those again that failed in a worker.")] = False,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Show that many; default: all.")] = None,
+    json: o.Json = False,
+) -> int:
+    """List the documents that could not be tagged, with the reason (--json: one object a line)."""
+    from itertools import islice
+
+    from producer.queue import Queue
+    from producer.rejects import read_rejects
+    from producer.rejects import retry as retry_rejects
+    from producer.run import open_run
+    from producer.view import print_json, say
+
+    folder, plan = open_run(run)
+    if retry:
+        again, hopeless = retry_rejects(folder, plan, Queue(broker))
+        told = (
+            f"; {hopeless} are not, their fault lies in the document: mend the input and submit it" if hopeless else ""
+        )
+        say(f"{again} rejects are tried again{told}")
+        return 0
+    for row in islice(read_rejects(folder, plan), limit):
+        if json:
+            print_json(row)
+        else:
+            print(f"{row['doc_id']}  {row['reason']}: {row['message']}")
+    return 0
+
+
+def _queue_if_any(broker: str) -> Queue | None:
+    """The queue, or none where nobody answers: the folder alone knows most of it."""
+    from producer.queue import Queue
+    from producer.view import say
+
+    try:
+        return Queue(broker)
+    except BrokerError as error:
+        say(f"{error}; counting the parts alone")
+        return None

@@ -1,0 +1,48 @@
+"""How commands end: the report on standard output, the exit code, the way on after an interruption."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from worker.contracts.layout import REPORT_JSON
+
+if TYPE_CHECKING:
+    from producer.status import Status
+    from worker.contracts.layout import RunFolder
+    from worker.contracts.plan import Plan
+
+
+def report_status(status: Status, *, as_json: bool, with_hint: bool = False) -> int:
+    """Prints a run's status; returns the exit code that it means."""
+    from producer.view import print_json, print_result_hint, print_status
+
+    if as_json:
+        print_json(status.as_json())
+    else:
+        print_status(status)
+        if with_hint:
+            print_result_hint(status.run)
+    return status.exit_code
+
+
+def ensure_evaluated(run: RunFolder, plan: Plan) -> None:
+    """Scores a complete run against the gold tags of its documents, unless a worker did so already."""
+    if not plan.has_gold or run.exists(REPORT_JSON):
+        return
+    from worker.evaluation import evaluate, write_report
+
+    write_report(run, evaluate(run))
+
+
+@contextmanager
+def told_how_to_resume(run: str) -> Iterator[None]:
+    """Says after Ctrl-C what stays and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from producer.view import say
+
+        say(f"stopped; what is committed stays. To go on: nermill resume {run}")
+        raise

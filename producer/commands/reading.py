@@ -1,0 +1,119 @@
+"""Commands that look at a run's result: evaluate, show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from producer.commands import options as o
+from worker.contracts.errors import UsageError
+
+
+def evaluate(
+    run: o.Run,
+    gold: Annotated[
+        Path | None, typer.Option("--gold", help="CoNLL file with gold tags; default: the run's own.")
+    ] = None,
+    min_f1: Annotated[float | None, typer.Option("--min-f1", min=0, max=1, help="Exit with 4 below this F1.")] = None,
+    min_documents_per_second: Annotated[
+        float | None, typer.Option("--min-documents-per-second", min=0, help="Exit with 4 below this throughput.")
+    ] = None,
+    partial: Annotated[bool, typer.Option("--partial", help="Evaluate what is there of an unfinished run.")] = False,
+    json: o.Json = False,
+) -> int:
+    """Score a run against gold tags and measure its throughput; writes report.json and report.html."""
+    from producer.run import open_run
+    from producer.view import print_json, say, score_line
+    from worker.evaluation import evaluate as evaluated
+    from worker.evaluation import write_report
+    from worker.evaluation.floors import below_floors
+
+    folder, _ = open_run(run)
+    report = evaluated(folder, gold=gold, partial=partial)
+    missed = below_floors(report, f1=min_f1, documents_per_second=min_documents_per_second)
+    write_report(folder, report)
+    if json:
+        print_json(report)
+    else:
+        if "f1" in report:
+            print(score_line(report))
+        print(f"{report['throughput']['documents_per_second']:,.1f} documents/s; report: {folder.path('report.html')}")
+    for line in missed:
+        say(line)
+    return 4 if missed else 0
+
+
+def compact(
+    run: o.Run,
+    part_mib: Annotated[int, typer.Option("--part-mib", min=1, help="Size that a part should have, in MiB.")] = 128,
+    json: o.Json = False,
+) -> int:
+    """Join small parts into large ones; readers see the old files or the new ones, never both."""
+    from producer.compact import compact as compacted
+    from producer.run import open_run
+    from producer.view import print_json
+
+    folder, plan = open_run(run)
+    after = compacted(folder, plan, part_mib << 20)
+    body = {"run": folder.uri, "run_id": plan.run_id, "parts": {"before": len(plan.shards), "after": len(after.shards)}}
+    if json:
+        print_json(body)
+    else:
+        print(f"{folder.uri}: {len(plan.shards):,} parts became {len(after.shards):,}")
+    return 0
+
+
+def doctor(
+    broker: o.Broker = o.DEFAULT_BROKER,
+    model: o.Model = "demo",
+    devices: o.Devices = "auto",
+    out: Annotated[str | None, typer.Option("--out", envvar="NERMILL_OUT", help="Folder or URI to be written.")] = None,
+    json: o.Json = False,
+) -> int:
+    """Find what does not work (broker, workers, model, devices, write access) and say how to mend it."""
+    from dataclasses import asdict
+
+    from producer.doctor import examine
+    from producer.view import print_finding, print_json
+
+    findings = []
+    for finding in examine(broker, model, devices, out):
+        findings.append(finding)
+        if not json:
+            print_finding(finding)
+    if json:
+        print_json({"ok": all(f.ok for f in findings), "findings": [asdict(f) for f in findings]})
+    return 0 if all(finding.ok for finding in findings) else 1
+
+
+def show(
+    run: o.Run,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Documents to show; default: 20, CoNLL all.")
+    ] = None,
+    format_: Annotated[str, typer.Option("--format", help="text (entities marked) or conll (word and tag).")] = "text",
+    json: o.Json = False,
+) -> int:
+    """Show entities marked in their text, or write the tags as CoNLL columns."""
+    from rich.console import Console
+
+    from producer.run import open_run
+    from producer.show import conll_lines, read_rows
+    from producer.view import print_json, print_marked
+
+    if format_ not in ("text", "conll"):
+        raise UsageError(f"--format {format_!r}: one of text, conll")
+    folder, plan = open_run(run)
+    if format_ == "conll":
+        for line in conll_lines(folder, plan, limit):
+            print(line)
+        return 0
+    console = Console(highlight=False, emoji=False, markup=False)
+    for shown in read_rows(folder, plan, limit or 20):
+        if json:
+            print_json({**shown.row, "text": shown.text})
+        else:
+            print_marked(shown, console)
+    return 0

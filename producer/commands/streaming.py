@@ -1,0 +1,112 @@
+"""``submit -`` and ``submit --follow``: lines in as they come, acknowledged shard by shard."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from producer.commands.outcome import report_status, told_how_to_resume
+from worker.contracts.errors import NermillError, UsageError
+
+if TYPE_CHECKING:
+    from producer.planning import Request
+    from producer.queue import Queue
+    from producer.stream import Stream
+    from worker.contracts.plan import Shard
+
+
+def stream(
+    request: Request,
+    queue: Queue,
+    linger: float,
+    high_water: int,
+    *,
+    follow: bool,
+    ack: bool,
+    wait: bool,
+    as_json: bool,
+) -> int:
+    """Feeds an open run from standard input or a growing file until its end or Ctrl-C.
+
+    Raises:
+        UsageError: the input cannot be followed.
+    """
+    from producer import run as runs
+    from producer.status import look
+    from producer.stream import Stream
+    from producer.view import print_json, say, watching
+
+    def acknowledge(shard: Shard) -> None:
+        if ack:
+            print_json({name: value for name, value in asdict(shard).items() if name != "sha256"})
+
+    descriptor, name = _open(request, follow)
+    stream = Stream(
+        request.out,
+        queue,
+        model=request.model,
+        options=request.options,
+        limits=request.limits,
+        linger=linger,
+        high_water=high_water,
+        source=name,
+        on_shard=acknowledge,
+    )
+    say(f"stream open: {stream.run.uri}")
+    interrupted = _feed(stream, descriptor, name, request, follow)
+    with told_how_to_resume(stream.run.uri):
+        plan = stream.close()
+        say(f"stream closed: {plan.documents:,} documents in {len(plan.shards):,} shards are durable")
+        if interrupted and not follow:
+            raise KeyboardInterrupt
+        if wait:
+            with watching() as show:
+                runs.wait(stream.run, plan, queue, show)
+    code = report_status(look(stream.run, plan, queue), as_json=as_json)
+    return code if wait else 0
+
+
+def _open(request: Request, follow: bool) -> tuple[int, str]:
+    if not follow:
+        return sys.stdin.fileno(), "-"
+    if len(request.inputs) != 1:
+        raise UsageError(f"--follow tails one file, not {len(request.inputs)}; start one stream for each")
+    name = request.inputs[0]
+    try:
+        return os.open(name, os.O_RDONLY), name
+    except OSError as error:
+        raise UsageError(f"{name}: cannot be read ({error.strerror}); check the path") from None
+
+
+def _feed(stream: Stream, descriptor: int, name: str, request: Request, follow: bool) -> bool:
+    """Reads in a thread of its own, so that Ctrl-C never falls between a shard and its record; True after Ctrl-C."""
+    stop = threading.Event()
+    failures: list[NermillError] = []
+
+    def read() -> None:
+        from producer.sources.jsonl import parse_live_line
+        from producer.stream import live_lines
+
+        try:
+            for number, line in live_lines(descriptor, stop, follow=follow):
+                if line is None or line.strip():
+                    stream.add(parse_live_line(line, f"{name}:{number}", request.read))
+        except NermillError as error:
+            failures.append(error)
+
+    reader = threading.Thread(target=read, name="reader")
+    reader.start()
+    try:
+        while reader.is_alive():
+            reader.join(0.2)
+    except KeyboardInterrupt:
+        stop.set()
+        stream.end()
+        reader.join()
+        return True
+    if failures:
+        raise failures[0]
+    return False

@@ -1,0 +1,103 @@
+"""Commands that bring documents in: run, submit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from producer.commands import options as o
+from producer.commands.outcome import ensure_evaluated, report_status, told_how_to_resume
+from producer.commands.request import takes_request
+from producer.commands.streaming import stream
+
+if TYPE_CHECKING:
+    from producer.planning import Request
+    from producer.status import Status
+
+
+@takes_request
+def run(request: Request, model: o.Model = "demo", devices: o.Devices = "auto", json: o.Json = False) -> int:
+    """Run the whole mill on this machine: broker, a worker a device, tables, scores where there is gold."""
+    from producer.local import local_mill
+    from producer.planning import make_plan
+    from producer.run import finish, resume, wait
+    from producer.status import look
+    from producer.view import reading, watching
+
+    with reading() as on_documents:
+        folder, plan = make_plan(request, on_documents)
+    if not finish(folder, plan):
+        with told_how_to_resume(folder.uri), local_mill(model, devices, folder.uri) as (queue, worker):
+
+            def follow(status: Status) -> None:
+                worker.check()
+                show(status)
+
+            with watching() as show:
+                plan = resume(folder, plan, queue)
+                wait(folder, plan, queue, follow)
+    ensure_evaluated(folder, plan)
+    return report_status(look(folder, plan), as_json=json, with_hint=True)
+
+
+@takes_request
+def plan(
+    request: Request,
+    out: Annotated[str, typer.Option("--out", envvar="NERMILL_OUT", help="Where the run would go.")] = "",
+    model: o.Model = "demo",
+    costs: Annotated[
+        Path | None,
+        typer.Option("--costs", help="A nermill-build bench --json, to estimate device time."),
+    ] = None,
+    json: o.Json = False,
+) -> int:
+    """Dry run: documents, shards, token lengths, duplicate ids, device time; sends and writes nothing."""
+    from producer.estimate import estimate
+    from producer.view import print_estimate, print_json, reading
+
+    with reading() as on_documents:
+        found = estimate(request, costs, on_documents)
+    if json:
+        print_json(found.as_json())
+    else:
+        print_estimate(found)
+    return 0
+
+
+@takes_request
+def submit(
+    request: Request,
+    broker: o.Broker = o.DEFAULT_BROKER,
+    high_water: o.HighWater = 1_000_000,
+    linger: Annotated[
+        float,
+        typer.Option("--linger", envvar="NERMILL_LINGER", min=0, help="A stream: seconds a document waits at most."),
+    ] = 1.0,
+    ack: Annotated[bool, typer.Option("--ack", help="A stream: print a JSON line for each durable shard.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Tail one growing JSONL file until Ctrl-C.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", envvar="NERMILL_WAIT", help="Follow the run to its end.")] = False,
+    json: o.Json = False,
+) -> int:
+    """Write a run's plan and send its shards to the workers; the same input again resumes its run.
+
+    With - as the input, JSON lines are tagged as they come, until the end of input or Ctrl-C.
+    """
+    from producer import run as runs
+    from producer.planning import make_plan
+    from producer.queue import Queue
+    from producer.status import look
+    from producer.view import reading, watching
+
+    queue = Queue(broker)
+    if follow or (request.inputs == ("-",) and request.read.format in (None, "jsonl")):
+        return stream(request, queue, linger, high_water, follow=follow, ack=ack, wait=wait, as_json=json)
+    with reading() as on_documents:
+        folder, plan = make_plan(request, on_documents)
+    with told_how_to_resume(folder.uri), watching() as show:
+        plan = runs.resume(folder, plan, queue, high_water, show)
+        if wait and runs.wait(folder, plan, queue, show).state == "complete":
+            ensure_evaluated(folder, plan)
+    code = report_status(look(folder, plan, queue), as_json=json)
+    return code if wait else 0

@@ -1,0 +1,156 @@
+"""What works here and how to mend what does not: broker, workers, model, devices, write access."""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from producer.planning import check_writable, normalised
+from producer.queue import Queue
+from producer.sources.files import is_remote
+from worker.contracts.broker import redacted
+from worker.contracts.errors import BrokerError, NermillError
+from worker.contracts.layout import RunFolder
+from worker.contracts.manifest import Manifest, load_manifest, resolve_artifact
+
+_RUNTIMES = {"onnx": ("onnxruntime", "worker"), "torch": ("torch", "torch"), "aie": ("mindietorch", "")}
+_DEVICE_FILES = {"cuda": "/dev/nvidia{}", "npu": "/dev/davinci{}"}
+_DEVICE = re.compile(r"(cuda|npu):(\d+)")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at; ``mend`` says what to do where it does not work."""
+
+    name: str
+    ok: bool
+    detail: str
+    mend: str = ""
+
+
+def examine(broker: str, model: str, devices: str, out: str | None) -> Iterator[Finding]:
+    """Looks at one thing after another; what fails is a finding, not an error."""
+    queue, finding = _broker(broker)
+    yield finding
+    yield _embedded_server()
+    manifest, finding = _model(model)
+    yield finding
+    if queue is not None:
+        yield from _workers(queue, manifest, model)
+    if manifest is not None:
+        yield _runtime(manifest)
+    for device in devices.split(","):
+        yield _device(device.strip(), manifest)
+    yield _output(out or ".")
+
+
+def _broker(url: str) -> tuple[Queue | None, Finding]:
+    try:
+        queue = Queue(url)
+        policy = queue.setting("maxmemory-policy")
+    except BrokerError as error:
+        return None, Finding("broker", False, str(error).partition(";")[0], _broker_remedy(str(error)))
+    except NermillError as error:
+        return None, Finding(
+            "broker", False, str(error), "name a redis://, rediss://, redis+socket:// or sentinel:// URL"
+        )
+    if policy not in ("noeviction", None):
+        mend = "redis-cli config set maxmemory-policy noeviction"
+        return queue, Finding("broker", False, f"{redacted(url)} may evict the queue (maxmemory-policy {policy})", mend)
+    return queue, Finding("broker", True, f"{redacted(url)} answers")
+
+
+def _broker_remedy(message: str) -> str:
+    lowered = message.lower()
+    if any(word in lowered for word in ("auth", "password", "wrongpass")):
+        return "put the right password into NERMILL_BROKER_URL: redis://:PASSWORD@HOST:6379/0"
+    if "too old" in lowered:
+        return "upgrade the server: Redis 6.2 or newer, or Valkey"
+    return "valkey-server --maxmemory-policy noeviction, or point NERMILL_BROKER_URL at the one that runs"
+
+
+def _embedded_server() -> Finding:
+    from producer.broker import find_server_binary
+
+    try:
+        return Finding("embedded", True, f"nermill run will start {find_server_binary()}")
+    except NermillError as error:
+        return Finding("embedded", False, str(error).partition(";")[0], "pip install 'nermill[embedded]'")
+
+
+def _model(model: str) -> tuple[Manifest | None, Finding]:
+    try:
+        manifest = load_manifest(resolve_artifact(model))
+    except NermillError as error:
+        what, _, mend = str(error).partition("; ")
+        return None, Finding("model", False, what, mend or "nermill-build compile CHECKPOINT --out ART")
+    labels = sorted({label.partition("-")[2] for label in manifest.labels if "-" in label})
+    detail = f"{model}: {manifest.backend}, {manifest.precision}, {', '.join(labels)}; every file's hash is right"
+    return manifest, Finding("model", True, detail)
+
+
+def _workers(queue: Queue, manifest: Manifest | None, model: str) -> Iterator[Finding]:
+    listening = queue.listening_workers()
+    waiting = [p for p in queue.progress_of_runs() if p.waiting and not p.leased]
+    foreign = {p.artifact for p in waiting if p.artifact and (manifest is None or p.artifact != manifest.sha256)}
+    if not listening and not any(p.leased for p in queue.progress_of_runs()):
+        mend = f"nermill-worker --model {model} --broker {redacted(queue.url)}"
+        yield Finding("workers", False, "no worker listens at this broker", mend)
+    elif foreign:
+        names = ", ".join(sorted(sha[:12] for sha in foreign))
+        detail = f"{len(waiting)} runs wait for another artifact (sha256 {names}...) than the workers serve"
+        yield Finding(
+            "workers", False, detail, "nermill-worker --model THAT_ARTIFACT, or submit with --model of the workers"
+        )
+    else:
+        yield Finding("workers", True, f"{max(1, listening)} connections of workers listen")
+
+
+def _runtime(manifest: Manifest) -> Finding:
+    module, extra = _RUNTIMES[manifest.backend]
+    if find_spec(module) is not None:
+        return Finding("runtime", True, f"{module} is installed for backend {manifest.backend}")
+    mend = f"pip install 'nermill[{extra}]'" if extra else "install the mindietorch wheel of your MindIE release"
+    return Finding("runtime", False, f"{module} is not installed, backend {manifest.backend} needs it here", mend)
+
+
+def _device(device: str, manifest: Manifest | None) -> Finding:
+    if device in ("auto", "cpu"):
+        return Finding("device", True, f"{device}: {len(os.sched_getaffinity(0))} cores")
+    match = _DEVICE.fullmatch(device)
+    if match is None:
+        return Finding("device", False, f"{device!r} is no device", "say auto, cpu, cuda:N or npu:N")
+    path = _DEVICE_FILES[match[1]].format(match[2])
+    if not os.path.exists(path):
+        mend = (
+            "npu-smi info; start the container with --device "
+            if match[1] == "npu"
+            else "nvidia-smi; give the container the GPU: "
+        )
+        return Finding("device", False, f"{device} is not visible ({path} is missing)", mend + path)
+    if not os.access(path, os.R_OK | os.W_OK):
+        return Finding(
+            "device", False, f"{device}: no access to {path}", f"add this user to the group that owns {path}"
+        )
+    return Finding("device", True, f"{device} is visible")
+
+
+def _output(out: str) -> Finding:
+    probe = f".nermill-{uuid.uuid4().hex}"
+    try:
+        root = normalised(out)
+        if not is_remote(root):
+            check_writable(root)
+        if is_remote(root) or os.path.isdir(root):
+            folder = RunFolder(root)
+            folder.write(probe, b"")
+            folder.remove(probe)
+    except NermillError as error:
+        return Finding(
+            "output", False, str(error).partition(";")[0], "name a folder or URI that you may write with --out"
+        )
+    return Finding("output", True, f"{root} can be written")

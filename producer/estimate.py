@@ -1,0 +1,213 @@
+"""A dry run: what an input holds, how long its documents are, what it would cost; nothing is sent or written."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from producer.planning import Request, check_writable, model_identity, normalised, planned_run_id
+from producer.shards import cut, document_text, estimated_tokens
+from producer.sources import Source, open_sources
+from producer.sources.files import is_remote
+from worker.contracts.document import Document
+from worker.contracts.errors import UsageError
+from worker.contracts.layout import PLAN_FILE, RunFolder
+from worker.contracts.manifest import TOKENIZER_FILE, load_manifest, resolve_artifact
+
+EXACT_DOCUMENTS = 20_000  # documents that are tokenized; the lengths of the rest are scaled from theirs
+BENCH_FILE = "bench.json"
+EDGES = (8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
+_NAMED_DUPLICATES = 5
+
+
+@dataclass
+class Estimate:
+    """What a dry run found.
+
+    Attributes:
+        run: Where the run would be; empty without ``--out``.
+        exists: Whether it was planned before, so that submitting resumes it.
+        counts: Documents by token length; one more than EDGES, the last for what is longer.
+        tokens_from: How lengths were found.
+        long: Documents above the model's length.
+        duplicates: Documents whose id was there before, and the first few such ids.
+        seconds: Expected device seconds, where a bench table is known.
+    """
+
+    run: str
+    run_id: str
+    exists: bool
+    inputs: list[dict[str, Any]]
+    documents: int = 0
+    rejected: int = 0
+    shards: int = 0
+    tokens: int = 0
+    longest: int = 0
+    max_length: int = 0
+    long: int = 0
+    counts: list[int] = field(default_factory=lambda: [0] * (len(EDGES) + 1))
+    tokens_from: str = "an estimate of 4 bytes a token"
+    duplicates: int = 0
+    duplicate_ids: list[str] = field(default_factory=list)
+    seconds: float | None = None
+    seconds_from: str = ""
+
+    @property
+    def histogram(self) -> list[dict[str, Any]]:
+        """Documents by token length; ``to`` is None for the last, which is open."""
+        starts, ends = [1, *(edge + 1 for edge in EDGES)], [*EDGES, None]
+        return [{"from": s, "to": e, "documents": n} for s, e, n in zip(starts, ends, self.counts, strict=True)]
+
+    def as_json(self) -> dict[str, Any]:
+        """The object of ``plan --json``."""
+        documents = self.documents - self.rejected
+        return {
+            "run": self.run or None,
+            "run_id": self.run_id,
+            "exists": self.exists,
+            "inputs": self.inputs,
+            "documents": {"total": self.documents, "rejected": self.rejected},
+            "shards": self.shards,
+            "tokens": {"total": self.tokens, "longest": self.longest, "from": self.tokens_from},
+            "histogram": self.histogram,
+            "max_length": self.max_length or None,
+            "long": {"documents": self.long, "share": round(self.long / documents, 4) if documents else 0.0},
+            "duplicate_ids": {"documents": self.duplicates, "examples": self.duplicate_ids},
+            "device_seconds": None if self.seconds is None else round(self.seconds, 1),
+            "device_seconds_from": self.seconds_from or None,
+        }
+
+
+def estimate(
+    request: Request, costs: Path | None = None, on_documents: Callable[[int], None] = lambda _: None
+) -> Estimate:
+    """Reads an input as ``submit`` would, and counts.
+
+    Args:
+        request: As for ``make_plan``; ``out`` may be empty.
+        costs: What ``nermill-build bench --json`` wrote; default: ``bench.json`` in the artifact's folder.
+        on_documents: Told now and then how many documents were read.
+
+    Raises:
+        UsageError: an input, the model, the costs or the output is wrong.
+    """
+    model = model_identity(request.model)
+    artifact = None if request.model is None else resolve_artifact(request.model)
+    sources = open_sources(request.inputs, request.read)
+    prints = [source.file.fingerprint() for source in sources]
+    run_id = planned_run_id(request, model, sources, prints)
+    found = Estimate("", run_id, False, [])
+    if request.out:
+        out = normalised(request.out)
+        if not is_remote(out):
+            check_writable(out)
+        found.run = f"{out}/run={run_id}"
+        found.exists = RunFolder(found.run).exists(PLAN_FILE)
+    lengths = _Lengths(artifact)
+    found.max_length = load_manifest(artifact).max_length if artifact else 0
+    found.inputs = [
+        {"uri": s.file.uri, "format": s.format, "bytes": p[1]} for s, p in zip(sources, prints, strict=True)
+    ]
+    hashes = array("q")
+    for group in cut(_documents(sources, request), request.limits):
+        found.shards += 1
+        hashes.extend(hash(document.id) for document in group)
+        _count(found, group, lengths)
+        on_documents(found.documents)
+    found.tokens_from = lengths.told
+    found.duplicates, found.duplicate_ids = _duplicates(hashes, sources, request)
+    found.seconds, found.seconds_from = _seconds(found.tokens, costs, artifact)
+    return found
+
+
+class _Lengths:
+    """Token lengths: exact for the first documents, then scaled by what those had."""
+
+    def __init__(self, artifact: Path | None) -> None:
+        self._tokenizer: Any = None
+        self._exact = self._guessed = self._documents = 0
+        self.told = Estimate.tokens_from
+        if artifact is not None:
+            try:
+                from tokenizers import Tokenizer
+            except ModuleNotFoundError:
+                return
+            self._tokenizer = Tokenizer.from_file(str(artifact / TOKENIZER_FILE))
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            self.told = "the model's tokenizer"
+
+    def of(self, texts: list[str]) -> list[int]:
+        guesses = [estimated_tokens(text) for text in texts]
+        if self._tokenizer is None:
+            return guesses
+        if self._documents < EXACT_DOCUMENTS:
+            exact = [len(encoding.ids) for encoding in self._tokenizer.encode_batch(texts)]
+            self._documents += len(texts)
+            self._exact += sum(exact)
+            self._guessed += sum(guesses)
+            return exact
+        self.told = f"the model's tokenizer on {self._documents:,} documents, scaled for the rest"
+        scale = self._exact / max(1, self._guessed)
+        return [max(1, round(guess * scale)) for guess in guesses]
+
+
+def _documents(sources: list[Source], request: Request) -> Iterator[Document]:
+    for source in sources:
+        yield from source.documents(request.read)
+
+
+def _count(found: Estimate, group: list[Document], lengths: _Lengths) -> None:
+    from bisect import bisect_left
+
+    texts = [document_text(document) for document in group if document.fault is None]
+    found.documents += len(group)
+    found.rejected += len(group) - len(texts)
+    for length in lengths.of(texts):
+        found.counts[bisect_left(EDGES, length)] += 1
+        found.tokens += length
+        found.longest = max(found.longest, length)
+        found.long += bool(found.max_length) and length > found.max_length
+
+
+def _duplicates(hashes: array[int], sources: list[Source], request: Request) -> tuple[int, list[str]]:
+    import numpy as np
+
+    values = np.frombuffer(hashes, dtype=np.int64)
+    values = np.sort(values)
+    again = values[1:][values[1:] == values[:-1]]
+    if not again.size:
+        return 0, []
+    repeated, seen = set(again.tolist()), set()
+
+    def named() -> Iterator[str]:
+        for document in _documents(sources, request):
+            if hash(document.id) in repeated:
+                if document.id in seen:
+                    yield document.id
+                seen.add(document.id)
+
+    return int(again.size), sorted(set(islice(named(), _NAMED_DUPLICATES)))
+
+
+def _seconds(tokens: int, costs: Path | None, artifact: Path | None) -> tuple[float | None, str]:
+    table = costs or (artifact / BENCH_FILE if artifact else None)
+    if table is None or (costs is None and not table.exists()):
+        return None, ""
+    try:
+        body = json.loads(table.read_text("utf-8"))
+        fastest = max(float(shape["tokens_per_second"]) for shape in body["shapes"] if "tokens_per_second" in shape)
+        return tokens / fastest, f"{body['kind']}: {body['source']}"
+    except OSError as error:
+        raise UsageError(
+            f"{table}: cannot be read ({error.strerror}); nermill-build bench ART --json writes one"
+        ) from None
+    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise UsageError(
+            f"{table}: not a table of costs ({error}); nermill-build bench ART --json writes one"
+        ) from None

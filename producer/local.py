@@ -1,0 +1,95 @@
+"""The mill on one machine: an embedded broker and one supervised worker, for as long as a run lasts."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO
+
+from producer.queue import Queue
+from worker.contracts.errors import EngineError
+
+STOP_SECONDS = 35.0
+EARLY_DEATHS = 2  # a worker process that dies this often before it was ever ready will not get well
+_LOG_LINES = 12
+_PR_SET_PDEATHSIG = 1
+
+
+class LocalWorker:
+    """``nermill-worker`` as a child: it ends with us, and its log is kept for the case that it fails.
+
+    Args:
+        model: Artifact, by name or path.
+        devices: As in ``--devices``.
+        broker: Broker URL.
+        root: The folder that it may read and write.
+    """
+
+    def __init__(self, model: str, devices: str, broker: str, root: str) -> None:
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in stop
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "worker.launch", "--model", model, "--devices", devices, "--broker", broker],
+            env={**os.environ, "NERMILL_ALLOWED_ROOTS": root},
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            start_new_session=True,  # Ctrl-C is for us, who then stop it in order
+            preexec_fn=_die_with_parent,
+        )
+
+    def check(self) -> None:
+        """Looks whether it is alive.
+
+        Raises:
+            EngineError: it ended, or its processes die before they are ready; with the last lines of its log.
+        """
+        log = self._read_log()
+        hopeless = b"ready:" not in log and log.count(b"starting it again") >= EARLY_DEATHS
+        if self._process.poll() is None and not hopeless:
+            return
+        lines = log.decode(errors="replace").splitlines()[-_LOG_LINES:]
+        told = "\n".join(f"  | {line}" for line in lines)
+        raise EngineError(f"the worker failed; the end of its log:\n{told}")
+
+    def stop(self) -> None:
+        """Lets it finish what it holds, then ends it and all it started."""
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._log.close()
+
+    def _read_log(self) -> bytes:
+        size = os.fstat(self._log.fileno()).st_size
+        return os.pread(self._log.fileno(), size, 0)
+
+
+@contextmanager
+def local_mill(model: str, devices: str, root: str) -> Iterator[tuple[Queue, LocalWorker]]:
+    """Starts broker and worker for the time of the ``with`` block.
+
+    Raises:
+        UsageError: no broker can be embedded here.
+        BrokerError: the embedded broker does not come up.
+    """
+    from producer.broker import embedded_broker
+
+    with embedded_broker() as url:
+        queue = Queue(url)
+        worker = LocalWorker(model, devices, url, root)
+        try:
+            yield queue, worker
+        finally:
+            worker.stop()
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,183 @@
+"""A run before it is sent: inputs known by hash, documents in shards, ``plan.json`` last; on an error, nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+
+from producer.shards import ShardLimits, write_shards
+from producer.sources import ReadOptions, Source, open_sources
+from producer.sources.files import filesystem, is_remote
+from worker.contracts.document import Document
+from worker.contracts.errors import UsageError
+from worker.contracts.layout import PLAN_FILE, SHARD_FOLDER, RunFolder
+from worker.contracts.manifest import load_manifest, resolve_artifact
+from worker.contracts.plan import Input, Options, Plan, read_plan
+
+RUN_ID_LENGTH = 12
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be tagged, how, and where the result goes.
+
+    Attributes:
+        inputs: Files, folders, globs, URIs.
+        out: Folder or URI that holds runs.
+        model: Artifact, by name or path; None leaves it to the workers.
+    """
+
+    inputs: tuple[str, ...]
+    out: str
+    model: str | None = None
+    read: ReadOptions = field(default_factory=ReadOptions)
+    options: Options = field(default_factory=Options)
+    limits: ShardLimits = field(default_factory=ShardLimits)
+
+
+def make_plan(request: Request, on_documents: Callable[[int], None] = lambda _: None) -> tuple[RunFolder, Plan]:
+    """Plans a run, or finds the one that the same request made before.
+
+    Args:
+        request: What to plan.
+        on_documents: Told now and then how many documents were read.
+
+    Raises:
+        UsageError: an input, the model or the output is wrong; nothing was written.
+        StoreError: the store does not take the shards; what was written is gone again.
+    """
+    out = normalised(request.out)
+    model = model_identity(request.model)
+    sources = open_sources(request.inputs, request.read)
+    prints = [source.file.fingerprint() for source in sources]
+    run_id = planned_run_id(request, model, sources, prints)
+    run = RunFolder(f"{out}/run={run_id}")
+    if not is_remote(out):
+        check_writable(out)
+    if run.exists(PLAN_FILE):
+        return run, read_plan(run)
+    with nothing_half_written(run):
+        for stale in run.list(SHARD_FOLDER):
+            run.remove(f"{SHARD_FOLDER}/{stale}")
+        reading = _Reading(sources, request.read, on_documents)
+        shards = tuple(write_shards(run, reading.documents(), request.limits))
+        plan = Plan(
+            run_id=run_id,
+            created=utc_now(),
+            model=model,
+            options=request.options,
+            inputs=tuple(
+                Input(source.file.uri, source.format, size, sha256, count)
+                for source, (sha256, size), count in zip(sources, prints, reading.counts, strict=True)
+            ),
+            shards=shards,
+            unit=request.read.unit if any(source.format == "conll" for source in sources) else "document",
+            has_gold=reading.has_gold,
+        )
+        plan.write(run)
+    return run, plan
+
+
+class _Reading:
+    """All sources as one stream, counted on the way."""
+
+    def __init__(self, sources: list[Source], options: ReadOptions, on_documents: Callable[[int], None]) -> None:
+        self._sources, self._options, self._on_documents = sources, options, on_documents
+        self.counts = [0] * len(sources)
+        self.has_gold = False
+
+    def documents(self) -> Iterator[Document]:
+        total = 0
+        for at, source in enumerate(self._sources):
+            for document in source.documents(self._options):
+                self.counts[at] += 1
+                self.has_gold |= document.gold_tags is not None
+                total += 1
+                if total % 1000 == 0:
+                    self._on_documents(total)
+                yield document
+
+
+def model_identity(model: str | None) -> dict[str, str]:
+    """Name and hash of the artifact that a run asks for; both empty where the workers may choose.
+
+    Raises:
+        ArtifactError: it is not there, or was changed.
+    """
+    if model is None:
+        return {"name": "", "sha256": ""}
+    return {"name": model, "sha256": load_manifest(resolve_artifact(model)).sha256}
+
+
+def normalised(out: str) -> str:
+    """The output as producer and workers both understand it: a URI, or an absolute path.
+
+    Raises:
+        UsageError: nobody serves the URI, or it is a run's folder itself.
+    """
+    if out.startswith("file://"):
+        out = out.removeprefix("file://")
+    if is_remote(out):
+        filesystem(out)
+        out = out.rstrip("/")
+    else:
+        out = os.path.abspath(out)
+    if RunFolder(out).exists(PLAN_FILE):
+        raise UsageError(f"{out}: a run's folder itself; name the folder around it with --out, or nermill resume it")
+    return out
+
+
+def check_writable(out: str) -> None:
+    """Looks before the work starts whether a local output can be made and written.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    existing = out
+    while not os.path.lexists(existing):
+        existing = os.path.dirname(existing)
+    if not os.path.isdir(existing):
+        raise UsageError(f"{out}: cannot be a folder, {existing} is a file; name another --out")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"{out}: cannot be written (permission denied in {existing}); name another --out")
+
+
+@contextmanager
+def nothing_half_written(run: RunFolder) -> Iterator[None]:
+    """Takes away what was written inside, folders included, when an error ends it before the plan is there."""
+    missing = []
+    path = run.uri
+    while run.is_local and not os.path.exists(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    try:
+        yield
+    except BaseException:
+        if run.is_local:
+            shutil.rmtree(run.uri, ignore_errors=True)
+            for folder in missing[1:]:
+                if os.path.isdir(folder) and not os.listdir(folder):
+                    os.rmdir(folder)
+        else:
+            for name in run.list(SHARD_FOLDER):
+                run.remove(f"{SHARD_FOLDER}/{name}")
+        raise
+
+
+def utc_now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def planned_run_id(
+    request: Request, model: dict[str, str], sources: list[Source], prints: list[tuple[str, int]]
+) -> str:
+    """The run's name, a hash of all that its result depends on: the same request meets its own run again."""
+    inputs = [(source.file.uri, source.format, sha256) for source, (sha256, _) in zip(sources, prints, strict=True)]
+    asked = [inputs, model, asdict(request.read), asdict(request.options), asdict(request.limits)]
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:RUN_ID_LENGTH]

@@ -1,0 +1,48 @@
+"""An open run whose producer is gone: its plan is read back from the shards in its folder."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+from producer.queue import Queue
+from worker.contracts.errors import StoreError
+from worker.contracts.layout import RunFolder
+from worker.contracts.plan import Plan, Shard
+
+
+def recover(run: RunFolder, plan: Plan, queue: Queue) -> Plan:
+    """The plan of an open run as its folder tells it; closed for good where its producer is gone.
+
+    Raises:
+        StoreError: a shard cannot be read.
+    """
+    shards: list[Shard] = []
+    first = 0
+    for index in sorted(run.shards()):
+        data = run.read(run.shard_file(index))
+        documents = _count(data, run.path(run.shard_file(index)))
+        shards.append(Shard(index, first, documents, hashlib.sha256(data).hexdigest()))
+        first += documents
+    if queue.has_producer(plan.run_id):
+        return replace(plan, shards=tuple(shards))
+    plan = closed(plan, shards)
+    plan.write(run)
+    return plan
+
+
+def _count(data: bytes, name: str) -> int:
+    import pyarrow as pa
+    from pyarrow import ipc
+
+    try:
+        return int(ipc.open_file(pa.BufferReader(data)).read_all().num_rows)
+    except pa.ArrowInvalid as error:
+        raise StoreError(f"{name}: not a shard ({error})") from None
+
+
+def closed(plan: Plan, shards: list[Shard]) -> Plan:
+    """The plan of a stream that ended."""
+    documents = sum(shard.documents for shard in shards)
+    inputs = tuple(replace(entry, documents=documents) for entry in plan.inputs)
+    return replace(plan, shards=tuple(shards), inputs=inputs, is_open=False)

@@ -1,0 +1,185 @@
+"""A run on its way: sent, followed, resumed, cancelled; every step may be repeated."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from producer.queue import Queue
+from producer.recovery import recover
+from producer.status import Status, Tally, look
+from worker.contracts.errors import BrokerError, StoreError, UsageError
+from worker.contracts.layout import SUCCESS_FILE, RunFolder
+from worker.contracts.ledger import Ledger, Progress
+from worker.contracts.plan import Plan, Shard, read_plan
+
+HIGH_WATER = 1_000_000  # documents that may be unfinished before the producer waits
+BROKER_PATIENCE = 120.0  # seconds without a broker before a waiting producer gives up
+SETTLE_SECONDS = 30.0  # for the worker's last step: _SUCCESS and evaluation
+_BATCH = 64  # shards sent between two looks at the high-water mark
+_POLL_SECONDS = (0.1, 1.0)
+
+OnStatus = Callable[[Status], None]
+
+
+def ignore(_: Status) -> None:
+    """For those who do not watch."""
+
+
+def open_run(uri: str) -> tuple[RunFolder, Plan]:
+    """A run that was planned before.
+
+    Raises:
+        UsageError: there is none, or its plan is damaged.
+    """
+    run = RunFolder(uri.rstrip("/"))
+    return run, read_plan(run)
+
+
+def send(run: RunFolder, plan: Plan, queue: Queue, high_water: int = HIGH_WATER, on_wait: OnStatus = ignore) -> int:
+    """Sends the shards that have no part; those that wait or are at work already are left alone.
+
+    Args:
+        run: The run's folder.
+        plan: Its plan.
+        queue: Where to.
+        high_water: Unfinished documents above which sending pauses, so that the broker does not fill.
+        on_wait: Told the status while it pauses.
+
+    Returns:
+        Shards that newly wait for a worker.
+
+    Raises:
+        UsageError: a shard's documents are gone.
+        BrokerError: the broker does not answer.
+    """
+    committed = run.committed()
+    missing = [shard for shard in plan.shards if shard.index not in committed]
+    _check_documents(run, missing)
+    with queue.ledger() as ledger:
+        if plan.details.get("compacted") and not _is_busy(ledger.progress(plan.run_id)):
+            queue.drop(plan.run_id)  # it would know the shards of before
+        open_ledger(ledger, run, plan)
+        for shard in ledger.done(plan.run_id) - committed:
+            ledger.forget(plan.run_id, shard)
+    if not missing:
+        finish(run, plan, queue)
+    tally = Tally(run)
+    sent = 0
+    for at in range(0, len(missing), _BATCH):
+        while at and unfinished_documents(queue, plan) > high_water:
+            on_wait(look(run, plan, queue, tally))
+            time.sleep(_POLL_SECONDS[1])
+        sent += send_shards(queue, plan, missing[at : at + _BATCH])
+    return sent
+
+
+def resume(run: RunFolder, plan: Plan, queue: Queue, high_water: int = HIGH_WATER, on_wait: OnStatus = ignore) -> Plan:
+    """Sends again what has no part; a cancelled run is taken up again, an abandoned stream is closed."""
+    if plan.is_open:
+        plan = recover(run, plan, queue)
+    if plan.cancelled:
+        plan = replace(plan, cancelled=False)
+        plan.write(run)
+    send(run, plan, queue, high_water, on_wait)
+    return plan
+
+
+def wait(run: RunFolder, plan: Plan, queue: Queue, on_status: OnStatus = ignore) -> Status:
+    """Follows a run to its end, and mends what was lost on the way: shards that nobody knows are sent again.
+
+    Args:
+        run: The run's folder.
+        plan: Its plan.
+        queue: Its broker; while it is away the run's folder is watched alone.
+        on_status: Told the status at each look; what it raises ends the waiting.
+
+    Returns:
+        The last status: complete or cancelled.
+
+    Raises:
+        BrokerError: the broker stays away.
+        StoreError: workers refuse the run, or the folder cannot be read.
+    """
+    tally = Tally(run)
+    pause, lost, answered, complete_since = _POLL_SECONDS[0], False, time.monotonic(), 0.0
+    while True:
+        began = time.monotonic()
+        try:
+            status = look(run, plan, queue, tally)
+            answered = began
+        except BrokerError:
+            if began - answered > BROKER_PATIENCE:
+                raise
+            status = look(run, plan, None, tally)
+        on_status(status)
+        working = _is_busy(status.progress)
+        if status.state == "complete":
+            complete_since = complete_since or began
+            if not working or began - complete_since > SETTLE_SECONDS:
+                finish(run, plan, queue)
+                return look(run, plan, None, tally)
+        if status.state == "cancelled" and not status.progress.leased:
+            return status
+        idle = not working and status.state not in ("complete", "cancelled")
+        if idle and status.progress.buried:
+            raise StoreError(
+                f"{run.uri}: the workers refuse this folder; allow it with NERMILL_ALLOWED_ROOTS, then resume"
+            )
+        if idle and lost and answered == began:
+            send(run, plan, queue)
+        lost = idle
+        pause = min(_POLL_SECONDS[1], pause * 1.2)
+        time.sleep(max(pause, 5 * (time.monotonic() - began)))
+
+
+def finish(run: RunFolder, plan: Plan, queue: Queue | None = None) -> bool:
+    """Marks a run whose parts are all there; False where some are missing."""
+    if plan.is_open or {shard.index for shard in plan.shards} - run.committed():
+        return False
+    run.write(SUCCESS_FILE, b"", exclusive=True)
+    if queue is not None:
+        with queue.ledger() as ledger:
+            ledger.close(plan.run_id)
+    return True
+
+
+def cancel(run: RunFolder, plan: Plan, queue: Queue) -> Plan:
+    """Stops what has not started; committed parts stay, and so does what a worker holds at this moment."""
+    if finish(run, plan, queue):
+        return plan
+    cancelled = plan.cancel(run)
+    with queue.ledger() as ledger:
+        ledger.cancel(plan.run_id)
+    return cancelled
+
+
+def open_ledger(ledger: Ledger, run: RunFolder, plan: Plan) -> None:
+    """Makes a run known to the ledger, or known again."""
+    state = "open" if plan.is_open else "closed"
+    ledger.open(plan.run_id, run.uri, plan.options, artifact=plan.model["sha256"], state=state)
+
+
+def send_shards(queue: Queue, plan: Plan, shards: Iterable[Shard]) -> int:
+    """Lets shards wait for a worker and rings for those that are new; returns how many."""
+    with queue.ledger() as ledger:
+        added = ledger.send(plan.run_id, shards)
+    queue.ring(added)
+    return added
+
+
+def unfinished_documents(queue: Queue, plan: Plan) -> int:
+    """Documents of a run that were sent and are not committed."""
+    with queue.ledger() as ledger:
+        return ledger.progress(plan.run_id).unfinished_documents
+
+
+def _is_busy(progress: Progress) -> bool:
+    return bool(progress.waiting or progress.leased)
+
+
+def _check_documents(run: RunFolder, shards: list[Shard]) -> None:
+    gone = {shard.index for shard in shards} - run.shards() if shards else set()
+    if gone:
+        raise UsageError(f"{run.path(run.shard_file(min(gone)))}: these documents are gone; submit the input again")

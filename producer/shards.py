@@ -1,0 +1,75 @@
+"""Documents become shards: consecutive documents, cut where a worker's bite is full, written into the run's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from worker.contracts.document import Document
+from worker.contracts.layout import RunFolder
+from worker.contracts.plan import Shard
+from worker.contracts.shard import encode_shard, shard_table
+
+BYTES_PER_TOKEN = 4
+
+
+@dataclass(frozen=True)
+class ShardLimits:
+    """Where a shard ends: before the first limit would be passed; a document above a limit is a shard of its own.
+
+    Attributes:
+        documents: Documents in a shard.
+        characters: Code points in a shard; they bound the memory of producer and worker.
+        tokens: Estimated tokens in a shard; they bound its time on a device.
+    """
+
+    documents: int = 256
+    characters: int = 1 << 20
+    tokens: int = 1 << 15
+
+
+def cut(documents: Iterable[Document], limits: ShardLimits) -> Iterator[list[Document]]:
+    """Groups consecutive documents; only one group is in memory at a time."""
+    group: list[Document] = []
+    characters = tokens = 0
+    for document in documents:
+        text = document_text(document)
+        size, cost = len(text), estimated_tokens(text)
+        full = len(group) >= limits.documents
+        if group and (full or characters + size > limits.characters or tokens + cost > limits.tokens):
+            yield group
+            group, characters, tokens = [], 0, 0
+        group.append(document)
+        characters += size
+        tokens += cost
+    if group:
+        yield group
+
+
+def write_shard(run: RunFolder, index: int, first: int, documents: list[Document]) -> Shard:
+    """Writes one shard's file, durably.
+
+    Raises:
+        StoreError: the store does not take it.
+    """
+    data, sha256 = encode_shard(shard_table(documents))
+    run.write(run.shard_file(index), data)
+    return Shard(index, first, len(documents), sha256)
+
+
+def write_shards(run: RunFolder, documents: Iterable[Document], limits: ShardLimits) -> Iterator[Shard]:
+    """Writes the documents' shards in order."""
+    first = 0
+    for index, group in enumerate(cut(documents, limits)):
+        yield write_shard(run, index, first, group)
+        first += len(group)
+
+
+def document_text(document: Document) -> str:
+    """The text that offsets count in; empty for a document that cannot be tagged."""
+    return document.text or " ".join(document.words or ())
+
+
+def estimated_tokens(text: str) -> int:
+    """A guess that needs no tokenizer: four UTF-8 bytes a token, at least one."""
+    return max(1, len(text.encode(errors="replace")) // BYTES_PER_TOKEN)

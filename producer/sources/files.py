@@ -1,0 +1,263 @@
+"""Where input comes from: paths, globs, folders, fsspec URIs and standard input, opened as plain bytes."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import gzip
+import hashlib
+import io
+import os
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, BinaryIO, cast
+
+from worker.contracts.errors import UsageError
+
+STDIN = "-"
+MAX_LINE_BYTES = 32 << 20
+MAX_EXPANSION = 1000  # decompressed bytes for each compressed one, once BOMB_BYTES are passed
+BOMB_BYTES = 1 << 30
+BLOCK = 1 << 20
+
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One input file.
+
+    Attributes:
+        uri: As it was given, or as its glob or folder named it; ``-`` is standard input.
+        given: The argument that led to it.
+        spool: Standard input's content, kept because it is read more than once.
+    """
+
+    uri: str
+    given: str
+    spool: BinaryIO | None = field(default=None, compare=False)
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the user named this very file, not a glob or folder around it."""
+        return self.uri == self.given
+
+    def open_raw(self) -> BinaryIO:
+        """The file's bytes as they are stored, seekable.
+
+        Raises:
+            UsageError: it is missing or cannot be read.
+        """
+        try:
+            if self.spool is not None:
+                stream = os.fdopen(os.dup(self.spool.fileno()), "rb")
+                stream.seek(0)
+                return stream
+            if is_remote(self.uri):
+                fs, path = filesystem(self.uri)
+                return cast(BinaryIO, fs.open(path, "rb"))
+            return open(self.uri, "rb")
+        except (OSError, ValueError) as error:
+            raise unreadable(self.uri, error) from None
+
+    def open(self) -> BinaryIO:
+        """The file's content, decompressed where its first bytes are those of gzip or Zstandard.
+
+        Raises:
+            UsageError: it is missing or cannot be read; reading raises it too, for a damaged or hostile stream.
+        """
+        raw = self.open_raw()
+        try:
+            return cast(BinaryIO, io.BufferedReader(_Content(raw, self.uri), BLOCK))
+        except BaseException:
+            raw.close()
+            raise
+
+    def fingerprint(self) -> tuple[str, int]:
+        """sha256 of the stored bytes, and how many there are."""
+        digest, size = hashlib.sha256(), 0
+        with self.open_raw() as stream:
+            try:
+                while block := stream.read(BLOCK):
+                    digest.update(block)
+                    size += len(block)
+            except OSError as error:
+                raise unreadable(self.uri, error) from None
+        return digest.hexdigest(), size
+
+    def lines(self) -> Iterator[tuple[int, bytes | None]]:
+        """Its content by numbered lines."""
+        with self.open() as stream:
+            yield from numbered_lines(stream)
+
+
+def numbered_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+    """Lines from 1 on, without their ends; None for a line above MAX_LINE_BYTES."""
+    number = 0
+    while line := stream.readline(MAX_LINE_BYTES):
+        number += 1
+        if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+            while (rest := stream.readline(BLOCK)) and not rest.endswith(b"\n"):
+                pass
+            yield number, None
+            continue
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        yield number, line.removesuffix(b"\n").removesuffix(b"\r")
+
+
+class _Content(io.RawIOBase):
+    """Stored bytes decompressed on the way, with a guard against decompression bombs."""
+
+    def __init__(self, raw: BinaryIO, uri: str) -> None:
+        self._raw, self._uri, self._given = raw, uri, 0
+        try:
+            magic = raw.read(4)
+            raw.seek(0)
+        except OSError as error:
+            raise unreadable(uri, error) from None
+        self._packed = True
+        if magic.startswith(_GZIP):
+            self._stream: Any = gzip.GzipFile(fileobj=raw)
+        elif magic == _ZSTD:
+            import pyarrow as pa
+
+            self._stream = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
+        else:
+            self._stream, self._packed = raw, False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            block = self._stream.read(len(buffer))
+        except (EOFError, zlib.error, OSError, ValueError) as error:
+            if self._packed and not getattr(error, "errno", None):
+                raise UsageError(
+                    f"{self._uri}: compressed data damaged or cut short ({error}); copy or compress it again"
+                ) from None
+            raise unreadable(self._uri, error) from None
+        self._given += len(block)
+        if self._packed and self._given > BOMB_BYTES and self._given > MAX_EXPANSION * max(1, self._raw.tell()):
+            raise UsageError(
+                f"{self._uri}: expands more than {MAX_EXPANSION} times; decompress it yourself if you trust it"
+            )
+        buffer[: len(block)] = block
+        return len(block)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._stream.close()
+            self._raw.close()
+        super().close()
+
+
+def find_files(inputs: Sequence[str]) -> list[SourceFile]:
+    """The files that the arguments name, in the order of the arguments, each folder and glob sorted.
+
+    Raises:
+        UsageError: nothing is there, or nobody serves the URI.
+    """
+    if not inputs:
+        raise UsageError("no input; name files, folders, globs or URIs, or - for standard input")
+    found: dict[str, SourceFile] = {}
+    for given in inputs:
+        if given == STDIN:
+            found[given] = SourceFile(STDIN, STDIN, _spool_stdin())
+            continue
+        names = _find_remote(given) if is_remote(given) else _find_local(given)
+        for name in names:
+            found.setdefault(name, SourceFile(name, given))
+    return list(found.values())
+
+
+def is_remote(uri: str) -> bool:
+    return "://" in uri
+
+
+def filesystem(uri: str) -> tuple[Any, str]:
+    """The store that serves a URI, and the path there.
+
+    Raises:
+        UsageError: nobody serves the scheme, or its package is not installed.
+    """
+    import fsspec
+
+    try:
+        fs, path = fsspec.core.url_to_fs(uri)
+    except (ImportError, ValueError) as error:
+        raise UsageError(f"{uri}: {error}; see fsspec's list of stores for the package to install") from None
+    return fs, str(path)
+
+
+def unreadable(uri: str, error: Exception) -> UsageError:
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return UsageError(f"{uri}: cannot be read ({reason}); check the path and its permissions")
+
+
+@cache
+def _spool_stdin() -> BinaryIO:
+    spool = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+    while block := sys.stdin.buffer.read(BLOCK):
+        spool.write(block)
+    spool.flush()
+    return cast(BinaryIO, spool)
+
+
+def _find_local(given: str) -> list[str]:
+    if os.path.isdir(given):
+        names = [
+            os.path.join(folder, name)
+            for folder, subfolders, entries in os.walk(given)
+            if _keep_visible(subfolders)
+            for name in entries
+            if not _is_hidden(name)
+        ]
+        if not names:
+            raise UsageError(f"{given}: no files in this folder; name a folder with inputs")
+        return sorted(names)
+    if os.path.exists(given):
+        return [given]
+    if glob.has_magic(given):
+        names = [name for name in sorted(glob.glob(given, recursive=True)) if os.path.isfile(name)]
+        if not names:
+            raise UsageError(f"{given}: no file fits this pattern")
+        return names
+    raise UsageError(f"{given}: no such file or folder{_suggestion(given)}")
+
+
+def _find_remote(given: str) -> list[str]:
+    fs, path = filesystem(given)
+    try:
+        if fs.isfile(path):
+            return [given]
+        names = fs.find(path) if fs.isdir(path) else fs.glob(path) if glob.has_magic(path) else []
+    except Exception as error:  # each store raises its own
+        raise unreadable(given, error) from None
+    names = sorted(name for name in names if not _is_hidden(name.rsplit("/", 1)[-1]))
+    if not names:
+        raise UsageError(f"{given}: no such file, folder or pattern in this store")
+    return [fs.unstrip_protocol(name) for name in names]
+
+
+def _keep_visible(subfolders: list[str]) -> bool:
+    subfolders[:] = sorted(name for name in subfolders if not _is_hidden(name))
+    return True
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "_"))
+
+
+def _suggestion(path: str) -> str:
+    folder, name = os.path.split(path)
+    try:
+        close = difflib.get_close_matches(name, os.listdir(folder or "."), 1)
+    except OSError:
+        return ""
+    return f"; did you mean {os.path.join(folder, close[0])}?" if close else ""

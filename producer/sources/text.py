@@ -1,0 +1,29 @@
+"""Plain text: a document a file, or a document a line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from producer.sources.files import MAX_LINE_BYTES, SourceFile
+from producer.sources.options import ReadOptions, not_utf8, text_document
+from worker.contracts.document import Document, Fault
+
+
+def read_text(file: SourceFile, options: ReadOptions) -> Iterator[Document]:
+    """The documents of a plain text: the file, called by its path, or its lines that are not blank."""
+    if not options.lines:
+        with file.open() as stream:
+            yield _decode(stream.read(MAX_LINE_BYTES + 1).removeprefix(b"\xef\xbb\xbf"), file.uri)
+        return
+    for number, line in file.lines():
+        if line is None or line.strip():
+            yield _decode(line, f"{file.uri}:{number}")
+
+
+def _decode(raw: bytes | None, identity: str) -> Document:
+    if raw is None or len(raw) > MAX_LINE_BYTES:
+        return Document(identity, fault=Fault("too_large", f"longer than {MAX_LINE_BYTES >> 20} MiB"))
+    try:
+        return text_document(identity, raw.decode())
+    except UnicodeDecodeError as error:
+        return not_utf8(identity, error)

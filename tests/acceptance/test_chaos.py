@@ -1,0 +1,24 @@
+"""At length: 20,000 documents, two workers, 41 blows, three seeds; the table is that of an undisturbed run."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.chaos import LONG, disturbed, undisturbed
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[dict[str, object]]:
+    return undisturbed(LONG.documents)
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_run_comes_out_the_same_whatever_dies(expected: list[dict[str, object]], seed: int) -> None:
+    outcome = disturbed(LONG, seed)
+    print(
+        f"seed {seed}: {len(outcome.table)} documents, {outcome.redeliveries} redeliveries, "
+        f"{outcome.duplicates} duplicates dropped, {outcome.seconds:.0f} s"
+    )
+    assert outcome.harmed_to_the_end, "the run was over before the adversary was"
+    assert outcome.table == expected

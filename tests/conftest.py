@@ -1,0 +1,44 @@
+"""What every test shares: places, and an environment without the developer's own settings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SAMPLE = ROOT / "model_build" / "demo" / "sample"
+
+# Before anything imports a library that reads them: two cores are often all there is, and no hub is asked.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("NERMILL_") and name != "NERMILL_REDIS_BIN"]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The project's folder."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def sample() -> Path:
+    """The bundled sample's folder."""
+    return SAMPLE
+
+
+@pytest.fixture(scope="session")
+def embedded_broker_url() -> Iterator[str]:
+    """One embedded server for the whole session; tests that share it keep to keys and queues of their own."""
+    from producer.broker import embedded_broker
+
+    with embedded_broker() as url:
+        yield url

@@ -1,0 +1,81 @@
+"""The real worker application around an engine without a model, with faults on demand.
+
+``celery -A tests.doubles.app worker`` obeys these variables:
+
+- ``FAULT_BATCH_SECONDS``: how long each batch takes.
+- ``FAULT_ABORT_WORD``: a word whose presence in a batch kills the process by SIGABRT.
+- ``FAULT_HANG_WORD``: a word whose presence in a batch hangs the engine for ever.
+- ``FAULT_DIE_AT``: ``rename``, ``done`` or ``ack``: the process is killed right after it committed a part, told the
+  ledger, or returned from the task; once for all processes that share ``FAULT_ONCE_FILE``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+import worker.pipeline
+from tests.doubles.engine import HashEngine, manifest
+from worker.contracts.manifest import TOKENIZER_FILE
+from worker.engine import Batch, Engine
+
+SECONDS = float(os.environ.get("FAULT_BATCH_SECONDS", "0"))
+
+
+class FaultyEngine(HashEngine):
+    """HashEngine that is slow, dies or hangs as the environment says."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__(manifest(token_budget=1024))
+        self._abort = tokenizer.token_to_id(os.environ.get("FAULT_ABORT_WORD", ""))
+        self._hang = tokenizer.token_to_id(os.environ.get("FAULT_HANG_WORD", ""))
+
+    def run(self, batch: Batch) -> NDArray[np.float32]:
+        self.batches.clear()
+        if self._abort is not None and (batch.input_ids == self._abort).any():
+            os.kill(os.getpid(), signal.SIGABRT)
+        while self._hang is not None and (batch.input_ids == self._hang).any():
+            time.sleep(1)
+        time.sleep(SECONDS)
+        return super().run(batch)
+
+
+def load_engine(artifact: Path, device: str = "cpu", threads: int = 0) -> Engine:
+    return FaultyEngine(Tokenizer.from_file(str(artifact / TOKENIZER_FILE)))
+
+
+def die_after(owner: Any, name: str) -> None:
+    """Kills the process right after the first return of a method, once for all processes."""
+    method = getattr(owner, name)
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        result = method(*args, **kwargs)
+        try:
+            Path(os.environ["FAULT_ONCE_FILE"]).touch(exist_ok=False)
+        except FileExistsError:
+            return result
+        os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, dying)
+
+
+worker.pipeline.load_engine = load_engine  # before worker.app loads anything
+
+import worker.app  # noqa: E402
+import worker.parts  # noqa: E402
+from worker.contracts.ledger import Ledger  # noqa: E402
+from worker.mill import Mill  # noqa: E402
+
+FAULT_POINTS = {"rename": (worker.parts, "commit"), "done": (Ledger, "complete"), "ack": (Mill, "answer_bell")}
+if point := os.environ.get("FAULT_DIE_AT"):
+    die_after(*FAULT_POINTS[point])
+
+app = worker.app.app

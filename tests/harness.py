@@ -1,0 +1,191 @@
+"""A mill to do harm to: a real server, real worker processes, real files, each of which a test may kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from producer.broker import find_server_binary
+from producer.planning import Request, make_plan
+from producer.queue import Queue
+from producer.run import send, wait
+from producer.shards import ShardLimits
+from producer.status import Status
+from worker.contracts.broker import redis_client
+from worker.contracts.layout import RunFolder
+from worker.contracts.plan import Plan
+
+ROOT = Path(__file__).parents[1]
+DOUBLE = "tests.doubles.app"
+REAL = "worker.app"
+
+
+class Server:
+    """A Valkey with an append-only file, on a socket, that can be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.socket = folder / "s"
+        self.url = f"redis+socket://{self.socket}"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        options = [
+            "--port",
+            "0",
+            "--unixsocket",
+            str(self.socket),
+            "--unixsocketperm",
+            "700",
+            "--dir",
+            str(self.folder),
+        ]
+        durable = ["--save", "", "--appendonly", "yes", "--appendfsync", "everysec"]
+        self._process = subprocess.Popen([find_server_binary(), *options, *durable], stdout=subprocess.DEVNULL)
+        with self.client() as client:
+            deadline = time.monotonic() + 20
+            while True:
+                try:
+                    client.ping()
+                    return
+                except (RedisConnectionError, OSError):
+                    assert time.monotonic() < deadline, "the server does not come up"
+                    time.sleep(0.02)
+
+    def client(self) -> Redis:
+        return redis_client(self.url)
+
+    def kill(self) -> None:
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+
+class Worker:
+    """One Celery worker process, as ``nermill-worker`` starts it, that can be stopped, killed and started again."""
+
+    def __init__(self, app: str, environment: dict[str, str], log: Path) -> None:
+        self._command = [sys.executable, "-m", "celery", "-A", app, "worker", "--pool", "threads", "--loglevel", "INFO"]
+        self._command += ["--without-gossip", "--without-mingle", "--without-heartbeat"]
+        self._environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        self.log = log
+        self.starts = 0
+        self.start()
+
+    def start(self) -> None:
+        self.starts += 1
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(self._command, env=self._environment, cwd=ROOT, stdout=log, stderr=log)
+
+    @property
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
+
+    def signal(self, number: signal.Signals) -> None:
+        if self.is_alive:
+            self.process.send_signal(number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.process.wait()
+
+    def terminate(self, timeout: float = 40) -> int:
+        self.signal(signal.SIGCONT)
+        self.signal(signal.SIGTERM)
+        return self.process.wait(timeout)
+
+
+class Harness:
+    """A server and workers around one output folder.
+
+    Args:
+        folder: Empty folder; its path must be short enough for a socket.
+        lease_seconds: Lease of every worker.
+    """
+
+    def __init__(self, folder: Path, lease_seconds: float = 3.0) -> None:
+        self.folder = folder
+        self.out = folder / "out"
+        self.out.mkdir()
+        self.lease_seconds = lease_seconds
+        (folder / "server").mkdir()
+        self.server = Server(folder / "server")
+        self.workers: list[Worker] = []
+
+    def worker(self, app: str = DOUBLE, **environment: str) -> Worker:
+        """Starts a worker; upper-case keywords become variables of its environment."""
+        settings = {
+            "NERMILL_BROKER_URL": self.server.url,
+            "NERMILL_LEASE_SECONDS": str(self.lease_seconds),
+            "NERMILL_ALLOWED_ROOTS": str(self.out),
+        }
+        log = self.folder / f"worker-{len(self.workers)}.log"
+        self.workers.append(Worker(app, settings | environment, log))
+        return self.workers[-1]
+
+    def plan(self, texts: list[str], *, documents_per_shard: int = 64, out: str = "") -> tuple[RunFolder, Plan]:
+        """Plans a run over texts, with ids d0, d1, …"""
+        source = self.folder / "documents.jsonl"
+        source.write_text("".join(json.dumps({"id": f"d{n}", "text": t}) + "\n" for n, t in enumerate(texts)), "utf-8")
+        limits = ShardLimits(documents=documents_per_shard)
+        return make_plan(Request((str(source),), out or str(self.out), limits=limits))
+
+    def queue(self) -> Queue:
+        return Queue(self.server.url)
+
+    def submit(self, texts: list[str], **options: Any) -> tuple[RunFolder, Plan]:
+        """Plans a run and sends it."""
+        run, plan = self.plan(texts, **options)
+        send(run, plan, self.queue())
+        return run, plan
+
+    def wait(self, run: RunFolder, plan: Plan, timeout: float = 90) -> Status:
+        """Waits for a run's end; the logs of the workers are shown where it does not come."""
+        deadline = time.monotonic() + timeout
+
+        def check(status: Status) -> None:
+            if time.monotonic() > deadline:
+                raise AssertionError(f"not complete in {timeout} s: {status}\n{self.logs()}")
+
+        return wait(run, plan, self.queue(), check)
+
+    def logs(self) -> str:
+        return "\n".join(f"--- {w.log.name}\n{w.log.read_text()[-4000:]}" for w in self.workers)
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.kill()
+        self.server.kill()
+
+
+@contextmanager
+def harness(folder: Path, **options: Any) -> Iterator[Harness]:
+    made = Harness(folder, **options)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def rows(run: RunFolder) -> list[dict[str, Any]]:
+    """All rows of all parts, in order of the parts."""
+    tables = [pq.read_table(run.path(name)) for name in run.list() if name.startswith("part-")]
+    return [row for table in tables for row in table.to_pylist()]
+
+
+def texts(count: int) -> list[str]:
+    """Short documents, all different."""
+    return [f"Document {n}: Ada met Charles {n % 97} in London, {n % 13} miles from Turin." for n in range(count)]

@@ -1,0 +1,192 @@
+"""A run through the real queue: sent once, followed, mended, cancelled, retried."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from producer import run as runs
+from producer.planning import Request, make_plan
+from producer.queue import Queue
+from producer.rejects import read_rejects, retry
+from producer.shards import ShardLimits
+from producer.show import conll_lines, read_rows
+from producer.sources import ReadOptions
+from producer.status import Status, look
+from worker.contracts.broker import redis_client
+from worker.contracts.errors import BrokerError, StoreError, UsageError
+from worker.contracts.layout import SUCCESS_FILE, part_name
+from worker.contracts.ledger import Ledger
+from worker.contracts.message import KEY_PREFIX, QUEUE
+
+from .conftest import ARTIFACT, POISON, Serving
+
+DOCUMENTS = 10
+
+
+@pytest.fixture
+def planned(tmp_path: Path):
+    path = tmp_path / "in.jsonl"
+    texts = [f"Ada met nobody {n}" for n in range(DOCUMENTS - 2)] + [f"a {POISON}", ""]
+    path.write_text("".join(json.dumps({"id": f"d{n}", "text": text}) + "\n" for n, text in enumerate(texts)))
+    return make_plan(Request((str(path),), str(tmp_path / "out"), limits=ShardLimits(documents=3)))
+
+
+def test_a_run_is_sent_followed_and_finished(broker, serving: Serving, planned):
+    run, plan = planned
+    queue = Queue(broker)
+    assert runs.send(run, plan, queue) == 4
+    assert look(run, plan, queue).state == "running"
+    seen: list[Status] = []
+    with serving():
+        status = runs.wait(run, plan, queue, seen.append)
+    assert run.exists(SUCCESS_FILE)
+    assert status.as_json() | {"seconds": 0, "documents_per_second": 0, "tokens_per_second": 0, "workers": 0} == {
+        "run": run.uri, "run_id": plan.run_id, "state": "complete",
+        "shards": {"planned": 4, "committed": 4, "waiting": 0, "leased": 0},
+        "documents": {"total": 10, "ok": 8, "rejected": 2}, "tokens": 35, "seconds": 0, "documents_per_second": 0,
+        "tokens_per_second": 0, "padding_share": 0.5, "eta_seconds": 0.0, "workers": 0,
+    }  # fmt: skip
+    assert status.exit_code == 3
+    assert seen[-1].state == "complete"
+    assert [shown.row["doc_id"] for shown in read_rows(run, plan, None)] == [f"d{n}" for n in range(DOCUMENTS)]
+    assert list(next(read_rows(run, plan, 1)).pieces()) == [("Ada", "PER"), (" met nobody 0", "")]
+
+
+def test_bells_are_json_and_one_a_shard(broker, planned):
+    run, plan = planned
+    runs.send(run, plan, Queue(broker))
+    bells = redis_client(broker).lrange(KEY_PREFIX + QUEUE, 0, -1)
+    assert len(bells) == 4
+    assert {json.loads(bell)["content-type"] for bell in bells} == {"application/json"}
+
+
+def test_sending_again_changes_nothing(broker, serving, planned):
+    run, plan = planned
+    queue = Queue(broker)
+    assert [runs.send(run, plan, queue), runs.send(run, plan, queue)] == [4, 0]
+    with serving():
+        runs.wait(run, plan, queue)
+        stamps = {s: (Path(run.uri) / part_name(s)).stat().st_mtime_ns for s in run.committed()}
+        assert runs.resume(run, plan, queue) == plan
+        assert runs.wait(run, plan, queue).state == "complete"
+    assert stamps == {s: (Path(run.uri) / part_name(s)).stat().st_mtime_ns for s in run.committed()}
+
+
+def test_resume_sends_only_what_has_no_part(broker, serving, planned):
+    run, plan = planned
+    queue = Queue(broker)
+    with serving():
+        runs.send(run, plan, queue)
+        runs.wait(run, plan, queue)
+    for name in (part_name(2), SUCCESS_FILE):
+        run.remove(name)
+    assert look(run, plan, queue).state == "incomplete"
+    assert look(run, plan).exit_code == 3
+    assert runs.send(run, plan, queue) == 1
+    with serving():
+        assert runs.wait(run, plan, queue).state == "complete"
+
+
+def test_wait_mends_a_ledger_that_was_lost(broker, serving, planned):
+    run, plan = planned
+    queue = Queue(broker)
+    runs.send(run, plan, queue)
+    redis_client(broker).flushall()
+    with serving():
+        assert runs.wait(run, plan, queue).state == "complete"
+
+
+def test_cancel_keeps_parts_and_resume_goes_on(broker, serving, planned):
+    run, plan = planned
+    queue = Queue(broker)
+    runs.send(run, plan, queue)
+    plan = runs.cancel(run, plan, queue)
+    with serving():
+        status = runs.wait(run, plan, queue)
+        assert (status.state, status.committed, status.exit_code) == ("cancelled", 0, 3)
+        plan = runs.resume(run, plan, queue)
+        assert not runs.open_run(run.uri)[1].cancelled
+        assert runs.wait(run, plan, queue).state == "complete"
+    assert runs.cancel(run, plan, queue) == plan
+
+
+def test_back_pressure_waits_for_the_workers(broker, serving, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "_BATCH", 1)
+    monkeypatch.setattr(runs, "_POLL_SECONDS", (0.01, 0.02))
+    path = tmp_path / "in.txt"
+    path.write_text("Ada\n" * 40)
+    request = Request((str(path),), str(tmp_path / "out"), read=ReadOptions(lines=True), limits=ShardLimits(documents=4))
+    run, plan = make_plan(request)
+    waits: list[Status] = []
+    queue = Queue(broker)
+    sender = threading.Thread(target=runs.send, args=(run, plan, queue, 8, waits.append))
+    sender.start()
+    deadline = time.monotonic() + 10
+    while len(waits) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert sender.is_alive()
+    assert Ledger(redis_client(broker)).progress(plan.run_id).unfinished_documents <= 12
+    with serving():
+        sender.join(20)
+        assert runs.wait(run, plan, queue).state == "complete"
+    assert max(s.progress.unfinished_documents for s in waits) <= 12
+
+
+def test_rejects_are_listed_and_tried_again(broker, serving, planned):
+    run, plan = planned
+    queue = Queue(broker)
+    runs.send(run, plan, queue)
+    with serving():
+        runs.wait(run, plan, queue)
+        rows = list(read_rejects(run, plan))
+        assert [(r["doc_index"], r["doc_id"], r["reason"], r["attempts"]) for r in rows] == [
+            (8, "d8", "model_failure", 1), (9, "d9", "empty", 1),
+        ]  # fmt: skip
+        before = (Path(run.uri) / part_name(2)).stat().st_mtime_ns
+        assert retry(run, plan, queue) == (1, 1)
+        assert runs.wait(run, plan, queue).rejected == 2
+    assert (Path(run.uri) / part_name(2)).stat().st_mtime_ns != before
+    assert len(list(read_rejects(run, plan))) == 2
+
+
+def test_a_folder_that_workers_refuse_ends_the_waiting(broker, planned):
+    run, plan = planned
+    queue = Queue(broker)
+    runs.send(run, plan, queue)
+    ledger = Ledger(redis_client(broker))
+    while claim := ledger.claim(ARTIFACT, 60):
+        ledger.bury(claim)
+        if claim.shard.index < 0:
+            break
+    with pytest.raises(StoreError, match="NERMILL_ALLOWED_ROOTS"):
+        runs.wait(run, plan, queue)
+
+
+def test_documents_that_are_gone_are_named(broker, planned):
+    run, plan = planned
+    run.remove(run.shard_file(1))
+    with pytest.raises(UsageError, match=r"shard-00001.arrow: these documents are gone"):
+        runs.send(run, plan, Queue(broker))
+
+
+def test_a_broker_that_is_not_there_is_one_line_without_its_password():
+    with pytest.raises(BrokerError) as caught:
+        Queue("redis://:secret@localhost:1/0")
+    assert "secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_conll_goes_in_and_out(broker, serving, tmp_path):
+    path = tmp_path / "in.conll"
+    path.write_text("Ada B-PER\nis O\n\nhere O\n")
+    run, plan = make_plan(Request((str(path),), str(tmp_path / "out")))
+    queue = Queue(broker)
+    runs.send(run, plan, queue)
+    with serving():
+        runs.wait(run, plan, queue)
+    assert "\n".join(conll_lines(run, plan, None)) == "Ada B-PER\nis O\n\nhere O\n"

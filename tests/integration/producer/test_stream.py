@@ -1,0 +1,165 @@
+"""A stream is tagged as it comes, and what was acknowledged is never lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from producer import run as runs
+from producer.queue import Queue
+from producer.shards import ShardLimits
+from producer.show import read_rows
+from producer.status import look
+from producer.stream import Stream
+from worker.contracts.broker import redis_client
+from worker.contracts.document import Document
+from worker.contracts.layout import RunFolder
+from worker.contracts.plan import read_plan
+
+
+@pytest.fixture
+def submit(broker: str, tmp_path: Path) -> Iterator[object]:
+    started = []
+
+    def submit(*arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "producer.cli", "submit", *arguments]
+        process = subprocess.Popen(
+            [*command, "--out", str(tmp_path / "out"), "--broker", broker, "--ack"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield submit
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream and not stream.closed:
+                stream.close()
+        process.wait()
+
+
+def feed(process: subprocess.Popen[str], *texts: str) -> None:
+    for text in texts:
+        process.stdin.write(json.dumps({"id": text, "text": text}) + "\n")
+    process.stdin.flush()
+
+
+def the_run(tmp_path: Path) -> RunFolder:
+    [folder] = (tmp_path / "out").glob("run=*")
+    return RunFolder(str(folder))
+
+
+def test_documents_are_tagged_while_the_stream_is_open(submit, serving, broker, tmp_path):
+    process = submit("-", "--linger", "0.05", "--wait", "--json")
+    with serving():
+        feed(process, "Ada", "Bob")
+        ack = json.loads(process.stdout.readline())
+        assert (ack["index"], ack["first"]) == (0, 0)
+        run = the_run(tmp_path)
+        deadline = time.monotonic() + 10
+        while not run.committed() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert run.committed()
+        live = look(run, read_plan(run), Queue(broker))
+        assert (live.state, live.exit_code) == ("running", 3)
+        process.stdin.write('{"id": "broken"\n{"id": "late", "text": "Carol"}')
+        process.stdin.close()
+        process.stdin = None
+        out, err = process.communicate(timeout=30)
+    final = json.loads(out.splitlines()[-1])
+    assert (process.returncode, final["state"]) == (3, "complete"), err
+    assert final["documents"] == {"total": 4, "ok": 3, "rejected": 1}
+    plan = read_plan(run)
+    assert not plan.is_open
+    assert [s.row["doc_id"] for s in read_rows(run, plan, None)] == ["Ada", "Bob", "-:3", "late"]
+
+
+def test_ctrl_c_closes_cleanly_and_says_how_to_go_on(submit, serving, broker, tmp_path):
+    process = submit("-", "--linger", "30")
+    feed(process, "Ada")
+    deadline = time.monotonic() + 20
+    while not list(tmp_path.glob("out/run=*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    run = the_run(tmp_path)
+    assert process.returncode == 3
+    assert f"nermill resume {run.uri}" in err
+    assert json.loads(out)["documents"] == 1
+    plan = read_plan(run)
+    assert (plan.is_open, plan.documents) == (False, 1)
+    with serving():
+        assert runs.wait(run, plan, Queue(broker)).state == "complete"
+
+
+def test_nothing_acknowledged_is_lost_by_sigkill(submit, serving, broker, tmp_path):
+    process = submit("-", "--linger", "0.05")
+    acknowledged = 0
+    for n in range(5):
+        feed(process, f"Ada{n}", f"Bob{n}")
+        acknowledged += json.loads(process.stdout.readline())["documents"]
+    process.kill()
+    process.wait()
+    run = the_run(tmp_path)
+    plan = read_plan(run)
+    assert plan.is_open
+    with serving():
+        queue = Queue(broker)
+        plan = runs.resume(run, plan, queue)
+        assert runs.wait(run, plan, queue).ok >= acknowledged > 0
+    assert not read_plan(run).is_open
+
+
+def test_a_growing_file_is_followed(submit, serving, tmp_path):
+    growing = tmp_path / "log.jsonl"
+    growing.write_text('{"text": "Ada"}\n{"text": "Bo')
+    process = submit(str(growing), "--follow", "--linger", "0.05")
+    assert json.loads(process.stdout.readline())["documents"] == 1
+    with growing.open("a") as stream:
+        stream.write('b"}\n')
+    assert json.loads(process.stdout.readline()) == {"index": 1, "first": 1, "documents": 1}
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert read_plan(the_run(tmp_path)).documents == 2
+
+
+def test_resume_leaves_a_living_stream_open(broker, tmp_path):
+    queue = Queue(broker)
+    stream = Stream(str(tmp_path), queue, linger=0.01)
+    stream.add(Document("a", text="Ada"))
+    stream.flush()
+    assert runs.resume(stream.run, stream.plan, queue).is_open
+    assert not stream.close().is_open
+
+
+def test_a_server_that_lost_its_memory_is_told_again(broker, serving, tmp_path, monkeypatch):
+    monkeypatch.setattr("producer.stream.HOLD_SECONDS", 0.3)
+    queue = Queue(broker)
+    stream = Stream(str(tmp_path), queue, linger=0.01, limits=ShardLimits(documents=2))
+    for n in range(4):
+        stream.add(Document(str(n), text="Ada"))
+    redis_client(broker).flushall()
+    time.sleep(0.5)
+    stream.add(Document("4", text="Ada"))
+    plan = stream.close()
+    with serving():
+        assert runs.wait(stream.run, plan, queue).ok == 5
+
+
+def test_readers_of_an_open_run_see_nothing_half_done(broker, tmp_path):
+    stream = Stream(str(tmp_path), Queue(broker), linger=60)
+    stream.add(Document("a", text="Ada"))
+    assert os.listdir(stream.run.uri) == ["plan.json"]
+    stream.close()

@@ -1,0 +1,11 @@
+"""The short form of the rehearsal in tests/acceptance: kills, stops and a lost server in one run."""
+
+from __future__ import annotations
+
+from tests.chaos import SHORT, disturbed, undisturbed
+
+
+def test_a_run_comes_out_the_same_whatever_dies() -> None:
+    outcome = disturbed(SHORT, seed=7)
+    assert outcome.redeliveries > 0
+    assert outcome.table == undisturbed(SHORT.documents)

@@ -1,0 +1,101 @@
+"""The same request finds its run again; a wrong one leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from producer.planning import Request, make_plan
+from producer.shards import ShardLimits
+from producer.sources import ReadOptions
+from worker.contracts.errors import StoreError, UsageError
+from worker.contracts.layout import RunFolder
+from worker.contracts.plan import Options, read_plan
+
+
+@pytest.fixture
+def request_(tmp_path: Path) -> Request:
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps({"id": n, "text": f"Ada {n}"}) + "\n" for n in range(10)))
+    return Request((str(path),), str(tmp_path / "deep" / "out"), limits=ShardLimits(documents=4))
+
+
+def test_the_plan_is_enough_to_know_the_run(request_):
+    run, plan = make_plan(request_)
+    assert read_plan(run) == plan
+    assert (plan.documents, [s.documents for s in plan.shards], run.shards()) == (10, [4, 4, 2], {0, 1, 2})
+    assert (plan.inputs[0].documents, plan.inputs[0].format, len(plan.inputs[0].sha256)) == (10, "jsonl", 64)
+    assert (plan.has_gold, plan.unit) == (False, "document")
+
+
+def test_the_same_request_is_the_same_run_and_another_is_another(request_):
+    run, plan = make_plan(request_)
+    before = os.stat(run.path("plan.json")).st_mtime_ns
+    assert make_plan(request_) == (run, plan)
+    assert os.stat(run.path("plan.json")).st_mtime_ns == before
+    others = [
+        replace(request_, options=Options(aggregation="max")),
+        replace(request_, limits=ShardLimits(documents=5)),
+        replace(request_, read=ReadOptions(keep_fields=True)),
+    ]
+    assert len({plan.run_id, *(make_plan(other)[1].run_id for other in others)}) == 4
+
+
+def test_shards_of_a_planning_that_was_killed_are_replaced(request_):
+    run, plan = make_plan(request_)
+    run.remove("plan.json")
+    run.write(run.shard_file(9), b"stale")
+    assert make_plan(request_)[1].shards == plan.shards
+    assert run.shards() == {0, 1, 2}
+
+
+@pytest.mark.parametrize("bad", ['{"text": ', '{"body": 1}'])
+def test_nothing_is_left_of_a_wrong_input(request_, tmp_path, bad):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"texts": "Ada"}\n' * 300 + bad + "\n")
+    with pytest.raises(UsageError):
+        make_plan(replace(request_, inputs=(str(path),)))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.jsonl", "in.jsonl"]
+
+
+def test_what_was_there_before_stays(request_, tmp_path):
+    run, _ = make_plan(request_)
+    (tmp_path / "bad.jsonl").write_text('{"text": "Ada"}\n{')
+    with pytest.raises(UsageError):
+        make_plan(replace(request_, inputs=(str(tmp_path / "bad.jsonl"),)))
+    assert sorted(p.name for p in (tmp_path / "deep" / "out").iterdir()) == [Path(run.uri).name]
+
+
+def test_nothing_is_left_on_a_store_either(request_, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"text": "Ada"}\n' * 10 + "{")
+    with pytest.raises(UsageError):
+        make_plan(replace(request_, inputs=(str(tmp_path / "bad.jsonl"),), out="memory://store/bad"))
+    import fsspec
+
+    fs = fsspec.filesystem("memory")
+    assert not fs.exists("/store/bad") or fs.find("/store/bad") == []
+
+
+def test_outputs_that_cannot_be(request_, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be a folder"):
+        make_plan(replace(request_, out=str(tmp_path / "file" / "out")))
+    with pytest.raises(UsageError, match="Protocol not known"):
+        make_plan(replace(request_, out="nobody://out"))
+    run, _ = make_plan(request_)
+    with pytest.raises(UsageError, match="a run's folder itself"):
+        make_plan(replace(request_, out=run.uri))
+
+
+def test_a_full_disk_leaves_nothing(request_, tmp_path, monkeypatch):
+    def refuse(*_: object, **__: object) -> bool:
+        raise StoreError("No space left on device")
+
+    monkeypatch.setattr(RunFolder, "write", refuse)
+    with pytest.raises(StoreError):
+        make_plan(request_)
+    assert not (tmp_path / "deep").exists()

@@ -1,0 +1,145 @@
+"""A document's tags are its own: alone, among others, in any order, at any batch size, through any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from tests.doubles.engine import HashEngine, manifest
+from worker.contracts.document import Annotation
+from worker.contracts.errors import EngineError
+from worker.contracts.manifest import TOKENIZER_FILE, resolve_artifact
+from worker.pipeline import Pipeline, Tagger
+
+PIECES = st.sampled_from(
+    [*"abc ABC.,-'\r\n\t\0", "é", "e\u0301", "ß", "İ", "我", "א", "ع", "\u200f", "👩‍👩‍👧", "🇺🇳", "\ufeff"]
+)
+TEXTS = st.lists(PIECES, max_size=60).map("".join) | st.text(max_size=40)
+LONG_TEXTS = st.lists(PIECES, min_size=200, max_size=600).map("".join)
+WORD = st.lists(PIECES.filter(lambda piece: not piece.isspace()), min_size=1, max_size=6).map("".join)
+LAYOUTS = [
+    {},
+    {"token_budget": 32},
+    {"shapes": ((4, 64),)},
+    {"shapes": ((1, 64), (8, 128))},
+    {"shapes": ((4, 64),), "layout": "plain"},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    tokenizer = Tokenizer.from_file(str(resolve_artifact("demo") / TOKENIZER_FILE))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+@contextmanager
+def tagger(tokenizer: Tokenizer, engine: HashEngine) -> Iterator[Tagger]:
+    with Tagger(Pipeline(engine, tokenizer)) as made:
+        yield made
+
+
+def tag(tokenizer: Tokenizer, documents: list, **layout: object) -> list[Annotation]:
+    with tagger(tokenizer, HashEngine(manifest(**layout))) as made:  # type: ignore[arg-type]
+        return made.tag(documents, overlap=16)
+
+
+PROPERTY = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@PROPERTY
+@given(texts=st.lists(TEXTS, min_size=1, max_size=12), layout=st.sampled_from(LAYOUTS), data=st.data())
+def test_tags_do_not_depend_on_neighbours_order_or_layout(
+    tokenizer: Tokenizer, texts: list[str], layout: dict, data: st.DataObject
+) -> None:
+    together = tag(tokenizer, texts, **layout)
+    assert together == [tag(tokenizer, [text])[0] for text in texts]
+    order = data.draw(st.permutations(range(len(texts))))
+    assert tag(tokenizer, [texts[i] for i in order], **layout) == [together[i] for i in order]
+
+
+@PROPERTY
+@given(text=TEXTS | LONG_TEXTS)
+def test_an_entity_is_its_slice_of_the_text(tokenizer: Tokenizer, text: str) -> None:
+    (annotation,) = tag(tokenizer, [text])
+    for entity in annotation.entities:
+        assert text[entity.start : entity.end] == entity.text != ""
+        assert 0 <= entity.score <= 1
+
+
+@PROPERTY
+@given(documents=st.lists(st.lists(WORD, min_size=1, max_size=30), min_size=1, max_size=6))
+def test_words_get_a_tag_each_and_entities_are_slices_of_their_join(
+    tokenizer: Tokenizer, documents: list[list[str]]
+) -> None:
+    for words, annotation in zip(documents, tag(tokenizer, documents), strict=True):
+        if annotation.fault:
+            assert annotation.tags is None
+            continue
+        assert annotation.tags is not None
+        assert len(annotation.tags) == len(words)
+        begun = sum(one.startswith("B-") for one in annotation.tags)
+        assert begun == len(annotation.entities)
+        text = " ".join(words)
+        for entity in annotation.entities:
+            assert text[entity.start : entity.end] == entity.text
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_token_of_a_long_document_is_unseen(tokenizer: Tokenizer, layout: dict) -> None:
+    text = " ".join(f"w{n}" for n in range(2000))
+    engine = HashEngine(manifest(**layout))
+    with tagger(tokenizer, engine) as made:
+        made.tag([text])
+    seen = np.concatenate([batch.input_ids[batch.segments > 0] for batch in engine.batches])
+    expected = tokenizer.encode(text, add_special_tokens=False).ids
+    assert set(expected) <= set(seen.tolist())
+    counted = np.bincount(seen, minlength=max(expected) + 1)
+    assert (counted[: max(expected) + 1] >= np.bincount(expected)).all()
+
+
+def test_one_document_that_fails_the_model_costs_that_document(tokenizer: Tokenizer) -> None:
+    poison = tokenizer.token_to_id("poison")
+    texts = [f"document {n} of London" for n in range(50)]
+    texts[17] = "a poison pill"
+    with tagger(tokenizer, HashEngine(manifest(), poison=poison)) as made:
+        annotations = made.tag(texts)
+    assert [n for n, a in enumerate(annotations) if a.fault] == [17]
+    fault = annotations[17].fault
+    assert fault is not None
+    assert (fault.reason, fault.message) == ("model_failure", "poison")
+    assert annotations[16] == tag(tokenizer, [texts[16]])[0]
+
+
+def test_a_device_that_fails_for_good_blames_no_document(tokenizer: Tokenizer) -> None:
+    cls = manifest().cls_id
+    with (
+        tagger(tokenizer, HashEngine(manifest(), poison=cls)) as made,
+        pytest.raises(EngineError, match="poison"),
+    ):
+        made.tag(["a", "b"])
+
+
+def test_empty_and_oversized_documents_are_named(tokenizer: Tokenizer) -> None:
+    with tagger(tokenizer, HashEngine(manifest())) as made:
+        empty, large, fine = made.tag(["", "x" * 101, "y"], max_chars=100)
+    assert empty.fault is not None
+    assert empty.fault.reason == "empty"
+    assert large.fault is not None
+    assert large.fault.reason == "too_large"
+    assert "101" in large.fault.message
+    assert fine.fault is None
+
+
+def test_closing_closes_the_engine(tokenizer: Tokenizer) -> None:
+    engine = HashEngine(manifest())
+    with tagger(tokenizer, engine) as made:
+        made.tag(["x"])
+    assert engine.closed.is_set()

@@ -1,0 +1,158 @@
+"""How both sides reach the broker: one URL, one Celery configuration, one Redis client for the ledger.
+
+celery and redis are imported when they are asked for, not before.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from worker.contracts.errors import BrokerError, UsageError
+from worker.contracts.message import KEY_PREFIX, QUEUE
+
+if TYPE_CHECKING:
+    from celery import Celery
+    from redis import Redis
+
+SCHEMES = ("redis", "rediss", "redis+socket", "sentinel")
+DEFAULT_SENTINEL_SERVICE = "mymaster"
+
+# Found sound one by one for a worker on threads whose tasks may be killed at any moment.
+CELERY_SETTINGS: dict[str, Any] = {
+    "task_default_queue": QUEUE,
+    "task_serializer": "json",
+    "accept_content": ["json"],
+    "task_ignore_result": True,
+    "task_acks_late": True,
+    "task_reject_on_worker_lost": True,
+    "task_acks_on_failure_or_timeout": True,
+    "worker_prefetch_multiplier": 1,
+    "worker_disable_prefetch": True,
+    "worker_enable_remote_control": False,
+    "worker_cancel_long_running_tasks_on_connection_loss": False,
+    "worker_hijack_root_logger": False,
+    "broker_connection_retry_on_startup": True,
+    "broker_connection_max_retries": None,
+}
+TRANSPORT_OPTIONS: dict[str, Any] = {
+    "global_keyprefix": KEY_PREFIX,
+    "visibility_timeout": 3600,  # a bell that comes twice finds nothing to claim, so nothing hangs on this
+    "socket_timeout": 30,
+    "socket_connect_timeout": 5,
+    "socket_keepalive": True,
+    "health_check_interval": 15,
+    "max_connections": 256,
+}
+
+
+def check_url(url: str) -> str:
+    """The scheme of a broker URL.
+
+    Raises:
+        UsageError: a scheme that cannot be served, with the reason.
+    """
+    scheme = urlsplit(url).scheme
+    if scheme.startswith("redis+cluster") or scheme.startswith("rediss+cluster"):
+        raise UsageError(
+            f"{redacted(url)}: Redis Cluster cannot carry Celery's queues (their keys hash to different slots); "
+            "use one Redis or Valkey, or Sentinel"
+        )
+    if scheme not in SCHEMES:
+        raise UsageError(f"{redacted(url)}: broker URLs begin with {', '.join(s + '://' for s in SCHEMES)}")
+    return scheme
+
+
+def redacted(url: str) -> str:
+    """The URL without its password, for messages and logs."""
+    parts = urlsplit(url)
+    if "@" not in parts.netloc:
+        return url
+    return parts._replace(netloc="***@" + parts.netloc.rpartition("@")[2]).geturl()
+
+
+def celery_app(url: str) -> Celery:
+    """A Celery application on that broker; JSON alone goes in and out.
+
+    Raises:
+        UsageError: a URL that cannot be served.
+    """
+    scheme = check_url(url)
+    from celery import Celery
+
+    app = Celery("nermill", broker=url)
+    options = dict(TRANSPORT_OPTIONS)
+    if scheme == "sentinel":
+        options["master_name"] = _sentinel_service(url)
+    app.conf.update(CELERY_SETTINGS, broker_transport_options=options)
+    return app
+
+
+def redis_client(url: str) -> Redis:
+    """A Redis client for the ledger, with text answers; it connects when it is first used.
+
+    Raises:
+        UsageError: a URL that cannot be served.
+    """
+    scheme = check_url(url)
+    from redis import Redis
+    from redis.exceptions import RedisError
+    from redis.sentinel import Sentinel
+
+    common: dict[str, Any] = {
+        "decode_responses": True,
+        "socket_timeout": TRANSPORT_OPTIONS["socket_timeout"],
+        "socket_connect_timeout": TRANSPORT_OPTIONS["socket_connect_timeout"],
+        "health_check_interval": TRANSPORT_OPTIONS["health_check_interval"],
+    }
+    parts = urlsplit(url)
+    try:
+        if scheme == "redis+socket":
+            query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+            return Redis(
+                unix_socket_path=parts.path,
+                db=int(query.get("virtual_host", "0").strip("/")),
+                username=unquote(parts.username) if parts.username else None,
+                password=unquote(parts.password) if parts.password else None,
+                **common,
+            )
+        if scheme == "sentinel":
+            hosts = [urlsplit(one if "://" in one else f"sentinel://{one}") for one in url.split(";")]
+            sentinel = Sentinel(  # type: ignore[no-untyped-call]
+                [(host.hostname or "localhost", host.port or 26379) for host in hosts],
+                sentinel_kwargs={"socket_timeout": 5},
+            )
+            last = hosts[-1]
+            return sentinel.master_for(  # type: ignore[no-any-return, no-untyped-call]
+                _sentinel_service(url), db=int(last.path.strip("/") or 0), password=last.password, **common
+            )
+        return Redis.from_url(url, **common)  # type: ignore[no-any-return]
+    except (RedisError, ValueError) as error:
+        raise UsageError(f"{redacted(url)}: not a broker URL ({error})") from None
+
+
+def check_broker(url: str) -> Redis:
+    """A client whose server answered, and is one that can be used.
+
+    Raises:
+        BrokerError: nobody answers, or not for us, in one line without the password.
+        UsageError: a URL that cannot be served.
+    """
+    client = redis_client(url)
+    from redis.exceptions import RedisError
+
+    try:
+        client.ping()
+        version = str(client.info("server").get("redis_version", "0"))
+    except (RedisError, OSError) as error:
+        raise BrokerError(
+            f"{redacted(url)}: the broker does not answer ({error}); start it, or mend --broker / NERMILL_BROKER_URL"
+        ) from None
+    if tuple(int(n) for n in version.split(".")[:2]) < (6, 2):
+        raise BrokerError(f"{redacted(url)}: Redis {version} is too old; 6.2 or Valkey is needed")
+    return client
+
+
+def _sentinel_service(url: str) -> str:
+    query = parse_qs(urlsplit(url.split(";")[-1]).query)
+    return query.get("master_name", [DEFAULT_SENTINEL_SERVICE])[-1]

@@ -1,0 +1,46 @@
+"""The one tree of errors; every message says what is wrong, where, and what to do.
+
+::
+
+    NermillError
+    ├── UsageError          wrong input or option            exit code 2
+    │   └── ArtifactError   a model folder that cannot be served
+    ├── BrokerError         the queue does not answer        exit code 1
+    ├── StoreError          a folder or store that does not take or give files
+    ├── EngineError         an accelerator that failed
+    └── MessageError        a queue or ledger entry that is not ours
+"""
+
+from __future__ import annotations
+
+
+class NermillError(Exception):
+    """Base of all errors raised on purpose; ``str(error)`` is one line for the person at the terminal."""
+
+    exit_code = 1
+
+
+class UsageError(NermillError):
+    """A wrong input, option or file: nothing was started."""
+
+    exit_code = 2
+
+
+class ArtifactError(UsageError):
+    """A model artifact that is missing, changed, foreign or unfit for this machine."""
+
+
+class BrokerError(NermillError):
+    """The broker cannot be reached or refuses us."""
+
+
+class StoreError(NermillError):
+    """A file could not be read or written; the shard that needed it is handed back."""
+
+
+class EngineError(NermillError):
+    """The device or its runtime failed."""
+
+
+class MessageError(NermillError):
+    """A message or ledger entry that does not fit the contract; it is counted and dropped."""

@@ -1,0 +1,153 @@
+"""What a built artifact swears to: its files by hash, its labels, its shapes, its golden answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from worker.contracts.errors import ArtifactError
+
+SCHEMA_VERSION = 1
+FILE_NAME = "manifest.json"
+TOKENIZER_FILE = "tokenizer.json"
+GOLDEN_FILE = "golden.json"
+
+Backend = Literal["onnx", "torch", "aie"]
+Layout = Literal["packed", "plain"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One input of the compiled graph, bound by name; the artifact's order is the graph's order."""
+
+    name: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The word of an artifact.
+
+    Attributes:
+        name: What people call it.
+        backend: Which engine runs it.
+        model_file: The compiled graph, relative to the artifact's folder.
+        layout: ``packed``: ``input_ids, segments, position_ids`` (token types where the checkpoint needs
+            them), many windows a row. ``plain``: ``input_ids, attention_mask, token_type_ids``, one window a row.
+        inputs: Graph inputs in the graph's order, all of shape (rows, length).
+        shapes: The (rows, length) pairs that were compiled, or empty where shapes are free.
+        token_budget: Padded tokens of one batch where shapes are free.
+        max_length: Longest window in tokens, special tokens included.
+        labels: Label of each logit, by index.
+        scheme: Tag scheme of the labels.
+        lowercase: Whether the tokenizer folds case.
+        cls_id, sep_id, pad_id: Special token ids.
+        position_offset: Position id of a window's first token (0; RoBERTa counts from padding_idx + 1).
+        source: Where the checkpoint came from: name, revision, sha256.
+        libraries: Versions that built it.
+        files: sha256 of every file, by name relative to the folder.
+        tolerance: Largest accepted absolute difference of a golden logit.
+        details: Whatever a backend needs besides (soc, precision policy, licence).
+        sha256: Of manifest.json itself; names the artifact in every part. Not stored in the file.
+    """
+
+    name: str
+    backend: Backend
+    model_file: str
+    layout: Layout
+    precision: Precision
+    inputs: tuple[Input, ...]
+    shapes: tuple[tuple[int, int], ...]
+    token_budget: int
+    max_length: int
+    labels: tuple[str, ...]
+    scheme: str
+    lowercase: bool
+    cls_id: int
+    sep_id: int
+    pad_id: int
+    source: dict[str, str]
+    libraries: dict[str, str]
+    files: dict[str, str]
+    tolerance: float
+    position_offset: int = 0
+    details: dict[str, Any] = field(default_factory=dict)
+    sha256: str = ""
+
+    def write(self, folder: Path) -> None:
+        """Writes ``manifest.json`` into the artifact's folder."""
+        body = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        del body["sha256"]
+        (folder / FILE_NAME).write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Reads an artifact's manifest and checks every file's hash against it.
+
+    Raises:
+        ArtifactError: the folder is no artifact, its schema is foreign, or a file was changed or is missing.
+    """
+    path = folder / FILE_NAME
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(
+            f"{folder}: no model artifact ({FILE_NAME}: {error.strerror}); build one with nermill-build compile"
+        ) from None
+    try:
+        body = json.loads(raw)
+        version = body.pop("schema_version")
+        if version != SCHEMA_VERSION:
+            raise ArtifactError(
+                f"{path}: schema version {version!r}, this nermill reads {SCHEMA_VERSION}; build the artifact again"
+            )
+        manifest = _parse(body, hashlib.sha256(raw).hexdigest())
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ArtifactError(f"{path}: not a manifest ({error}); build the artifact again") from None
+    for name, expected in manifest.files.items():
+        if file_sha256(folder / name) != expected:
+            raise ArtifactError(
+                f"{folder / name}: changed since it was built (sha256 differs); build or copy the artifact again"
+            )
+    return manifest
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, in hexadecimal.
+
+    Raises:
+        ArtifactError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            digest = hashlib.sha256()
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise ArtifactError(f"{path}: {error.strerror}; build or copy the artifact again") from None
+    return digest.hexdigest()
+
+
+def _parse(body: dict[str, Any], sha256: str) -> Manifest:
+    known = {f.name for f in fields(Manifest)}
+    if unknown := body.keys() - known:
+        raise ValueError(f"unknown {', '.join(sorted(unknown))}")
+    body["inputs"] = tuple(Input(**entry) for entry in body["inputs"])
+    body["shapes"] = tuple((int(rows), int(length)) for rows, length in body["shapes"])
+    body["labels"] = tuple(body["labels"])
+    return Manifest(**body, sha256=sha256)
+
+
+def resolve_artifact(model: str) -> Path:
+    """The artifact's folder for ``demo`` (the bundled model) or a path."""
+    if model != "demo":
+        return Path(model)
+    spec = find_spec("model_build")
+    if spec is None or spec.origin is None:
+        raise ArtifactError("the bundled demo model is not installed; name an artifact with --model")
+    return Path(spec.origin).parent / "demo" / "artifact"

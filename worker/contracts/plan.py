@@ -1,0 +1,142 @@
+"""``plan.json``: what a run was asked to do, enough to resume it without the broker."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal
+
+from worker.contracts.errors import UsageError
+from worker.contracts.layout import PLAN_FILE, RunFolder
+
+PLAN_VERSION = 1
+RUN_ID = re.compile(r"[0-9a-z][0-9a-z_-]{0,63}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+AGGREGATIONS = ("none", "simple", "first", "average", "max")
+
+Aggregation = Literal["none", "simple", "first", "average", "max"]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a run's documents are tagged; part of the run's identity.
+
+    Attributes:
+        aggregation: How subword predictions become a word's: names and meaning as in transformers.
+        overlap: Tokens that neighbouring windows of a long document share.
+        max_chars: Longest document in code points; a longer one is rejected.
+        keep_text: Whether parts carry the text.
+        keep_fields: Whether parts carry the record's other fields, as JSON.
+    """
+
+    aggregation: Aggregation = "first"
+    overlap: int = 64
+    max_chars: int = 1_000_000
+    keep_text: bool = False
+    keep_fields: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One input file: where, what, and how to know it again. ``sha256`` is empty for a stream."""
+
+    uri: str
+    format: str
+    bytes: int
+    sha256: str
+    documents: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A run's unit of work: ``documents`` consecutive documents from ``first`` on, in one ``_shards`` file."""
+
+    index: int
+    first: int
+    documents: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run.
+
+    Attributes:
+        run_id: Name of the run, derived from its inputs, options and model.
+        created: UTC time, ISO 8601.
+        model: The artifact that was asked for: name or path, and its sha256 where the producer could see it.
+        unit: What a document is: ``sentence`` or ``document`` for CoNLL, else ``document``.
+        has_gold: Whether any document carries gold tags.
+        is_open: A stream that still grows; its shards are those in ``_shards``.
+        cancelled: The run was cancelled; what is committed stays.
+    """
+
+    run_id: str
+    created: str
+    model: dict[str, str]
+    options: Options
+    inputs: tuple[Input, ...]
+    shards: tuple[Shard, ...]
+    unit: str = "document"
+    has_gold: bool = False
+    is_open: bool = False
+    cancelled: bool = False
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def documents(self) -> int:
+        return sum(shard.documents for shard in self.shards)
+
+    def write(self, run: RunFolder) -> None:
+        body = {"plan_version": PLAN_VERSION, **asdict(self)}
+        run.write(PLAN_FILE, (json.dumps(body, indent=1, ensure_ascii=False) + "\n").encode())
+
+    def cancel(self, run: RunFolder) -> Plan:
+        """Marks the run cancelled, durably."""
+        cancelled = replace(self, cancelled=True)
+        cancelled.write(run)
+        return cancelled
+
+
+def read_plan(run: RunFolder) -> Plan:
+    """Reads a run's plan.
+
+    Raises:
+        UsageError: there is no run, or its plan is damaged or from another version.
+    """
+    if not run.exists(PLAN_FILE):
+        raise UsageError(
+            f"{run.uri}: no run here ({PLAN_FILE} is missing); name a folder OUT/run=<id> that nermill made"
+        )
+    try:
+        body = json.loads(run.read(PLAN_FILE))
+        version = body.pop("plan_version")
+        if version != PLAN_VERSION:
+            raise UsageError(f"{run.path(PLAN_FILE)}: plan version {version!r}, this nermill reads {PLAN_VERSION}")
+        body["options"] = options_from(body["options"])
+        body["inputs"] = tuple(Input(**entry) for entry in body["inputs"])
+        body["shards"] = tuple(Shard(**entry) for entry in body["shards"])
+        return Plan(**body)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UsageError(f"{run.path(PLAN_FILE)}: not a plan ({error})") from None
+
+
+def options_from(body: dict[str, Any]) -> Options:
+    """Options from untrusted JSON.
+
+    Raises:
+        ValueError: a name, type or value that does not fit.
+    """
+    defaults = Options()
+    if not isinstance(body, dict) or (unknown := body.keys() - {f.name for f in fields(Options)}):
+        raise ValueError(f"unknown options {sorted(unknown) if isinstance(body, dict) else body!r}")
+    for name, value in body.items():
+        if type(value) is not type(getattr(defaults, name)):
+            raise ValueError(f"option {name}={value!r} has the wrong type")
+    options = replace(defaults, **body)
+    if options.aggregation not in AGGREGATIONS:
+        raise ValueError(f"aggregation {options.aggregation!r} is none of {', '.join(AGGREGATIONS)}")
+    if not 0 <= options.overlap <= 4096 or not 0 < options.max_chars <= 2**31 - 1:
+        raise ValueError("overlap or max_chars out of range")
+    return options

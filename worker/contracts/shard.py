@@ -1,0 +1,76 @@
+"""A shard's file: documents as an Arrow table, written by the producer, read by workers, known by its sha256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import pyarrow as pa
+from pyarrow import ipc
+
+from worker.contracts.document import Document, Fault
+from worker.contracts.errors import StoreError
+from worker.contracts.layout import RunFolder
+from worker.contracts.schema import SHARD
+
+_WRITE = ipc.IpcWriteOptions(compression="zstd")
+
+
+def shard_table(documents: Sequence[Document]) -> pa.Table:
+    """Documents as one table with the SHARD schema."""
+    faults = [document.fault for document in documents]
+    columns = [
+        [document.id for document in documents],
+        [document.text for document in documents],
+        [document.words for document in documents],
+        [document.gold_tags for document in documents],
+        [None if d.fields is None else json.dumps(d.fields, ensure_ascii=False, default=str) for d in documents],
+        [fault and fault.reason for fault in faults],
+        [fault and fault.message for fault in faults],
+    ]
+    return pa.table([pa.array(c, f.type) for c, f in zip(columns, SHARD, strict=True)], schema=SHARD)
+
+
+def encode_shard(table: pa.Table) -> tuple[bytes, str]:
+    """The shard file's bytes and their sha256."""
+    sink = pa.BufferOutputStream()
+    with ipc.new_file(sink, SHARD, options=_WRITE) as writer:
+        writer.write_table(table)
+    data = sink.getvalue().to_pybytes()
+    return data, hashlib.sha256(data).hexdigest()
+
+
+def read_shard(run: RunFolder, shard: int, sha256: str) -> pa.Table:
+    """The documents of a shard.
+
+    Raises:
+        StoreError: the file is missing, unreadable, or not the one that was planned.
+    """
+    name = run.shard_file(shard)
+    data = run.read(name)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise StoreError(f"{run.path(name)}: changed since it was planned (sha256 differs); plan the run again")
+    try:
+        table = ipc.open_file(pa.BufferReader(data)).read_all()
+    except pa.ArrowInvalid as error:
+        raise StoreError(f"{run.path(name)}: not a shard ({error})") from None
+    if table.schema != SHARD:
+        raise StoreError(f"{run.path(name)}: its columns are not those of a shard of this version")
+    return table
+
+
+def read_documents(table: pa.Table) -> list[Document]:
+    """A shard's rows as documents, for tools that look at them one by one."""
+    rows = table.to_pylist()
+    return [
+        Document(
+            id=row["doc_id"],
+            text=row["text"],
+            words=row["words"] and tuple(row["words"]),
+            gold_tags=row["gold_tags"] and tuple(row["gold_tags"]),
+            fields=row["fields"] and json.loads(row["fields"]),
+            fault=row["fault_reason"] and Fault(row["fault_reason"], row["fault_message"]),
+        )
+        for row in rows
+    ]

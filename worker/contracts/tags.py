@@ -1,0 +1,91 @@
+"""Tag schemes of the field, read as conlleval reads them and written as IOB2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Literal, get_args
+
+Scheme = Literal["IOB1", "IOB2", "BIOES"]
+SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
+OUTSIDE = "O"
+
+_BIOES_ONLY = "ESLU"  # L and U are BILOU's names for E and S
+_STARTING = "BSU"
+_CLOSING = "ESLU"
+
+
+def to_iob2(tags: Sequence[str], scheme: Scheme) -> tuple[str, ...]:
+    """One sequence's tags as IOB2, with the same chunks.
+
+    Args:
+        tags: One tag a word: ``O`` or ``<prefix>-<label>``.
+        scheme: What they are written in. ``IOB1`` takes a ``B-`` anywhere, as conlleval does, so that
+            slightly mixed files keep their chunks; ``BIOES`` takes BILOU's ``L-`` and ``U-`` too.
+
+    Raises:
+        ValueError: a tag that the scheme does not have, named with its index; or an unknown scheme.
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"unknown tag scheme {scheme!r}; one of {', '.join(SCHEMES)}")
+    out = []
+    before, label_before = OUTSIDE, ""
+    for index, tag in enumerate(tags):
+        prefix, label = _split(tag, index)
+        starts = _starts_chunk(before, label_before, prefix, label)
+        if prefix in _BIOES_ONLY and scheme != "BIOES":
+            raise ValueError(f"tag {tag!r} at index {index} is not {scheme}; it is BIOES")
+        if prefix == "I" and starts and scheme == "IOB2":
+            raise ValueError(
+                f"tag {tag!r} at index {index} starts a chunk, which IOB2 writes as 'B-{label}'; it is IOB1"
+            )
+        out.append(tag if prefix == OUTSIDE else f"{'B' if starts else 'I'}-{label}")
+        before, label_before = prefix, label
+    return tuple(out)
+
+
+def detect_scheme(sequences: Iterable[Sequence[str]]) -> Scheme:
+    """The scheme in which sequences of tags are written, all of them looked at.
+
+    ``E-``, ``S-``, ``L-`` or ``U-`` anywhere make it BIOES; else an ``I-`` that starts a chunk makes it
+    IOB1; else it is IOB2.
+
+    Raises:
+        ValueError: a tag that fits no scheme, named with its index in its sequence.
+    """
+    found: Scheme = "IOB2"
+    for tags in sequences:
+        before, label_before = OUTSIDE, ""
+        for index, tag in enumerate(tags):
+            prefix, label = _split(tag, index)
+            if prefix in _BIOES_ONLY:
+                found = "BIOES"
+            elif prefix == "I" and found == "IOB2" and _starts_chunk(before, label_before, prefix, label):
+                found = "IOB1"
+            before, label_before = prefix, label
+    return found
+
+
+def _starts_chunk(before: str, label_before: str, prefix: str, label: str) -> bool:
+    if prefix == OUTSIDE:
+        return False
+    return prefix in _STARTING or before == OUTSIDE or before in _CLOSING or label != label_before
+
+
+def _split(tag: str, index: int) -> tuple[str, str]:
+    parsed = _parse(tag)
+    if parsed is None:
+        raise ValueError(
+            f"tag {tag!r} at index {index} fits none of {', '.join(SCHEMES)}; tags are 'O' or like 'B-PER'"
+        )
+    return parsed
+
+
+@lru_cache(maxsize=4096)
+def _parse(tag: str) -> tuple[str, str] | None:
+    if tag == OUTSIDE:
+        return OUTSIDE, ""
+    prefix, dash, label = tag.partition("-")
+    if len(prefix) != 1 or prefix not in "BIESLU" or not dash or not label:
+        return None
+    return prefix, label

@@ -1,0 +1,83 @@
+"""The engine on onnxruntime: the default on a CPU; CUDA and CANN through their execution providers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from worker.contracts.errors import ArtifactError, EngineError
+from worker.contracts.manifest import Manifest
+from worker.engine import Batch
+from worker.engine.inputs import check_names, named_inputs
+
+_PROVIDERS = {
+    "cpu": ("CPUExecutionProvider", "onnxruntime"),
+    "cuda": ("CUDAExecutionProvider", "onnxruntime-gpu"),
+    "npu": ("CANNExecutionProvider", "onnxruntime-cann"),
+}
+
+
+class OnnxEngine:
+    """A graph of onnxruntime on one device; see ``worker.engine.Engine``."""
+
+    def __init__(self, artifact: Path, manifest: Manifest, device: str = "cpu", threads: int = 0) -> None:
+        self.manifest = manifest
+        self.device = device
+        self.in_flight = 1 if device == "cpu" else 2
+        try:
+            self._session = open_session(str(artifact / manifest.model_file), device, manifest, threads)
+        except ArtifactError:
+            raise
+        except Exception as error:
+            raise ArtifactError(
+                f"{artifact}: onnxruntime {onnxruntime.__version__} does not load it ({error})"
+            ) from None
+        check_names(manifest, [entry.name for entry in self._session.get_inputs()])
+
+    def run(self, batch: Batch) -> NDArray[np.float32]:
+        """Logits of shape (rows, length, labels)."""
+        feeds = named_inputs(batch, self.manifest)
+        try:
+            logits: NDArray[np.float32] = self._session.run(None, feeds)[0]
+        except Exception as error:
+            raise EngineError(f"onnxruntime on {self.device}: {error}") from error
+        return logits
+
+    def close(self) -> None:
+        """Frees the session."""
+        del self._session
+
+
+def open_session(model: str | bytes, device: str, manifest: Manifest, threads: int) -> Any:
+    """A session of onnxruntime on a device; ``model`` is a file's path or a graph's bytes.
+
+    Raises:
+        ArtifactError: this onnxruntime cannot serve the device.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.log_severity_level = 3
+    # tokenizer and decoder run on the same cores: a thread that spins between batches takes their time
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(model, options, providers=_providers(device, manifest))
+
+
+def _providers(device: str, manifest: Manifest) -> list[Any]:
+    kind, _, number = device.partition(":")
+    if kind not in _PROVIDERS:
+        raise ArtifactError(f"device {device!r}: write cpu, cuda:N or npu:N")
+    provider, package = _PROVIDERS[kind]
+    if provider not in onnxruntime.get_available_providers():
+        raise ArtifactError(f"device {device}: this onnxruntime has no {provider}; pip install {package}")
+    if kind == "cpu":
+        return [provider]
+    settings: dict[str, Any] = {"device_id": int(number or 0)}
+    if kind == "npu":
+        settings |= {"enable_cann_graph": True}
+        settings |= {"precision_mode": "force_fp16"} if manifest.precision == "fp16" else {}
+    return [(provider, settings), "CPUExecutionProvider"]

@@ -1,0 +1,9 @@
+"""What a run is worth: scores that can be believed, and throughput from what its workers measured."""
+
+from __future__ import annotations
+
+from worker.evaluation.evaluation import evaluate
+from worker.evaluation.floors import below_floors
+from worker.evaluation.report import write_report
+
+__all__ = ["below_floors", "evaluate", "write_report"]

@@ -1,0 +1,169 @@
+"""A run's parts as a stream of blocks: a bounded number of documents at a time, as arrays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from worker.contracts.errors import UsageError
+from worker.contracts.layout import RunFolder, part_name
+from worker.contracts.schema import SCHEMA_VERSION, metadata_of
+from worker.evaluation.chunks import Bools, Ints, Labels, Tags, read_tags
+from worker.evaluation.gold import GoldFile
+
+_BLOCK_BYTES = 16 << 20  # uncompressed; bounds memory where documents are long
+_BLOCK_ROWS = 8192
+_COLUMNS = ["doc_index", "doc_id", "n_tokens", "status", "entities", "words", "tags", "gold_tags"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a part says of itself: its file, its metadata, what its worker measured (one object a shard)."""
+
+    file: str
+    rows: int
+    metadata: dict[str, str]
+    stats: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Some documents of a run; ``scored`` ones have gold, and the word arrays hold those alone.
+
+    Attributes:
+        rows: The documents of the block, a table with the columns that are read.
+        scored: Row of each scored document.
+        gold: Gold tags, normalised to IOB2.
+        predicted: Predicted tags; all ``O`` for a document that was rejected, since that is what its reader gets.
+    """
+
+    rows: pa.RecordBatch
+    scored: Ints
+    gold: Tags
+    predicted: Tags
+
+    def words(self, document: int) -> list[str]:
+        """Words of a scored document; none where it was rejected."""
+        words: list[str] | None = self.rows["words"][int(self.scored[document])].as_py()
+        return words or []
+
+
+@dataclass
+class Parts:
+    """The committed parts of a run.
+
+    Attributes:
+        run: The run's folder.
+        shards: Shards to read, in order.
+        labels: Where labels get their numbers.
+        documents: Documents of the whole run, those without a part included.
+        gold: Gold tags from a file, which then stand for those in the parts.
+        seen: The parts that were read so far.
+    """
+
+    run: RunFolder
+    shards: list[int]
+    labels: Labels
+    documents: int
+    gold: GoldFile | None = None
+    seen: list[Part] = field(default_factory=list)
+
+    def blocks(self) -> Iterator[Block]:
+        """All documents, in order, once.
+
+        Raises:
+            UsageError: a damaged or foreign part; gold that does not fit its document.
+        """
+        for rows in self.rows():
+            yield self.block(rows, self.take_gold(rows))
+
+    def block(self, rows: pa.RecordBatch, gold: pa.Array) -> Block:
+        """Rows that were just read, and their gold tags, as a block.
+
+        Raises:
+            UsageError: gold that does not fit its document, or a tag of no scheme.
+        """
+        try:
+            return _make_block(rows, gold, self.labels)
+        except UsageError as error:
+            raise UsageError(f"{self.seen[-1].file}: {error}") from None
+
+    def take_gold(self, rows: pa.RecordBatch) -> pa.Array:
+        """Gold tags of the next rows, from the file where there is one."""
+        return rows["gold_tags"] if self.gold is None else self.gold.take(rows)
+
+    def rows(self) -> Iterator[pa.RecordBatch]:
+        """All documents, in order, once, as they stand in the parts.
+
+        Raises:
+            UsageError: a damaged or foreign part; gold that goes on after the run.
+        """
+        for shard in self.shards:
+            file = self.run.path(part_name(shard))
+            try:
+                with self._open(shard) as part:
+                    self.seen.append(_read_part(file, part))
+                    yield from part.iter_batches(_batch_rows(part), columns=_COLUMNS)
+            except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise UsageError(f"{file}: a damaged part ({reason}); remove it and resume the run") from None
+        if self.gold is not None:
+            self.gold.finish(self.documents)
+
+    def _open(self, shard: int) -> pq.ParquetFile:
+        name = part_name(shard)
+        return pq.ParquetFile(self.run.path(name) if self.run.is_local else pa.BufferReader(self.run.read(name)))
+
+
+def _make_block(rows: pa.RecordBatch, gold: pa.Array, labels: Labels) -> Block:
+    has_gold = gold.is_valid()
+    scored = np.flatnonzero(has_gold.to_numpy(zero_copy_only=False))
+    gold, tags = gold.filter(has_gold), rows["tags"].filter(has_gold)
+    lengths = _lengths(gold)
+    tagged: Bools = tags.is_valid().to_numpy(zero_copy_only=False)
+    if (wrong := np.flatnonzero(tagged & (_lengths(tags) != lengths))).size:
+        document = int(wrong[0])
+        raise UsageError(
+            f"document {rows['doc_id'][int(scored[document])].as_py()!r} has {lengths[document]} gold tags"
+            f" for {_lengths(tags)[document]} words; mend the input and run it again"
+        )
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    predicted = np.full(int(offsets[-1]), "O", object)
+    predicted[np.repeat(tagged, lengths)] = tags.flatten().to_numpy(zero_copy_only=False)
+    return Block(
+        rows,
+        scored,
+        read_tags(gold.flatten(), offsets, labels, normalise=True),
+        read_tags(pa.array(predicted, pa.string()), offsets, labels, normalise=False),
+    )
+
+
+def _lengths(lists: pa.Array) -> Ints:
+    lengths: Ints = pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    return lengths
+
+
+def _batch_rows(part: pq.ParquetFile) -> int:
+    meta = part.metadata
+    size = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
+    return int(np.clip(_BLOCK_BYTES * max(meta.num_rows, 1) // max(size, 1), 1, _BLOCK_ROWS))
+
+
+def _read_part(file: str, part: pq.ParquetFile) -> Part:
+    metadata = metadata_of(part.schema_arrow)
+    if (version := metadata.get("schema_version")) != SCHEMA_VERSION:
+        raise UsageError(f"{file}: part schema version {version!r}, this nermill reads {SCHEMA_VERSION!r}")
+    if missing := set(_COLUMNS) - set(part.schema_arrow.names):
+        raise ValueError(f"no column {', '.join(sorted(missing))}")
+    stats = json.loads(metadata.get("stats", "[]"))
+    stats = stats if isinstance(stats, list) else [stats]
+    if not all({"claimed", "finished"} <= entry.keys() for entry in stats):
+        raise ValueError("measurements without claimed and finished")
+    return Part(file, part.metadata.num_rows, metadata, stats)

@@ -1,0 +1,90 @@
+"""Whether an entity's score is the share of such entities that are right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from worker.evaluation.blocks import Block
+from worker.evaluation.chunks import Bools, Chunks, Ints, Labels
+from worker.evaluation.scores import Floats
+
+BINS = 10
+
+
+@dataclass
+class Calibration:
+    """Entities by score in ten equal bins: how many, their mean score, how many are in gold.
+
+    An entity is right where gold has one with the same code points and the same label.
+    """
+
+    labels: Labels
+    _entities: Ints = field(default_factory=lambda: np.zeros(BINS, np.int64))
+    _right: Ints = field(default_factory=lambda: np.zeros(BINS, np.int64))
+    _scores: Floats = field(default_factory=lambda: np.zeros(BINS))
+
+    def add(self, block: Block, gold: Chunks) -> None:
+        """Takes in the entities of a block's scored documents."""
+        lists = block.rows["entities"].take(pa.array(block.scored))
+        entities = lists.flatten()
+        if not len(entities):
+            return
+        document = np.repeat(np.arange(len(lists)), pc.list_value_length(lists).to_numpy())
+        score = entities.field("score").to_numpy().astype(np.float64)
+        right = self._find_right(block, gold, entities, document)
+        bins = np.clip((score * BINS).astype(np.int64), 0, BINS - 1)
+        self._entities += np.bincount(bins, minlength=BINS)
+        self._right += np.bincount(bins[right], minlength=BINS)
+        self._scores += np.bincount(bins, score, BINS)
+
+    def _find_right(self, block: Block, gold: Chunks, entities: pa.StructArray, document: Ints) -> Bools:
+        if not len(gold):
+            return np.zeros(len(entities), np.bool_)
+        begin, end, base = _word_positions(block)
+        gold_start, gold_end = begin[gold.start], end[gold.end - 1]
+        start, stop = (base[document] + entities.field(name).to_numpy() for name in ("start", "end"))
+        names = entities.field("label").dictionary_encode()
+        numbers = np.array([self.labels.label(name) for name in names.dictionary.to_pylist()], np.int64)
+        at = np.minimum(np.searchsorted(gold_start, start), len(gold) - 1)
+        right: Bools = (gold_start[at] == start) & (gold_end[at] == stop)
+        right &= gold.label[at] == numbers[names.indices.to_numpy()]
+        return right
+
+    def summary(self) -> dict[str, Any]:
+        """The reliability table and the expected calibration error, in the report's names."""
+        total = int(self._entities.sum())
+        filled = np.maximum(self._entities, 1)
+        score, precision = self._scores / filled, self._right / filled
+        gap = np.abs(score - precision) * self._entities
+        rows = zip(self._entities.tolist(), score.tolist(), precision.tolist(), strict=True)
+        return {
+            "entities": total,
+            "expected_calibration_error": float(gap.sum() / total) if total else 0.0,
+            "bins": [
+                {"from": n / BINS, "to": (n + 1) / BINS, "entities": count, "mean_score": s, "precision": p}
+                for n, (count, s, p) in enumerate(rows)
+                if count
+            ],
+        }
+
+
+def _word_positions(block: Block) -> tuple[Ints, Ints, Ints]:
+    """First and past-the-last code point of each word, and where each document begins.
+
+    Documents are thought of as laid one behind another; a document's text is its words, joined by single spaces.
+    A rejected document has no entities, so what stands for its words does not matter.
+    """
+    offsets = block.gold.offsets
+    lists = block.rows["words"].take(pa.array(block.scored))
+    lengths = np.ones(int(offsets[-1]), np.int64)
+    given = np.repeat(lists.is_valid().to_numpy(zero_copy_only=False), np.diff(offsets))
+    lengths[given] = pc.utf8_length(lists.flatten()).to_numpy(zero_copy_only=False)
+    end = np.cumsum(lengths + 1)
+    begin = end - lengths - 1
+    base = np.append(begin, end[-1:])[offsets[:-1]] if len(begin) else np.zeros(len(offsets) - 1, np.int64)
+    return begin, end - 1, base

@@ -1,0 +1,178 @@
+"""The report's charts: figures of a report as SVG that takes its ink from the page around it."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Report = dict[str, Any]
+
+_INK = "#010203"  # becomes the page's text colour
+BLUE, ORANGE, GREEN, RED, GREY = "#4c8dd6", "#e08a3c", "#3fa66b", "#d9594c", "#8a8f98"
+_SERIES = [BLUE, ORANGE, GREEN, RED, "#9a6fd0", "#c9a227", "#2aa7a7", GREY]
+_MOST_SERIES = 8
+_LEAST_ROWS = 4  # two bars look like two bars, not like two walls
+_SIZE = (4.8, 2.9)  # inches: small, so that letters stay readable on a telephone
+_STYLE = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "legend.frameon": False,
+    "font.size": 9,
+    "grid.color": GREY,
+    "grid.alpha": 0.3,
+}
+
+
+def draw_charts(report: Report) -> dict[str, str]:
+    """Every chart that the report has figures for, as inline SVG by name."""
+    charts: dict[str, Callable[[Axes, Report], None]] = {"lengths": _lengths}
+    if report["throughput"].get("over_time"):
+        charts |= {"speed": _speed, "fill": _fill, "busy": _busy}
+    if report.get("per_label"):
+        charts |= {"labels": _labels, "confusion": _confusion, "by_length": _by_length}
+    if report.get("calibration", {}).get("bins"):
+        charts["reliability"] = _reliability
+    return {name: _draw(name, draw, report) for name, draw in charts.items()}
+
+
+def _draw(name: str, draw: Callable[[Axes, Report], None], report: Report) -> str:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    sink = io.StringIO()
+    style: Any = {**_STYLE, "svg.hashsalt": name}
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a label in a script that the measuring font lacks is the browser's to show
+        figure = Figure(figsize=_SIZE, layout="constrained")
+        draw(figure.add_subplot(), report)
+        figure.savefig(sink, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    svg = sink.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    return re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 28 else text[:27] + "…"
+
+
+def _speed(axes: Axes, report: Report) -> None:
+    over_time = report["throughput"]["over_time"]
+    devices = over_time["devices"]
+    width = over_time["bin_seconds"]
+    rows = {_short(name): one["documents_per_second"] for name, one in devices.items()}
+    if len(rows) > _MOST_SERIES:
+        rows = {f"{len(rows)} devices together": [sum(values) for values in zip(*rows.values(), strict=True)]}
+    for (name, values), colour in zip(rows.items(), _SERIES, strict=False):
+        seconds = [n * width for n in range(len(values))]
+        axes.step(seconds, values, where="post", color=colour, label=name, linewidth=1.5)
+    axes.set(xlabel="seconds since the first shard was claimed", ylabel="documents/s", ylim=(0, None))
+    axes.legend(fontsize=8)
+    axes.grid(axis="y")
+
+
+def _bars(axes: Axes, names: list[str], values: list[float], colour: str) -> None:
+    axes.barh([_short(name) for name in names], values, color=colour, height=0.6)
+    axes.set_ylim(max(len(names), _LEAST_ROWS) - 0.5, -0.5)
+    axes.grid(axis="x")
+
+
+def _device_rows(report: Report) -> list[tuple[str, Report]]:
+    """Up to ten devices, by name; two names that look alike stay two bars."""
+    rows = report["throughput"]["devices"][:10]
+    return [(f"{row['device']} · {row['host']}", row) for row in rows]
+
+
+def _fill(axes: Axes, report: Report) -> None:
+    rows = _device_rows(report)
+    names = [name for name, _ in rows]
+    real = [100 * (1 - row["padding_share"]) for _, row in rows]
+    _bars(axes, names, real, GREEN)
+    axes.barh([_short(name) for name in names], [100 - r for r in real], left=real, color=GREY, height=0.6, alpha=0.5)
+    axes.set(xlabel="% of computed tokens: real (green), padding (grey)", xlim=(0, 100))
+
+
+def _busy(axes: Axes, report: Report) -> None:
+    rows = _device_rows(report)
+    _bars(axes, [name for name, _ in rows], [100 * row["busy_share"] for _, row in rows], BLUE)
+    axes.set(xlabel="% of its time in which the device computed", xlim=(0, 100))
+
+
+def _lengths(axes: Axes, report: Report) -> None:
+    histogram = report["lengths"]["histogram"]
+    ends = [row["tokens_to"] for row in histogram]
+    names = [str(row["tokens_from"]) if row["tokens_to"] else f"{row['tokens_from']}+" for row in histogram]
+    axes.bar(range(len(names)), [row["documents"] for row in histogram], color=BLUE, width=0.8)
+    for length in sorted({length for _, length in report["lengths"]["shapes"]}):
+        at = sum(end is not None and end < length for end in ends) - 0.5
+        axes.axvline(at, color=ORANGE, linestyle="--", linewidth=1)
+        axes.annotate(str(length), (at, 1), xycoords=("data", "axes fraction"), color=ORANGE, fontsize=8)
+    axes.set_xticks(range(len(names)), names, rotation=45, fontsize=8)
+    axes.set(xlabel="tokens of a document, from", ylabel="documents")
+    axes.grid(axis="y")
+
+
+def _labels(axes: Axes, report: Report) -> None:
+    rows = sorted(report["per_label"].items(), key=lambda row: (-row[1]["support"], row[0]))[:20]
+    names = [_short(name) for name, _ in rows]
+    f1 = [100 * row["f1"] for _, row in rows]
+    bounds = [[100 * row["f1_interval"][side] for _, row in rows] for side in (0, 1)]
+    spread = [[max(0.0, value - low) for value, low in zip(f1, bounds[0], strict=True)]]
+    spread.append([max(0.0, high - value) for value, high in zip(f1, bounds[1], strict=True)])
+    _bars(axes, names, f1, BLUE)
+    axes.errorbar(f1, range(len(names)), xerr=spread, fmt="none", ecolor=_INK, capsize=3, linewidth=1)
+    axes.set(xlabel="F1, % (line: 95 % interval)", xlim=(0, 100))
+
+
+def _confusion(axes: Axes, report: Report) -> None:
+    confusion = report["confusion"]
+    cells, names = confusion["entities"], confusion["gold"]
+    last = len(names) - 1
+    for row, counts in enumerate(cells):
+        total = sum(counts) or 1
+        for column, count in enumerate(counts):
+            colour = GREEN if row == column else RED
+            axes.barh(row, 1, left=column - 0.5, height=1, color=colour, alpha=0.75 * count / total, linewidth=0)
+            if count and last <= 12:
+                axes.text(column, row, f"{count:,}", ha="center", va="center", fontsize=8)
+    shown = [_short(name) for name in names]
+    axes.set_xticks(range(len(names)), [*shown[:-1], "missed"], rotation=45 if last > 5 else 0, fontsize=8)
+    axes.set_yticks(range(len(names)), [*shown[:-1], "invented"], fontsize=8)
+    axes.set(xlabel="predicted", ylabel="gold", xlim=(-0.5, last + 0.5), ylim=(last + 0.5, -0.5))
+
+
+def _by_length(axes: Axes, report: Report) -> None:
+    rows = report["by_length"]
+    names = [f"{row['words_from']}–{row['words_to']}" if row["words_to"] else f"{row['words_from']}+" for row in rows]
+    axes.bar(range(len(names)), [100 * row["f1"] for row in rows], color=BLUE, width=0.7)
+    for at, row in enumerate(rows):
+        axes.annotate(f"{row['documents']:,}", (at, 100 * row["f1"]), ha="center", va="bottom", fontsize=7)
+    axes.set_xticks(range(len(names)), names, fontsize=8, rotation=30)
+    axes.set(xlabel="words of a document (above the bar: documents)", ylabel="F1, %", ylim=(0, 108))
+    axes.grid(axis="y")
+
+
+def _reliability(axes: Axes, report: Report) -> None:
+    bins = report["calibration"]["bins"]
+    most = max(row["entities"] for row in bins)
+    axes.plot([0, 100], [0, 100], color=GREY, linestyle="--", linewidth=1)
+    scores, precisions = ([100 * row[name] for row in bins] for name in ("mean_score", "precision"))
+    axes.plot(scores, precisions, color=BLUE, linewidth=1.2)
+    sizes = [20 + 180 * row["entities"] / most for row in bins]
+    axes.scatter(scores, precisions, s=sizes, color=BLUE, alpha=0.8)
+    axes.set(xlabel="mean score, % (size: entities)", ylabel="of them correct, %", xlim=(0, 103), ylim=(0, 105))
+    axes.grid()

@@ -1,0 +1,75 @@
+"""A report as files: ``report.json`` for programs, ``report.html`` for people."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from importlib.resources import files
+from typing import Any
+
+from worker.contracts.layout import REPORT_HTML, REPORT_JSON, RunFolder
+from worker.evaluation.charts import draw_charts
+
+_TEMPLATE = "report.html.jinja"
+# Control characters and those that turn the direction of writing: they would show something other than the text.
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+
+
+def write_report(run: RunFolder, report: dict[str, Any]) -> None:
+    """Writes both files into the run's folder.
+
+    Args:
+        run: The run's folder.
+        report: What ``evaluate`` returned.
+
+    Raises:
+        StoreError: the folder does not take them.
+    """
+    html = render_report(report)
+    run.write(REPORT_JSON, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
+    run.write(REPORT_HTML, html.encode())
+
+
+def render_report(report: dict[str, Any]) -> str:
+    """The report as one page that needs nothing else: no script, no network; every text in it escaped."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"percent": _percent, "number": _number, "json": _json, "visible": _visible}
+    environment.globals["pieces"] = _pieces
+    source = files("worker.evaluation").joinpath(_TEMPLATE).read_text("utf-8")
+    return environment.from_string(source).render(report=report, charts=draw_charts(report))
+
+
+def _percent(share: float, digits: int = 2) -> str:
+    return f"{100 * share:.{digits}f}"
+
+
+def _number(value: float) -> str:
+    """Whole numbers with thousands apart; others with three digits that count."""
+    if value == int(value):
+        return f"{int(value):,}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _visible(text: str) -> str:
+    """Text whose unseen characters are named."""
+    return _UNSEEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False)
+
+
+def _pieces(words: list[str], spans: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """An excerpt's words cut at its entities: pieces of text with a label, or with none."""
+    at = 0
+    for span in spans:
+        if span["first"] > at:
+            yield {"text": " ".join(words[at : span["first"]]), "label": None, "correct": True}
+        text = " ".join(words[span["first"] : span["end"]])
+        yield {"text": text, "label": span["label"], "correct": span["correct"]}
+        at = span["end"]
+    if at < len(words):
+        yield {"text": " ".join(words[at:]), "label": None, "correct": True}

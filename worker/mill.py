@@ -1,0 +1,240 @@
+"""One claimed shard after another: read, tag, commit, tell the ledger; and the threads that keep the leases.
+
+Whatever happens to a worker, the part is committed before the ledger hears of it and the ledger before the bell
+is acknowledged, so each step may be repeated and none can be skipped.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+
+from worker import parts
+from worker.contracts.errors import MessageError, NermillError, StoreError
+from worker.contracts.layout import SUCCESS_FILE, part_name
+from worker.contracts.ledger import FINISH, MAX_ATTEMPTS, MAX_STRIKES, Claim, Ledger
+from worker.contracts.plan import read_plan
+from worker.contracts.shard import read_shard
+from worker.evaluation import evaluate, write_report
+from worker.gate import Gate
+from worker.metrics import Metrics
+from worker.pipeline import Annotated, Pipeline, Stats
+from worker.settings import Settings, is_allowed
+
+log = logging.getLogger("nermill.worker")
+
+EXIT_AGAIN = 75  # sysexits' EX_TEMPFAIL: start me again
+
+
+class Mill:
+    """What a worker process does for its bells.
+
+    Args:
+        pipeline: The model.
+        ledger: Where work is claimed.
+        settings: Leases, allowed roots, names.
+        ring: Sends that many bells.
+        metrics: What is counted.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        ledger: Ledger,
+        settings: Settings,
+        ring: Callable[[int], None],
+        metrics: Metrics,
+    ) -> None:
+        self.pipeline = pipeline
+        self._ledger = ledger
+        self._settings = settings
+        self._ring = ring
+        self.metrics = metrics
+        self._held: dict[tuple[str, int], Claim] = {}
+        self._gate = Gate()
+
+    @property
+    def held(self) -> list[Claim]:
+        """Shards that this process holds."""
+        return list(self._held.values())
+
+    def answer_bell(self) -> bool:
+        """Claims a shard and mills it; False where there was none.
+
+        A fault of the store hands the shard back for another try; a fault of the device is raised.
+        """
+        try:
+            claim = self._ledger.claim(self.pipeline.manifest.sha256, self._settings.lease_seconds)
+        except MessageError as error:
+            self.metrics.refused()
+            log.warning("%s", error)
+            return False
+        if claim is None:
+            return False
+        key = (claim.run_id, claim.shard.index)
+        self._held[key] = claim
+        try:
+            self._mill(claim)
+        except MessageError as error:
+            self.metrics.refused()
+            log.warning("run %s shard %d refused: %s", claim.run_id, claim.shard.index, error)
+        except StoreError as error:
+            self.metrics.handed_back()
+            log.error("run %s shard %d handed back: %s", claim.run_id, claim.shard.index, error)
+            time.sleep(min(self._settings.lease_seconds / 3, 2.0))
+            self._ledger.release(claim)
+        except NermillError:
+            self._ledger.release(claim)
+            raise
+        finally:
+            self._held.pop(key, None)
+        return True
+
+    def _mill(self, claim: Claim) -> None:
+        run, shard = claim.folder, claim.shard
+        if not is_allowed(claim.uri, self._settings.roots):
+            self._ledger.bury(claim)
+            raise MessageError(f"{claim.uri} is outside the allowed roots; allow it with NERMILL_ALLOWED_ROOTS")
+        if shard.index == FINISH:
+            self._finish(claim)
+            return
+        if run.exists(part_name(shard.index)):
+            self._complete(claim, parts.read_committed(run, shard.index))
+            return
+        claimed = time.time()
+        table = read_shard(run, shard.index, shard.sha256)
+        annotated = self._annotate(claim, table)
+        if not self._ledger.renew(claim, self._settings.lease_seconds):
+            log.warning("run %s shard %d went to another worker; its result is dropped", claim.run_id, shard.index)
+            return
+        tagged = time.time()
+        committed = self._commit(claim, claimed, annotated)
+        self._complete(claim, committed)
+        done = time.time()
+        self.metrics.committed(annotated, claim.attempts, done - claimed, done - tagged)
+        log.info("run %s shard %d: %d documents in %.2f s", claim.run_id, shard.index, table.num_rows, done - claimed)
+
+    def _commit(self, claim: Claim, claimed: float, annotated: Annotated) -> parts.Committed:
+        manifest = self.pipeline.manifest
+        return parts.commit(
+            claim.folder,
+            claim.shard.index,
+            annotated.part,
+            annotated.faults,
+            attempts=claim.attempts,
+            metadata={
+                "run_id": claim.run_id,
+                "model": manifest.name,
+                "artifact_sha256": manifest.sha256,
+                "aggregation": claim.options.aggregation,
+            },
+            stats=self._stats(claim, claimed, annotated),
+        )
+
+    def _stats(self, claim: Claim, claimed: float, annotated: Annotated) -> dict[str, Any]:
+        return {
+            **asdict(annotated.stats),
+            "device": self._settings.device_name,
+            "worker": self._settings.worker_name,
+            "host": socket.gethostname(),
+            "claimed": claimed,
+            "finished": time.time(),
+            "attempts": claim.attempts,
+        }
+
+    def _annotate(self, claim: Claim, table: pa.Table) -> Annotated:
+        if claim.attempts <= MAX_ATTEMPTS:
+            with self._gate.shared():
+                return self.pipeline.annotate(table, claim.options, claim.shard.first)
+        with self._gate.exclusive():
+            return self._one_by_one(claim, table)
+
+    def _one_by_one(self, claim: Claim, table: pa.Table) -> Annotated:
+        """Tags a shard that outlived its attempts document by document, alone in the process.
+
+        Each document is named in the ledger before it is tried, so a crash has a culprit; after
+        ``MAX_STRIKES`` crashes the document is rejected unseen.
+        """
+        strikes = self._ledger.strikes(claim.run_id)
+        tagged, faults, stats = [], {}, []
+        for row in range(table.num_rows):
+            index = claim.shard.first + row
+            document = table.slice(row, 1)
+            if strikes.get(index, 0) >= MAX_STRIKES:
+                document = _condemned(document, f"its worker died {strikes[index]} times while it was tagged alone")
+            elif not self._ledger.probe(claim, index):
+                break
+            annotated = self.pipeline.annotate(document, claim.options, index)
+            tagged.append(annotated.part)
+            if annotated.faults:
+                faults[row] = annotated.faults[0]
+            stats.append(annotated.stats)
+        totals = (sum(getattr(s, name) for s in stats) for name in Stats.__slots__)
+        return Annotated(pa.concat_tables(tagged), faults, Stats(*totals))
+
+    def _complete(self, claim: Claim, committed: parts.Committed) -> None:
+        if self._ledger.complete(claim, **asdict(committed)).last:
+            self._ring(1)
+
+    def _finish(self, claim: Claim) -> None:
+        """The run's last step: every planned shard has its part, so say so, and evaluate what has gold tags."""
+        run = claim.folder
+        plan = read_plan(run)
+        missing = {shard.index for shard in plan.shards} - run.committed()
+        if not missing and not plan.is_open:
+            run.write(SUCCESS_FILE, b"", exclusive=True)
+            log.info("run %s is complete", claim.run_id)
+            if plan.has_gold:
+                write_report(run, evaluate(run))
+        self._ledger.complete(claim, ok=0, rejected=0, tokens=0, computed=0)
+        if not missing:
+            self._ledger.close(claim.run_id)
+
+    def keep(self, stop: threading.Event) -> None:
+        """Renews leases, lets expired ones of others go, rings for what waits unheard; until ``stop``."""
+        interval = self._settings.lease_seconds / 3
+        while not stop.wait(min(interval, 5.0)):
+            try:
+                for claim in self.held:
+                    self._ledger.renew(claim, self._settings.lease_seconds)
+                _, waiting = self._ledger.reap()
+                if waiting:
+                    self._ring(waiting)
+            except Exception as error:
+                log.warning("the ledger does not answer (%s); leases are kept as soon as it does", error)
+
+    def watch(self, stop: threading.Event) -> None:
+        """Ends the process when the device hangs or broke, so that its supervisor starts a fresh one."""
+        while not stop.wait(1.0):
+            if complaint := self.complaint():
+                log.critical("%s; this process ends and is started again", complaint)
+                if self.pipeline.broken:  # a document that hangs the device must not go free: its attempt counts
+                    self.hand_back()
+                os._exit(EXIT_AGAIN)
+
+    def complaint(self) -> str | None:
+        """What is wrong with this process, for its health check; a busy device is not wrong."""
+        if self.pipeline.broken:
+            return str(self.pipeline.broken)
+        hung = self.pipeline.busy_seconds()
+        if hung > self._settings.hang_seconds:
+            return f"the device has not answered for {hung:.0f} s"
+        return None
+
+    def hand_back(self) -> None:
+        """Releases whatever is held: another worker may start on it at once."""
+        for claim in self.held:
+            self._ledger.release(claim)
+
+
+def _condemned(document: pa.Table, message: str) -> pa.Table:
+    row = {**document.to_pylist()[0], "fault_reason": "crashed_worker", "fault_message": message}
+    return pa.Table.from_pylist([row], schema=document.schema)

@@ -1,0 +1,281 @@
+"""Documents in, annotations out: tokenize ∥ compute ∥ decode, bounded between them.
+
+Any number of threads call ``Pipeline.annotate``; each tokenizes and decodes its own shard while the compute
+threads keep the device busy with batches mixed from all of them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from worker import decode
+from worker.batching import Shape
+from worker.contracts.document import Annotation, Document, Entity, Fault
+from worker.contracts.errors import EngineError
+from worker.contracts.manifest import TOKENIZER_FILE, Manifest, resolve_artifact
+from worker.contracts.plan import Options
+from worker.contracts.shard import shard_table
+from worker.engine import Batch, Engine, load_engine
+from worker.pool import Job, Pool, Work, alone, give_up, hand_out, lay_out
+from worker.table import Prediction, Spelling, part_table, spell
+from worker.windows import Tokens, cut, tokenize
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+POOL_BATCHES = 64  # batches' worth of tokens that may wait for the device
+WARM_ROWS = 1  # rows of the batch that warms an engine whose shapes are free
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What one shard cost. Tokens include special tokens; ``computed_tokens`` padding as well; times in seconds."""
+
+    windows: int
+    tokens: int
+    computed_tokens: int
+    tokenize_seconds: float
+    wait_seconds: float
+    compute_seconds: float
+    decode_seconds: float
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """A shard after the mill.
+
+    Attributes:
+        part: Rows of the part, in input order, without the run's own columns' metadata.
+        faults: Fault of each rejected row, by row number.
+        stats: What it cost.
+    """
+
+    part: pa.Table
+    faults: dict[int, Fault]
+    stats: Stats
+
+
+class Pipeline:
+    """A loaded engine, its tokenizer, and the threads between them.
+
+    Args:
+        engine: The model; closed with the pipeline.
+        tokenizer: The artifact's tokenizer.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
+        self.engine = engine
+        self.manifest: Manifest = engine.manifest
+        self.labels = decode.Labels(self.manifest.labels)
+        self._tokenizer = tokenizer
+        self._longest = min(
+            self.manifest.max_length, max((length for _, length in self.manifest.shapes), default=1 << 30)
+        )
+        largest = max((rows * length for rows, length in self.manifest.shapes), default=self.manifest.token_budget)
+        self._pool = Pool(self.manifest, POOL_BATCHES * largest)
+        self._busy_since: dict[int, float] = {}
+        self.computed_seconds = 0.0
+        self.broken: EngineError | None = None
+        self._threads = [
+            threading.Thread(target=self._compute, name=f"compute-{n}", daemon=True) for n in range(engine.in_flight)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """Stops the compute threads and gives the device back."""
+        self._pool.close()
+        for thread in self._threads:
+            thread.join()
+        self.engine.close()
+
+    def warm_up(self) -> None:
+        """Runs every compiled shape once.
+
+        Raises:
+            EngineError: the device does not take a shape.
+        """
+        for shape in self.manifest.shapes or ((WARM_ROWS, min(64, self._longest)),):
+            self.engine.run(blank_batch(shape, self.manifest))
+
+    def busy_seconds(self) -> float:
+        """How long the oldest call of the engine has been under way; 0.0 when idle."""
+        return max((time.monotonic() - since for since in list(self._busy_since.values())), default=0.0)
+
+    def waiting_tokens(self) -> int:
+        """Tokens that wait for the device."""
+        return self._pool.waiting_tokens()
+
+    def annotate(self, table: pa.Table, options: Options, first: int = 0) -> Annotated:
+        """Tags the documents of a shard; blocks until they are done.
+
+        Args:
+            table: Documents, with the SHARD schema.
+            options: The run's options.
+            first: ``doc_index`` of the first row.
+
+        Raises:
+            EngineError: the device failed for good; no document is to blame.
+        """
+        spelling, faults = spell(table, options)
+        begun = time.monotonic()
+        tokens = tokenize(self._tokenizer, spelling.tokenizable, split=spelling.split)
+        job = self._job(tokens, options)
+        tokenized = time.monotonic()
+        self._pool.put(job)
+        job.done.wait()
+        computed = time.monotonic()
+        if job.error:
+            raise EngineError(f"{self.engine.device}: {job.error}") from job.error
+        faults |= {spelling.rows[document]: Fault("model_failure", message) for document, message in job.failed.items()}
+        part = self._decode(table, spelling, job, faults, options, first)
+        lengths = job.windows.lengths
+        stats = Stats(
+            windows=len(lengths),
+            tokens=int(lengths.sum()),
+            computed_tokens=round(job.computed_tokens),
+            tokenize_seconds=tokenized - begun,
+            wait_seconds=max(0.0, computed - tokenized - job.seconds),
+            compute_seconds=job.seconds,
+            decode_seconds=time.monotonic() - computed,
+        )
+        return Annotated(part, faults, stats)
+
+    def _job(self, tokens: Tokens, options: Options) -> Job:
+        windows = cut(tokens.bounds, self._longest, options.overlap)
+        return Job(tokens, windows, np.empty((len(tokens.ids), len(self.manifest.labels)), np.float32))
+
+    def _decode(
+        self, table: pa.Table, spelling: Spelling, job: Job, faults: dict[int, Fault], options: Options, first: int
+    ) -> pa.Table:
+        tokens = job.tokens
+        document = np.repeat(np.arange(len(tokens.counts)), tokens.counts)
+        units = decode.units(job.logits, document, tokens.words, self.labels, options.aggregation)
+        spans = decode.spans(units, join=options.aggregation != "none")
+        windows = np.bincount(job.windows.document, minlength=len(tokens.counts))
+        prediction = Prediction(tokens, windows, units, spans, self.labels)
+        return part_table(table, spelling, prediction, faults, options, first)
+
+    def _compute(self) -> None:
+        me = threading.get_ident()
+        while work := self._pool.take():
+            begun = time.monotonic()
+            self._busy_since[me] = begun
+            try:
+                logits = self.engine.run(lay_out(work, self.manifest))
+                seconds = time.monotonic() - begun
+                self.computed_seconds += seconds
+                hand_out(work, logits, seconds)
+            except EngineError as error:
+                self._find_culprit(work, error)
+            except Exception as error:
+                self._fail(EngineError(f"{type(error).__name__}: {error}"))
+            finally:
+                del self._busy_since[me]
+                self._pool.finished()
+
+    def _find_culprit(self, work: Work, error: EngineError) -> None:
+        """Runs the windows of a failed batch one by one, so that one bad document costs that document."""
+        try:
+            self.warm_up()
+        except EngineError:
+            self._fail(error)
+            return
+        for single in alone(work):
+            begun = time.monotonic()
+            try:
+                hand_out(single, self.engine.run(lay_out(single, self.manifest)), time.monotonic() - begun)
+            except EngineError as reason:
+                give_up(single, str(reason))
+
+    def _fail(self, error: EngineError) -> None:
+        self.broken = error
+        self._pool.close(error)
+
+
+def blank_batch(shape: Shape, manifest: Manifest) -> Batch:
+    """A batch that means nothing, to warm a shape up: each row is one full window of [CLS] tokens."""
+    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int64) + manifest.position_offset, shape)
+    return Batch(np.full(shape, manifest.cls_id, np.int64), np.ones(shape, np.int64), np.ascontiguousarray(positions))
+
+
+def load_pipeline(artifact: Path, device: str = "cpu", threads: int = 0) -> Pipeline:
+    """Loads an artifact on a device and warms it up.
+
+    Raises:
+        ArtifactError: the artifact cannot be served here.
+        EngineError: the device does not take a compiled shape.
+    """
+    from tokenizers import Tokenizer
+
+    engine = load_engine(artifact, device, threads)
+    tokenizer = Tokenizer.from_file(str(artifact / TOKENIZER_FILE))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    pipeline = Pipeline(engine, tokenizer)
+    pipeline.warm_up()
+    return pipeline
+
+
+class Tagger:
+    """The engine without a queue: texts in, entities out.
+
+    ::
+
+        with Tagger.load("demo") as tagger:
+            tagger.tag(["Ada Lovelace lived in London."])[0].entities
+    """
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
+
+    @classmethod
+    def load(cls, model: str | Path = "demo", *, device: str = "cpu", threads: int = 0) -> Tagger:
+        """Loads an artifact: ``demo`` for the bundled model, or its folder.
+
+        Raises:
+            ArtifactError: the artifact cannot be served here.
+        """
+        return cls(load_pipeline(resolve_artifact(str(model)), device, threads))
+
+    def tag(self, documents: Iterable[str] | Iterable[Sequence[str]], **options: object) -> list[Annotation]:
+        """Tags texts, or documents that are split into words.
+
+        Args:
+            documents: Strings, or sequences of words.
+            options: Fields of ``Options``: aggregation, overlap, max_chars.
+
+        Returns:
+            One annotation a document, in order; ``fault`` is set where one could not be tagged.
+
+        Raises:
+            EngineError: the device failed for good.
+        """
+        records = [
+            Document(id=str(n), text=d) if isinstance(d, str) else Document(id=str(n), words=tuple(d))
+            for n, d in enumerate(documents)
+        ]
+        annotated = self.pipeline.annotate(shard_table(records), Options(**options))  # type: ignore[arg-type]
+        entities, tags = annotated.part["entities"].to_pylist(), annotated.part["tags"].to_pylist()
+        return [
+            Annotation(tuple(Entity(**e) for e in found), row_tags and tuple(row_tags), annotated.faults.get(row))
+            for row, (found, row_tags) in enumerate(zip(entities, tags, strict=True))
+        ]
+
+    def close(self) -> None:
+        """Gives the device back."""
+        self.pipeline.close()
+
+    def __enter__(self) -> Tagger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

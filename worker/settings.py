@@ -1,0 +1,90 @@
+"""What an operator may set: flags become ``NERMILL_*`` variables, and these become one frozen object."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from worker.contracts.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of one worker process; each field's environment twin is ``NERMILL_<FIELD>``.
+
+    Attributes:
+        broker_url: Where bells and ledger are: redis, rediss, redis+socket or sentinel URL.
+        model: ``demo`` or an artifact's folder.
+        device: ``cpu``, ``cuda:N`` or ``npu:N``, as this process sees them.
+        device_name: What the device is called from outside, before pinning renumbered it.
+        lease_seconds: How long a shard stays with a worker that is not heard of; renewed three times as often.
+        hang_seconds: How long one call of the engine may take before the process is given up.
+        grace_seconds: How long a stopping worker may go on with what it holds.
+        allowed_roots: Folders and URIs below which runs may lie, separated by ``:`` or ``,``.
+        concurrency: Shards that are in the process at once.
+        threads: Compute threads on a CPU; 0 takes all cores.
+        metrics_port: First port of the Prometheus endpoints (device N listens on port + N); 0 for none.
+    """
+
+    broker_url: str = "redis://localhost:6379/0"
+    model: str = "demo"
+    device: str = "cpu"
+    device_name: str = "cpu"
+    lease_seconds: float = 60.0
+    hang_seconds: float = 120.0
+    grace_seconds: float = 25.0
+    allowed_roots: str = ""
+    concurrency: int = 8
+    threads: int = 0
+    metrics_port: int = 0
+
+    @property
+    def worker_name(self) -> str:
+        return f"nermill-{self.device_name.replace(':', '')}@{socket.gethostname()}-{os.getpid()}"
+
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """The allowed roots, resolved; the working directory where none are set."""
+        given = self.allowed_roots.replace(",", "\n").replace(":", "\n").replace("\n//", "://").split("\n")
+        return tuple(resolve(root) for root in given if root) or (os.getcwd(),)
+
+
+def read_settings(environ: Mapping[str, str]) -> Settings:
+    """Settings from the environment over the defaults.
+
+    Raises:
+        UsageError: a value that is no number, or out of range.
+    """
+    values: dict[str, object] = {}
+    for name, default in vars(Settings()).items():
+        variable = f"NERMILL_{name.upper()}"
+        text = environ.get(variable)
+        if text is None:
+            continue
+        try:
+            value = type(default)(text)
+        except ValueError:
+            raise UsageError(f"{variable}={text!r} is no number") from None
+        if isinstance(value, (int, float)) and not 0 <= value < float("inf"):
+            raise UsageError(f"{variable}={text!r} is out of range")
+        values[name] = value
+    settings = Settings(**values)  # type: ignore[arg-type]
+    if settings.lease_seconds < 1 or settings.concurrency < 1:
+        raise UsageError("NERMILL_LEASE_SECONDS and NERMILL_CONCURRENCY must be at least 1")
+    return settings
+
+
+def resolve(uri: str) -> str:
+    """A path without symlinks and ``..``, or a URI without ``..``; what roots are compared by."""
+    if "://" not in uri:
+        return os.path.realpath(uri)
+    scheme, _, path = uri.partition("://")
+    return f"{scheme}://{os.path.normpath(path)}"
+
+
+def is_allowed(uri: str, roots: tuple[str, ...]) -> bool:
+    """Whether a run's folder lies below one of the resolved roots."""
+    resolved = resolve(uri)
+    return any(resolved == root or resolved.startswith(root.rstrip("/") + "/") for root in roots)

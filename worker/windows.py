@@ -1,0 +1,107 @@
+"""Documents to tokens to windows: columnar, with the way back from a token to its word and characters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+
+SPECIAL_TOKENS = 2  # a window is [CLS] content [SEP]
+
+Int = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The tokens of many documents, one document behind the other, special tokens left out.
+
+    Attributes:
+        ids: Token ids, int64, shape (tokens,).
+        bounds: Where each document begins, int64, shape (documents + 1,).
+        words: Number of each token's word within its document, int64, shape (tokens,).
+        encodings: The tokenizer's own record of each document, for character offsets.
+    """
+
+    ids: Int
+    bounds: Int
+    words: Int
+    encodings: Sequence[Encoding]
+
+    @property
+    def counts(self) -> Int:
+        """Tokens of each document, shape (documents,)."""
+        return np.diff(self.bounds)
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Stretches of tokens that each fit the model, and what each contributes when they are joined.
+
+    Neighbouring windows of a long document overlap. A token that two windows saw is taken from the one that
+    shows it with more context on its poorer side, which is: cut each overlap in its middle.
+
+    Attributes (int64, shape (windows,), positions count in ``Tokens.ids``):
+        document: Document of the window.
+        start, end: Its tokens.
+        keep_start, keep_end: Those whose logits are taken from it.
+    """
+
+    document: Int
+    start: Int
+    end: Int
+    keep_start: Int
+    keep_end: Int
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    @property
+    def lengths(self) -> Int:
+        """Length of each window in tokens, special tokens included."""
+        return self.end - self.start + SPECIAL_TOKENS
+
+
+def tokenize(tokenizer: Tokenizer, documents: Sequence[str] | Sequence[Sequence[str]], *, split: bool) -> Tokens:
+    """Tokenizes texts, or documents that are ``split`` into words already."""
+    encodings = tokenizer.encode_batch(documents, is_pretokenized=split, add_special_tokens=False)
+    counts = np.fromiter(map(len, encodings), np.int64, len(encodings))
+    bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+    total = int(bounds[-1])
+    ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int64, total)
+    words = np.fromiter(chain.from_iterable(e.word_ids for e in encodings), np.int64, total)
+    return Tokens(ids, bounds, words, encodings)
+
+
+def cut(bounds: Int, max_length: int, overlap: int) -> Windows:
+    """Cuts documents into windows of at most ``max_length`` tokens, special tokens included.
+
+    A document that fits is one window. A longer one is covered by full windows that share at least ``overlap``
+    tokens, the last one flush with the document's end. A document without tokens has no window.
+
+    Args:
+        bounds: Where each document begins, int64, shape (documents + 1,).
+        max_length: Longest window in tokens.
+        overlap: Tokens that neighbours share; at most half a window is used.
+    """
+    capacity = max_length - SPECIAL_TOKENS
+    step = capacity - min(overlap, capacity // 2)
+    counts = np.diff(bounds)
+    windows = np.where(counts > capacity, 1 + -(-(counts - capacity) // step), np.minimum(counts, 1))
+    document = np.repeat(np.arange(len(counts)), windows)
+    nth = np.arange(len(document)) - np.repeat(np.cumsum(windows) - windows, windows)
+    first, last = bounds[:-1][document], bounds[1:][document]
+    start = np.maximum(np.minimum(first + nth * step, last - capacity), first)
+    end = np.minimum(start + capacity, last)
+    keep_start, keep_end = start.copy(), end.copy()
+    joined = np.flatnonzero(document[1:] == document[:-1])
+    middle = (start[joined + 1] + end[joined]) // 2
+    keep_end[joined] = middle
+    keep_start[joined + 1] = middle
+    return Windows(document, start, end, keep_start, keep_end)
