@@ -6,7 +6,8 @@ SHELL := /bin/bash
 .PHONY: help demo test lint bench acceptance clean
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
-export PYTHONDONTWRITEBYTECODE :=
+# Nothing is written outside this folder but pip's cache.
+export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
 
 # An interpreter may be a shim that does not run, or lack ensurepip (Debian without python3-venv).
 IS_FIT := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
@@ -52,7 +53,7 @@ bench: $(VENV)/.made
 	$(VENV)/bin/python -m tests.benchmarks
 
 clean:
-	rm -rf $(DEMO) $(VENV) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(DEMO) $(VENV) .cache out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find producer worker model_build tests -name __pycache__ -type d -exec rm -rf {} +
 
 $(DEMO)/.made: $(PINS)

@@ -94,7 +94,9 @@ def compile_module(
             raise EngineError(f"{package.__name__} does not compile it: {_first_line(error)}") from refusal
     except (TypeError, ValueError) as error:
         raise EngineError(f"{package.__name__} refuses its arguments: {_first_line(error)}") from error
-    compiled.save(str(path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled.save(str(path))
     return {
         "package": package.__name__,
         "package_version": _version(package.__name__),

@@ -17,7 +17,7 @@ from typing import Any, get_args
 import torch
 
 from model_build import aie, export, int8
-from model_build.checkpoint import Checkpoint, open_checkpoint
+from model_build.checkpoint import open_checkpoint
 from model_build.oracle import golden
 from model_build.shapes import parse_shapes
 from model_build.wrap import Encoder, build
@@ -81,10 +81,11 @@ def compile_artifact(where: str, out: Path, order: Order) -> Manifest:
     checkpoint = open_checkpoint(where)
     shapes = parse_shapes(order.shapes, checkpoint.max_length, order.backend)
     with folder_at_once(out) as folder:
-        answers = golden(checkpoint)
+        max_length = min(checkpoint.max_length, max((length for _, length in shapes), default=checkpoint.max_length))
+        model = build(checkpoint.architecture, checkpoint.weights(), plain=order.layout == "plain")
+        answers = golden(checkpoint, max_length)
         answers.write(folder)
         (folder / TOKENIZER_FILE).write_text(checkpoint.tokenizer, "utf-8")
-        model = build(checkpoint.architecture, checkpoint.weights(), plain=order.layout == "plain")
         inputs = tuple(Input(name, order.index_dtype) for name in model.inputs)
         model_file, details = _compile(model, order, precision, shapes, folder)
         del model
@@ -99,7 +100,7 @@ def compile_artifact(where: str, out: Path, order: Order) -> Manifest:
             inputs=inputs,
             shapes=shapes,
             token_budget=TOKEN_BUDGET,
-            max_length=_longest(checkpoint, shapes),
+            max_length=max_length,
             labels=checkpoint.labels,
             scheme=checkpoint.scheme,
             lowercase=checkpoint.lowercase,
@@ -172,10 +173,6 @@ def _compile(
         int8.quantize_module(model)
     export.to_torchscript(model, folder / "model.pt", dtype)
     return "model.pt", {}
-
-
-def _longest(checkpoint: Checkpoint, shapes: tuple[tuple[int, int], ...]) -> int:
-    return min([checkpoint.max_length, *([max(length for _, length in shapes)] if shapes else [])])
 
 
 def _try(folder: Path, device: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from tokenizers import Tokenizer
 from model_build.checkpoint import Checkpoint
 from worker.contracts.errors import UsageError
 from worker.engine.golden import Golden
+
+ROWS = 64  # windows of one length that are computed together
 
 # Own sentences: names of several kinds, scripts and lengths, and a text without any.
 GOLDEN_TEXTS = (
@@ -31,15 +34,17 @@ GOLDEN_TEXTS = (
 
 
 def oracle_logits(checkpoint: Checkpoint, windows: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
-    """Logits of each window from transformers, float32, one at a time: (tokens, labels) each.
+    """Logits of each window from transformers, float32, unpadded: (tokens, labels) each.
 
     Raises:
         UsageError: transformers is not installed or cannot load the checkpoint.
     """
     try:
         from transformers import AutoModelForTokenClassification
+        from transformers.utils.logging import disable_progress_bar
     except ImportError:
         raise UsageError("transformers is needed to read a checkpoint; pip install 'nermill[build]'") from None
+    disable_progress_bar()
     model: Any
     logger = logging.getLogger("transformers")
     level = logger.level
@@ -49,30 +54,36 @@ def oracle_logits(checkpoint: Checkpoint, windows: Sequence[Sequence[int]]) -> l
             warnings.simplefilter("ignore")  # transformers' own deprecations differ from version to version
             model = AutoModelForTokenClassification.from_pretrained(checkpoint.folder, local_files_only=True)
             model = model.float().eval()
-            with torch.no_grad():
-                return [
-                    model(
-                        input_ids=torch.tensor([list(ids)]), attention_mask=torch.ones(1, len(ids), dtype=torch.int64)
-                    )
-                    .logits[0]
-                    .numpy()
-                    for ids in windows
-                ]
+            return _run(model, windows)
     except (OSError, ValueError, RuntimeError) as error:
         raise UsageError(f"{checkpoint.folder}: transformers does not load it ({str(error).splitlines()[0]})") from None
     finally:
         logger.setLevel(level)
 
 
-def windows_of(checkpoint: Checkpoint, texts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """Token ids of each text with its special tokens, cut at the longest window."""
+def _run(model: Any, windows: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+    logits: dict[int, NDArray[np.float32]] = {}
+    by_length = sorted(range(len(windows)), key=lambda number: len(windows[number]))
+    for length, group in groupby(by_length, key=lambda number: len(windows[number])):
+        numbers = list(group)
+        for some in (numbers[at : at + ROWS] for at in range(0, len(numbers), ROWS)):
+            ids = torch.tensor([list(windows[number]) for number in some])
+            mask = torch.ones(len(some), length, dtype=torch.int64)
+            with torch.no_grad():
+                answer = model(input_ids=ids, attention_mask=mask).logits.numpy()
+            logits |= dict(zip(some, answer, strict=True))
+    return [logits[number] for number in range(len(windows))]
+
+
+def windows_of(checkpoint: Checkpoint, texts: Sequence[str], max_length: int) -> tuple[tuple[int, ...], ...]:
+    """Token ids of each text with its special tokens, cut at ``max_length``."""
     tokenizer = Tokenizer.from_str(checkpoint.tokenizer)
     contents = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-    keep = checkpoint.max_length - 2
+    keep = max_length - 2
     return tuple((checkpoint.cls_id, *ids[:keep], checkpoint.sep_id) for ids in contents)
 
 
-def golden(checkpoint: Checkpoint) -> Golden:
-    """The golden answers of a checkpoint."""
-    windows = windows_of(checkpoint, GOLDEN_TEXTS)
+def golden(checkpoint: Checkpoint, max_length: int) -> Golden:
+    """The golden answers of a checkpoint, for windows of at most ``max_length`` tokens."""
+    windows = windows_of(checkpoint, GOLDEN_TEXTS, max_length)
     return Golden(GOLDEN_TEXTS, windows, tuple(oracle_logits(checkpoint, windows)))

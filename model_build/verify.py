@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,15 +58,14 @@ def verify(
     """
     if texts and checkpoint is None:
         raise UsageError("texts need --checkpoint: without it there is nothing to compare their tags with")
-    golden = load_golden(artifact)
     engine = load_engine(artifact, device, threads)
     try:
+        golden = load_golden(artifact)
         names = ", ".join(entry.name for entry in engine.manifest.inputs)
         checks = [Check("inputs", 0, 0, f"bound by name: {names}")]
-        fitting = [n for n, ids in enumerate(golden.windows) if len(ids) <= engine.manifest.max_length]
-        windows = [golden.windows[n] for n in fitting]
+        windows = golden.windows
         alone = run_alone(engine, windows)
-        checks += _compare("golden", alone, [golden.logits[n] for n in fitting], engine.manifest)
+        checks += _compare("golden", alone, golden.logits, engine.manifest)
         padded = [_padded(engine, ids) for ids in windows]
         checks.append(_largest("padding", padded, alone, engine.manifest, "a window alone against padded"))
         if engine.manifest.layout == "packed":
@@ -133,10 +132,10 @@ def _compare(name: str, mine: Sequence[Logits], theirs: Sequence[Logits], manife
     tokens = sum(map(len, theirs))
     different = sum(int((a.argmax(-1) != b.argmax(-1)).sum()) for a, b in zip(mine, theirs, strict=True))
     limit = 0.0 if manifest.precision == "fp32" else None
-    return [
-        _largest(f"{name} logits", mine, theirs, manifest, "against the eager float32 checkpoint"),
-        Check(f"{name} tags", different / tokens, limit, f"{different} of {tokens} tokens differ"),
-    ]
+    logits = _largest(f"{name} logits", mine, theirs, manifest, "against the eager float32 checkpoint")
+    if name == "texts" and manifest.precision == "int8":
+        logits = replace(logits, limit=None)  # the worst of many texts says little where numbers are coarse: F1 does
+    return [logits, Check(f"{name} tags", different / tokens, limit, f"{different} of {tokens} tokens differ")]
 
 
 def _largest(name: str, mine: Sequence[Logits], theirs: Sequence[Logits], manifest: Manifest, note: str) -> Check:

@@ -102,6 +102,7 @@ class Encoder(nn.Module):
     """
 
     inputs: tuple[str, ...] = ("input_ids", "segments", "position_ids")
+    masked: float = MASKED
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()
@@ -128,7 +129,7 @@ class Encoder(nn.Module):
         x = self.norm(x)
         if self.project is not None:
             x = self.project(x)
-        bias = apart.to(x.dtype) * MASKED
+        bias = apart.to(x.dtype) * self.masked
         for layer in self.layers:
             x = layer(x, bias)
         return self.classifier(x).float()

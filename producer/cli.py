@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
+from typing import Annotated
 
 import typer
 
@@ -38,8 +40,20 @@ for command, example in (
     app.command(epilog=f"Example: {example}")(command)
 
 
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    if version:
+        from importlib.metadata import version as version_of
+
+        print(f"nermill {version_of('nermill')}")
+        raise typer.Exit
+
+
 def main() -> None:
     """Entry point of ``nermill``."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that knows no Unicode
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # whatever was started is stopped in order
     try:
         code = app(standalone_mode=False, prog_name="nermill")

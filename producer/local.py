@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO
 
 from producer.queue import Queue
-from worker.contracts.errors import EngineError
+from worker.contracts.errors import EngineError, UsageError
 
 STOP_SECONDS = 35.0
 EARLY_DEATHS = 2  # a worker process that dies this often before it was ever ready will not get well
 _LOG_LINES = 12
+_BLOCK = 1 << 20
+_READY, _DIED = "ready:", "starting it again"  # what worker.launch and worker.app log
+_DEVICES = re.compile(r"auto|(cpu|cuda:\d+|npu:\d+)(,(cpu|cuda:\d+|npu:\d+))*")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -32,6 +37,9 @@ class LocalWorker:
     """
 
     def __init__(self, model: str, devices: str, broker: str, root: str) -> None:
+        self._seen = self._deaths = 0
+        self._was_ready = False
+        self._tail: deque[str] = deque(maxlen=_LOG_LINES)
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in stop
         self._process = subprocess.Popen(
             [sys.executable, "-m", "worker.launch", "--model", model, "--devices", devices, "--broker", broker],
@@ -47,14 +55,19 @@ class LocalWorker:
         """Looks whether it is alive.
 
         Raises:
+            UsageError: it refuses its settings.
             EngineError: it ended, or its processes die before they are ready; with the last lines of its log.
         """
-        log = self._read_log()
-        hopeless = b"ready:" not in log and log.count(b"starting it again") >= EARLY_DEATHS
-        if self._process.poll() is None and not hopeless:
+        status = self._process.poll()
+        for line in self._new_lines():
+            self._tail.append(line)
+            self._was_ready |= _READY in line
+            self._deaths += _DIED in line
+        if status is None and (self._was_ready or self._deaths < EARLY_DEATHS):
             return
-        lines = log.decode(errors="replace").splitlines()[-_LOG_LINES:]
-        told = "\n".join(f"  | {line}" for line in lines)
+        if status == UsageError.exit_code and self._tail:
+            raise UsageError(self._tail[-1].removeprefix("nermill-worker: "))
+        told = "\n".join(f"  | {line}" for line in self._tail)
         raise EngineError(f"the worker failed; the end of its log:\n{told}")
 
     def stop(self) -> None:
@@ -67,9 +80,21 @@ class LocalWorker:
             self._process.wait()
         self._log.close()
 
-    def _read_log(self) -> bytes:
-        size = os.fstat(self._log.fileno()).st_size
-        return os.pread(self._log.fileno(), size, 0)
+    def _new_lines(self) -> list[str]:
+        block = os.pread(self._log.fileno(), _BLOCK, self._seen)
+        whole = block.rfind(b"\n") + 1
+        self._seen += whole
+        return block[:whole].decode(errors="replace").splitlines()
+
+
+def check_devices(devices: str) -> None:
+    """Looks at ``--devices`` before anything is written.
+
+    Raises:
+        UsageError: it names no devices.
+    """
+    if not _DEVICES.fullmatch(devices.replace(" ", "")):
+        raise UsageError(f"--devices {devices!r}: say auto, or a list such as cpu, cuda:0,cuda:1 or npu:0")
 
 
 @contextmanager

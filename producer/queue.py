@@ -13,6 +13,9 @@ from worker.contracts.errors import BrokerError
 from worker.contracts.ledger import Ledger, Progress
 from worker.contracts.message import KEY_PREFIX, QUEUE, TASK, bell
 
+DEFAULT_BROKER = "redis://localhost:6379/0"
+HIGH_WATER = 5_000_000  # documents that may be unfinished before the producer waits
+
 
 class Queue:
     """A broker that answered when this was made; what goes wrong later is a BrokerError of one clear line.

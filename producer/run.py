@@ -6,15 +6,15 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from producer.queue import Queue
+from producer.queue import HIGH_WATER, Queue
 from producer.recovery import recover
 from producer.status import Status, Tally, look
 from worker.contracts.errors import BrokerError, StoreError, UsageError
-from worker.contracts.layout import SUCCESS_FILE, RunFolder
+from worker.contracts.layout import PLAN_FILE, SUCCESS_FILE, RunFolder
 from worker.contracts.ledger import Ledger, Progress
 from worker.contracts.plan import Plan, Shard, read_plan
 
-HIGH_WATER = 1_000_000  # documents that may be unfinished before the producer waits
+MAX_WAITING_SHARDS = 100_000  # about 120 MB in the broker
 BROKER_PATIENCE = 120.0  # seconds without a broker before a waiting producer gives up
 SETTLE_SECONDS = 30.0  # for the worker's last step: _SUCCESS and evaluation
 _BATCH = 64  # shards sent between two looks at the high-water mark
@@ -34,6 +34,9 @@ def open_run(uri: str) -> tuple[RunFolder, Plan]:
         UsageError: there is none, or its plan is damaged.
     """
     run = RunFolder(uri.rstrip("/"))
+    if not run.exists(PLAN_FILE) and (inside := [name for name in run.list() if name.startswith("run=")]):
+        names = ", ".join(f"{run.uri}/{name}" for name in inside[:5])
+        raise UsageError(f"{run.uri}: a folder of runs, not a run; name one: {names}")
     return run, read_plan(run)
 
 
@@ -68,7 +71,7 @@ def send(run: RunFolder, plan: Plan, queue: Queue, high_water: int = HIGH_WATER,
     tally = Tally(run)
     sent = 0
     for at in range(0, len(missing), _BATCH):
-        while at and unfinished_documents(queue, plan) > high_water:
+        while at and is_above(queue, plan, high_water):
             on_wait(look(run, plan, queue, tally))
             time.sleep(_POLL_SECONDS[1])
         sent += send_shards(queue, plan, missing[at : at + _BATCH])
@@ -77,6 +80,7 @@ def send(run: RunFolder, plan: Plan, queue: Queue, high_water: int = HIGH_WATER,
 
 def resume(run: RunFolder, plan: Plan, queue: Queue, high_water: int = HIGH_WATER, on_wait: OnStatus = ignore) -> Plan:
     """Sends again what has no part; a cancelled run is taken up again, an abandoned stream is closed."""
+    run.sweep()
     if plan.is_open:
         plan = recover(run, plan, queue)
     if plan.cancelled:
@@ -169,10 +173,11 @@ def send_shards(queue: Queue, plan: Plan, shards: Iterable[Shard]) -> int:
     return added
 
 
-def unfinished_documents(queue: Queue, plan: Plan) -> int:
-    """Documents of a run that were sent and are not committed."""
+def is_above(queue: Queue, plan: Plan, high_water: int) -> bool:
+    """Whether so much of a run waits that its producer should wait too."""
     with queue.ledger() as ledger:
-        return ledger.progress(plan.run_id).unfinished_documents
+        progress = ledger.progress(plan.run_id)
+    return progress.unfinished_documents > high_water or progress.waiting > MAX_WAITING_SHARDS
 
 
 def _is_busy(progress: Progress) -> bool:

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from producer.planning import check_writable, model_identity, normalised, utc_now
-from producer.queue import Queue
+from producer.queue import HIGH_WATER, Queue
 from producer.recovery import closed
-from producer.run import HIGH_WATER, open_ledger, send_shards, unfinished_documents
+from producer.run import is_above, open_ledger, send_shards
 from producer.shards import ShardLimits, document_text, estimated_tokens, write_shard
 from producer.sources.files import BLOCK, MAX_LINE_BYTES, is_remote
 from worker.contracts.document import Document
@@ -91,7 +91,7 @@ class Stream:
         self._waiting = _Waiting()
         self._shards: list[Shard] = []
         self._unsent: list[Shard] = []
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._ended = threading.Event()
         self._failure: NermillError | None = None
         self.plan.write(self.run)
@@ -112,14 +112,14 @@ class Stream:
         """
         text = document_text(document)
         size, cost = len(text), estimated_tokens(text)
-        with self._lock:
+        with self.lock:
             self._check()
             waiting, limits = self._waiting, self._limits
             if waiting.characters + size > limits.characters or waiting.tokens + cost > limits.tokens:
                 self.flush()
                 waiting = self._waiting
             waiting.since = waiting.since or time.monotonic()
-            index = self._sent_documents + len(waiting.documents)
+            index = self.documents
             waiting.documents.append(document)
             waiting.characters += size
             waiting.tokens += cost
@@ -132,7 +132,7 @@ class Stream:
 
     def flush(self) -> None:
         """Makes what waits a durable shard and sends it."""
-        with self._lock:
+        with self.lock:
             self._check()
             if not self._waiting.documents:
                 return
@@ -155,7 +155,7 @@ class Stream:
         """
         self.end()
         self._keeper.join()
-        with self._lock:
+        with self.lock:
             self.flush()
             self.plan = closed(self.plan, self._shards)
             self.plan.write(self.run)
@@ -163,6 +163,11 @@ class Stream:
                 raise BrokerError(f"all is durable, but the broker is away; later: nermill resume {self.run.uri}")
             seal(self.plan, self._queue)
         return self.plan
+
+    @property
+    def documents(self) -> int:
+        """How many were taken so far."""
+        return self._sent_documents + len(self._waiting.documents)
 
     @property
     def _sent_documents(self) -> int:
@@ -179,7 +184,7 @@ class Stream:
     def _keep(self) -> None:
         held = time.monotonic()
         while not self._ended.wait(min(_TICK_SECONDS, self._linger)):
-            with self._lock:
+            with self.lock:
                 now = time.monotonic()
                 try:
                     if self._waiting.documents and now - self._waiting.since >= self._linger:
@@ -204,7 +209,7 @@ class Stream:
 
     def _wait_for_workers(self) -> None:
         try:
-            while not self._ended.is_set() and unfinished_documents(self._queue, self.plan) > self._high_water:
+            while not self._ended.is_set() and is_above(self._queue, self.plan, self._high_water):
                 time.sleep(0.2)
         except BrokerError:
             return

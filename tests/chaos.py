@@ -35,7 +35,7 @@ class Chaos:
     batch_seconds: float = 0.05
 
 
-SHORT = Chaos(documents=2_000, kills=4, terms=1, stops=1, server_kills=1, batch_seconds=0.3)
+SHORT = Chaos(documents=2_000, kills=4, terms=1, stops=1, server_kills=1, batch_seconds=0.9)
 LONG = Chaos(documents=20_000, kills=30, terms=5, stops=3, server_kills=3, batch_seconds=0.35)
 
 
@@ -67,6 +67,8 @@ def disturbed(chaos: Chaos, seed: int) -> Outcome:
         mill.queue().ring(round(chaos.repeated * len(plan.shards)))
         workers = [mill.worker(FAULT_BATCH_SECONDS=str(chaos.batch_seconds)) for _ in range(2)]
         began = time.monotonic()
+        while not run.committed():
+            time.sleep(0.05)
         deeds = (
             ["kill"] * chaos.kills + ["term"] * chaos.terms + ["stop"] * chaos.stops + ["server"] * chaos.server_kills
         )

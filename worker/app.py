@@ -18,7 +18,8 @@ from worker.contracts.broker import celery_app, redis_client
 from worker.contracts.errors import MessageError, NermillError
 from worker.contracts.ledger import Ledger
 from worker.contracts.manifest import resolve_artifact
-from worker.contracts.message import KEY_PREFIX, QUEUE, TASK, bell, check_bell
+from worker.contracts.message import KEY_PREFIX, QUEUE, TASK, bell
+from worker.doorkeeper import doorkeeper
 from worker.metrics import Metrics, serve
 from worker.mill import Mill
 from worker.settings import Settings, read_settings
@@ -54,16 +55,20 @@ _process: Process | None = None
 
 
 @app.task(name=TASK)  # type: ignore[untyped-decorator]
-def tag(version: Any = None) -> None:
-    """Answers one bell."""
+def tag(version: int) -> None:
+    """Answers one bell; the doorkeeper has looked at its version."""
     assert _process is not None
-    try:
-        check_bell(version)
-    except MessageError as error:
-        _process.mill.metrics.refused()
-        log.warning("%s", error)
-        return
+    _process.mill.metrics.rung()
     _process.mill.answer_bell()
+
+
+def _refuse(error: MessageError) -> None:
+    assert _process is not None
+    _process.mill.metrics.refused()
+    log.warning("dropped: %s", error)
+
+
+app.steps["consumer"].add(doorkeeper(_refuse))
 
 
 @worker_process_init.connect  # type: ignore[untyped-decorator]

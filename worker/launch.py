@@ -105,6 +105,8 @@ def run(options: argparse.Namespace) -> int:
     for name in ("broker_url", "model", "lease_seconds", "allowed_roots", "metrics_port", "concurrency", "threads"):
         if (value := getattr(options, name)) is not None:
             os.environ[f"NERMILL_{name.upper()}"] = str(value)
+    if "@" in (options.broker_url or ""):
+        _leave_the_process_list(options)
     settings = read_settings(os.environ)
     check_url(settings.broker_url)
     artifact = resolve_artifact(settings.model)
@@ -112,6 +114,13 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         return _dry_run(artifact, devices, settings)
     return Supervisor(devices, settings).run()
+
+
+def _leave_the_process_list(options: argparse.Namespace) -> None:
+    """Everybody may read a command line, a password in it included: goes on as the same process without its flags."""
+    os.environ["NERMILL_DEVICES"] = options.devices  # all others are in the environment already
+    dry_run = ["--dry-run"] if options.dry_run else []
+    os.execv(sys.executable, [sys.executable, "-m", "worker.launch", *dry_run])
 
 
 def _dry_run(artifact: Path, devices: list[Device], settings: Settings) -> int:
@@ -186,9 +195,9 @@ class Supervisor:
 
 
 def _command(device: Device) -> list[str]:
-    celery = [sys.executable, "-m", "celery", "-A", "worker.app", "worker", "--pool", "threads", "--loglevel", "INFO"]
-    quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
-    return [*celery, *quiet, "-n", f"nermill-{device.kind}{device.number}-{os.getpid()}@%h"]
+    celery = ["celery", "--quiet", "-A", "worker.app", "worker", "--pool", "threads", "--loglevel", "INFO"]
+    lonely = ["--without-gossip", "--without-mingle", "--without-heartbeat"]  # processes need not know each other
+    return [sys.executable, "-m", *celery, *lonely, "-n", f"nermill-{device.kind}{device.number}-{os.getpid()}@%h"]
 
 
 def _die_with_parent() -> None:

@@ -25,6 +25,7 @@ class Metrics:
         self._documents = self._counter("documents", "Documents by outcome", ["outcome"])
         self._tokens = self._counter("tokens", "Tokens computed: real ones and padding", ["kind"])
         self._stage = self._counter("stage_seconds", "Seconds spent by stage, over all shards", ["stage"])
+        self._bells = self._counter("bells", "Bells answered, with or without a shard to be had")
         self._refused = self._counter("refused_messages", "Bells and ledger entries that did not fit the contract")
         self._handed_back = self._counter("handed_back_shards", "Shards handed back for another try")
         self._retries = self._counter("shard_retries", "Shards that had been tried before")
@@ -47,6 +48,10 @@ class Metrics:
         self._duration.observe(seconds)
         if attempts > 1:
             self._retries.inc()
+
+    def rung(self) -> None:
+        """A bell was answered."""
+        self._bells.inc()
 
     def refused(self) -> None:
         """A bell or an entry did not fit the contract."""

@@ -16,9 +16,11 @@ from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
+from redis.exceptions import ResponseError
 
 from worker import parts
-from worker.contracts.errors import MessageError, NermillError, StoreError
+from worker.contracts.document import Fault
+from worker.contracts.errors import MessageError, NermillError, StoreError, UsageError
 from worker.contracts.layout import SUCCESS_FILE, part_name
 from worker.contracts.ledger import FINISH, MAX_ATTEMPTS, MAX_STRIKES, Claim, Ledger
 from worker.contracts.plan import read_plan
@@ -28,10 +30,15 @@ from worker.gate import Gate
 from worker.metrics import Metrics
 from worker.pipeline import Annotated, Pipeline, Stats
 from worker.settings import Settings, is_allowed
+from worker.suspects import trials
 
 log = logging.getLogger("nermill.worker")
 
 EXIT_AGAIN = 75  # sysexits' EX_TEMPFAIL: start me again
+
+
+class LeaseLostError(NermillError):
+    """The shard went to another worker while we held it."""
 
 
 class Mill:
@@ -69,11 +76,12 @@ class Mill:
     def answer_bell(self) -> bool:
         """Claims a shard and mills it; False where there was none.
 
-        A fault of the store hands the shard back for another try; a fault of the device is raised.
+        A fault of the store hands the shard back for another try; an entry that makes no sense is buried; a fault
+        of the device is raised.
         """
         try:
             claim = self._ledger.claim(self.pipeline.manifest.sha256, self._settings.lease_seconds)
-        except MessageError as error:
+        except (MessageError, ResponseError) as error:
             self.metrics.refused()
             log.warning("%s", error)
             return False
@@ -83,12 +91,15 @@ class Mill:
         self._held[key] = claim
         try:
             self._mill(claim)
-        except MessageError as error:
+        except (MessageError, UsageError) as error:
+            self._ledger.bury(claim)
             self.metrics.refused()
             log.warning("run %s shard %d refused: %s", claim.run_id, claim.shard.index, error)
+        except LeaseLostError:
+            log.warning("run %s shard %d went to another worker; its result is dropped", *key)
         except StoreError as error:
             self.metrics.handed_back()
-            log.error("run %s shard %d handed back: %s", claim.run_id, claim.shard.index, error)
+            log.error("run %s shard %d handed back, to be tried again: %s", claim.run_id, claim.shard.index, error)
             time.sleep(min(self._settings.lease_seconds / 3, 2.0))
             self._ledger.release(claim)
         except NermillError:
@@ -100,9 +111,7 @@ class Mill:
 
     def _mill(self, claim: Claim) -> None:
         run, shard = claim.folder, claim.shard
-        if not is_allowed(claim.uri, self._settings.roots):
-            self._ledger.bury(claim)
-            raise MessageError(f"{claim.uri} is outside the allowed roots; allow it with NERMILL_ALLOWED_ROOTS")
+        self._check_roots(claim)
         if shard.index == FINISH:
             self._finish(claim)
             return
@@ -111,16 +120,27 @@ class Mill:
             return
         claimed = time.time()
         table = read_shard(run, shard.index, shard.sha256)
+        if table.num_rows != shard.documents:
+            raise MessageError(f"the ledger speaks of {shard.documents} documents, the shard has {table.num_rows}")
         annotated = self._annotate(claim, table)
         if not self._ledger.renew(claim, self._settings.lease_seconds):
-            log.warning("run %s shard %d went to another worker; its result is dropped", claim.run_id, shard.index)
-            return
+            raise LeaseLostError
         tagged = time.time()
         committed = self._commit(claim, claimed, annotated)
         self._complete(claim, committed)
         done = time.time()
         self.metrics.committed(annotated, claim.attempts, done - claimed, done - tagged)
         log.info("run %s shard %d: %d documents in %.2f s", claim.run_id, shard.index, table.num_rows, done - claimed)
+
+    def _check_roots(self, claim: Claim) -> None:
+        """Refuses a run whose folder, or what is in it, lies elsewhere once links and ``..`` are followed."""
+        roots, run, shard = self._settings.roots, claim.folder, claim.shard.index
+        places = [claim.uri]
+        if is_allowed(claim.uri, roots) and run.is_local:
+            places += [run.path(name) for name in (part_name(shard), run.shard_file(shard), run.reject_file(shard))]
+        for place in places:
+            if not is_allowed(place, roots):
+                raise MessageError(f"{place!r} is outside the allowed roots; allow it with NERMILL_ALLOWED_ROOTS")
 
     def _commit(self, claim: Claim, claimed: float, annotated: Annotated) -> parts.Committed:
         manifest = self.pipeline.manifest
@@ -155,27 +175,22 @@ class Mill:
             with self._gate.shared():
                 return self.pipeline.annotate(table, claim.options, claim.shard.first)
         with self._gate.exclusive():
-            return self._one_by_one(claim, table)
+            return self._annotate_suspects(claim, table)
 
-    def _one_by_one(self, claim: Claim, table: pa.Table) -> Annotated:
-        """Tags a shard that outlived its attempts document by document, alone in the process.
-
-        Each document is named in the ledger before it is tried, so a crash has a culprit; after
-        ``MAX_STRIKES`` crashes the document is rejected unseen.
-        """
-        strikes = self._ledger.strikes(claim.run_id)
-        tagged, faults, stats = [], {}, []
-        for row in range(table.num_rows):
-            index = claim.shard.first + row
-            document = table.slice(row, 1)
-            if strikes.get(index, 0) >= MAX_STRIKES:
-                document = _condemned(document, f"its worker died {strikes[index]} times while it was tagged alone")
-            elif not self._ledger.probe(claim, index):
-                break
-            annotated = self.pipeline.annotate(document, claim.options, index)
+    def _annotate_suspects(self, claim: Claim, table: pa.Table) -> Annotated:
+        """Tags a shard that outlived its attempts in trials that the ledger knows, alone in the process."""
+        first = claim.shard.first
+        tagged, stats = [], []
+        faults: dict[int, Fault] = {}
+        for trial in trials(first, table.num_rows, self._ledger.strikes(claim.run_id)):
+            documents = table.slice(trial.start, trial.end - trial.start)
+            if trial.is_condemned:
+                documents = _condemned(documents)
+            elif not self._ledger.probe(claim, trial.name):
+                raise LeaseLostError
+            annotated = self.pipeline.annotate(documents, claim.options, first + trial.start)
             tagged.append(annotated.part)
-            if annotated.faults:
-                faults[row] = annotated.faults[0]
+            faults |= {trial.start + row: fault for row, fault in annotated.faults.items()}
             stats.append(annotated.stats)
         totals = (sum(getattr(s, name) for s in stats) for name in Stats.__slots__)
         return Annotated(pa.concat_tables(tagged), faults, Stats(*totals))
@@ -189,13 +204,21 @@ class Mill:
         run = claim.folder
         plan = read_plan(run)
         missing = {shard.index for shard in plan.shards} - run.committed()
-        if not missing and not plan.is_open:
+        is_whole = not missing and not plan.is_open
+        if is_whole:
             run.write(SUCCESS_FILE, b"", exclusive=True)
+            run.sweep()
             log.info("run %s is complete", claim.run_id)
             if plan.has_gold:
-                write_report(run, evaluate(run))
+                try:
+                    write_report(run, evaluate(run))
+                except UsageError as error:
+                    log.warning("run %s: no report (%s)", claim.run_id, error)
+        else:
+            self.metrics.refused()
+            log.warning("run %s is not complete, %d parts are missing: nermill resume it", claim.run_id, len(missing))
         self._ledger.complete(claim, ok=0, rejected=0, tokens=0, computed=0)
-        if not missing:
+        if is_whole:
             self._ledger.close(claim.run_id)
 
     def keep(self, stop: threading.Event) -> None:
@@ -235,6 +258,7 @@ class Mill:
             self._ledger.release(claim)
 
 
-def _condemned(document: pa.Table, message: str) -> pa.Table:
+def _condemned(document: pa.Table) -> pa.Table:
+    message = f"its worker died {MAX_STRIKES} times while it was tagged alone"
     row = {**document.to_pylist()[0], "fault_reason": "crashed_worker", "fault_message": message}
     return pa.Table.from_pylist([row], schema=document.schema)

@@ -78,13 +78,16 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
 
 def resolve(uri: str) -> str:
     """A path without symlinks and ``..``, or a URI without ``..``; what roots are compared by."""
-    if "://" not in uri:
-        return os.path.realpath(uri)
+    path = uri.removeprefix("file://").removeprefix("local://")
+    if "://" not in path:
+        return os.path.realpath(path)
     scheme, _, path = uri.partition("://")
     return f"{scheme}://{os.path.normpath(path)}"
 
 
 def is_allowed(uri: str, roots: tuple[str, ...]) -> bool:
-    """Whether a run's folder lies below one of the resolved roots."""
+    """Whether a place lies below one of the resolved roots; a chain of stores (``a://b::c://d``) never does."""
+    if "\0" in uri or "::" in uri:
+        return False
     resolved = resolve(uri)
     return any(resolved == root or resolved.startswith(root.rstrip("/") + "/") for root in roots)

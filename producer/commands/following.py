@@ -9,6 +9,7 @@ import typer
 
 from producer.commands import options as o
 from producer.commands.outcome import ensure_evaluated, report_status, told_how_to_resume
+from producer.queue import DEFAULT_BROKER, HIGH_WATER
 from worker.contracts.errors import BrokerError
 
 if TYPE_CHECKING:
@@ -19,14 +20,14 @@ WATCH_SECONDS = 1.0
 
 def status(
     run: o.Run,
-    broker: o.Broker = o.DEFAULT_BROKER,
+    broker: o.Broker = DEFAULT_BROKER,
     watch: Annotated[bool, typer.Option("--watch", help="Look again every second until the run ends.")] = False,
     json: o.Json = False,
 ) -> int:
     """Say how far a run is: committed, rejected, waiting, documents/s, tokens/s, padding, time left."""
+    from producer.progress import watching
     from producer.run import open_run
     from producer.status import Tally, look
-    from producer.view import watching
 
     folder, plan = open_run(run)
     queue = _queue_if_any(broker)
@@ -44,28 +45,28 @@ def status(
 
 def resume(
     run: o.Run,
-    broker: o.Broker = o.DEFAULT_BROKER,
-    high_water: o.HighWater = 1_000_000,
+    broker: o.Broker = DEFAULT_BROKER,
+    high_water: o.HighWater = HIGH_WATER,
     wait: Annotated[bool, typer.Option("--wait", envvar="NERMILL_WAIT", help="Follow the run to its end.")] = False,
     json: o.Json = False,
 ) -> int:
     """Send again what has no part; safe at any time, any number of times."""
     from producer import run as runs
+    from producer.progress import paused, watching
     from producer.queue import Queue
     from producer.status import look
-    from producer.view import watching
 
     folder, plan = runs.open_run(run)
     queue = Queue(broker)
     with told_how_to_resume(folder.uri), watching() as show:
-        plan = runs.resume(folder, plan, queue, high_water, show)
+        plan = runs.resume(folder, plan, queue, high_water, paused(show))
         if wait and runs.wait(folder, plan, queue, show).state == "complete":
             ensure_evaluated(folder, plan)
     code = report_status(look(folder, plan, queue), as_json=json)
     return code if wait else 0
 
 
-def cancel(run: o.Run, broker: o.Broker = o.DEFAULT_BROKER, json: o.Json = False) -> int:
+def cancel(run: o.Run, broker: o.Broker = DEFAULT_BROKER, json: o.Json = False) -> int:
     """Stop what has not started; committed parts stay, and nermill resume takes the run up again."""
     from producer import run as runs
     from producer.queue import Queue
@@ -80,7 +81,7 @@ def cancel(run: o.Run, broker: o.Broker = o.DEFAULT_BROKER, json: o.Json = False
 
 def rejects(
     run: o.Run,
-    broker: o.Broker = o.DEFAULT_BROKER,
+    broker: o.Broker = DEFAULT_BROKER,
     retry: Annotated[bool, typer.Option("--retry", help="Send those again that failed in a worker.")] = False,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Show that many; default: all.")] = None,
     json: o.Json = False,
@@ -88,11 +89,12 @@ def rejects(
     """List the documents that could not be tagged, with the reason (--json: one object a line)."""
     from itertools import islice
 
+    from producer.progress import say
     from producer.queue import Queue
     from producer.rejects import read_rejects
     from producer.rejects import retry as retry_rejects
     from producer.run import open_run
-    from producer.view import print_json, say
+    from producer.view import print_json, visible
 
     folder, plan = open_run(run)
     if retry:
@@ -106,14 +108,14 @@ def rejects(
         if json:
             print_json(row)
         else:
-            print(f"{row['doc_id']}  {row['reason']}: {row['message']}")
+            print(visible(f"{row['doc_id']}  {row['reason']}: {row['message']}"))
     return 0
 
 
 def _queue_if_any(broker: str) -> Queue | None:
     """The queue, or none where nobody answers: the folder alone knows most of it."""
+    from producer.progress import say
     from producer.queue import Queue
-    from producer.view import say
 
     try:
         return Queue(broker)

@@ -6,8 +6,6 @@ from typing import Annotated
 
 import typer
 
-DEFAULT_BROKER = "redis://localhost:6379/0"
-
 Inputs = Annotated[
     list[str],
     typer.Argument(help="Files, folders, globs or URIs (s3://, gs://, ...); - is standard input.", show_default=False),

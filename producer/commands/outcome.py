@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from worker.contracts.errors import NermillError
 from worker.contracts.layout import REPORT_JSON
 
 if TYPE_CHECKING:
@@ -38,11 +39,11 @@ def ensure_evaluated(run: RunFolder, plan: Plan) -> None:
 
 @contextmanager
 def told_how_to_resume(run: str) -> Iterator[None]:
-    """Says after Ctrl-C what stays and how to go on."""
+    """Says after Ctrl-C or a failure what stays and how to go on."""
     try:
         yield
-    except KeyboardInterrupt:
-        from producer.view import say
+    except (KeyboardInterrupt, NermillError):
+        from producer.progress import say
 
         say(f"stopped; what is committed stays. To go on: nermill resume {run}")
         raise

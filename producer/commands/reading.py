@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from producer.commands import options as o
+from producer.queue import DEFAULT_BROKER
 from worker.contracts.errors import UsageError
 
 
@@ -24,8 +25,9 @@ def evaluate(
     json: o.Json = False,
 ) -> int:
     """Score a run against gold tags and measure its throughput; writes report.json and report.html."""
+    from producer.progress import say
     from producer.run import open_run
-    from producer.view import print_json, say, score_line
+    from producer.view import print_json, score_line
     from worker.evaluation import evaluate as evaluated
     from worker.evaluation import write_report
     from worker.evaluation.floors import below_floors
@@ -66,7 +68,7 @@ def compact(
 
 
 def doctor(
-    broker: o.Broker = o.DEFAULT_BROKER,
+    broker: o.Broker = DEFAULT_BROKER,
     model: o.Model = "demo",
     devices: o.Devices = "auto",
     out: Annotated[str | None, typer.Option("--out", envvar="NERMILL_OUT", help="Folder or URI to be written.")] = None,

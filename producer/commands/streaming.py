@@ -35,9 +35,10 @@ def stream(
         UsageError: the input cannot be followed.
     """
     from producer import run as runs
+    from producer.progress import say, watching
     from producer.status import look
     from producer.stream import Stream
-    from producer.view import print_json, say, watching
+    from producer.view import print_json
 
     def acknowledge(shard: Shard) -> None:
         if ack:

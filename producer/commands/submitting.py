@@ -11,6 +11,7 @@ from producer.commands import options as o
 from producer.commands.outcome import ensure_evaluated, report_status, told_how_to_resume
 from producer.commands.request import takes_request
 from producer.commands.streaming import stream
+from producer.queue import DEFAULT_BROKER, HIGH_WATER
 
 if TYPE_CHECKING:
     from producer.planning import Request
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
 @takes_request
 def run(request: Request, model: o.Model = "demo", devices: o.Devices = "auto", json: o.Json = False) -> int:
     """Run the whole mill on this machine: broker, a worker a device, tables, scores where there is gold."""
-    from producer.local import local_mill
+    from producer.local import check_devices, local_mill
     from producer.planning import make_plan
+    from producer.progress import reading, watching
     from producer.run import finish, resume, wait
     from producer.status import look
-    from producer.view import reading, watching
 
+    check_devices(devices)
     with reading() as on_documents:
         folder, plan = make_plan(request, on_documents)
     if not finish(folder, plan):
@@ -55,7 +57,8 @@ def plan(
 ) -> int:
     """Dry run: documents, shards, token lengths, duplicate ids, device time; sends and writes nothing."""
     from producer.estimate import estimate
-    from producer.view import print_estimate, print_json, reading
+    from producer.progress import reading
+    from producer.view import print_estimate, print_json
 
     with reading() as on_documents:
         found = estimate(request, costs, on_documents)
@@ -69,8 +72,8 @@ def plan(
 @takes_request
 def submit(
     request: Request,
-    broker: o.Broker = o.DEFAULT_BROKER,
-    high_water: o.HighWater = 1_000_000,
+    broker: o.Broker = DEFAULT_BROKER,
+    high_water: o.HighWater = HIGH_WATER,
     linger: Annotated[
         float,
         typer.Option("--linger", envvar="NERMILL_LINGER", min=0, help="A stream: seconds a document waits at most."),
@@ -86,9 +89,9 @@ def submit(
     """
     from producer import run as runs
     from producer.planning import make_plan
+    from producer.progress import paused, reading, watching
     from producer.queue import Queue
     from producer.status import look
-    from producer.view import reading, watching
 
     queue = Queue(broker)
     if follow or (request.inputs == ("-",) and request.read.format in (None, "jsonl")):
@@ -96,7 +99,7 @@ def submit(
     with reading() as on_documents:
         folder, plan = make_plan(request, on_documents)
     with told_how_to_resume(folder.uri), watching() as show:
-        plan = runs.resume(folder, plan, queue, high_water, show)
+        plan = runs.resume(folder, plan, queue, high_water, paused(show))
         if wait and runs.wait(folder, plan, queue, show).state == "complete":
             ensure_evaluated(folder, plan)
     code = report_status(look(folder, plan, queue), as_json=json)

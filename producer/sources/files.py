@@ -8,10 +8,12 @@ import gzip
 import hashlib
 import io
 import os
+import shutil
 import sys
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, BinaryIO, cast
@@ -34,7 +36,7 @@ class SourceFile:
     Attributes:
         uri: As it was given, or as its glob or folder named it; ``-`` is standard input.
         given: The argument that led to it.
-        spool: Standard input's content, kept because it is read more than once.
+        spool: Content of standard input or a named pipe, kept because it is read more than once.
     """
 
     uri: str
@@ -168,11 +170,11 @@ def find_files(inputs: Sequence[str]) -> list[SourceFile]:
     found: dict[str, SourceFile] = {}
     for given in inputs:
         if given == STDIN:
-            found[given] = SourceFile(STDIN, STDIN, _spool_stdin())
+            found[given] = SourceFile(STDIN, STDIN, _spool(STDIN))
             continue
         names = _find_remote(given) if is_remote(given) else _find_local(given)
         for name in names:
-            found.setdefault(name, SourceFile(name, given))
+            found.setdefault(name, SourceFile(name, given, _spool(name) if _is_pipe(name) else None))
     return list(found.values())
 
 
@@ -201,10 +203,11 @@ def unreadable(uri: str, error: Exception) -> UsageError:
 
 
 @cache
-def _spool_stdin() -> BinaryIO:
-    spool = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
-    while block := sys.stdin.buffer.read(BLOCK):
-        spool.write(block)
+def _spool(name: str) -> BinaryIO:
+    """A pipe's content in a file, kept as long as the process lives, for it is read more than once."""
+    spool = tempfile.TemporaryFile()  # noqa: SIM115
+    with nullcontext(sys.stdin.buffer) if name == STDIN else open(name, "rb") as stream:
+        shutil.copyfileobj(stream, spool, BLOCK)
     spool.flush()
     return cast(BinaryIO, spool)
 
@@ -229,6 +232,10 @@ def _find_local(given: str) -> list[str]:
             raise UsageError(f"{given}: no file fits this pattern")
         return names
     raise UsageError(f"{given}: no such file or folder{_suggestion(given)}")
+
+
+def _is_pipe(name: str) -> bool:
+    return not is_remote(name) and os.path.exists(name) and not os.path.isfile(name)
 
 
 def _find_remote(given: str) -> list[str]:

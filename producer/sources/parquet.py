@@ -31,10 +31,11 @@ def read_parquet(file: SourceFile, options: ReadOptions) -> Iterator[Document]:
                 for row in _rows(batch):
                     number += 1
                     yield _document(row, f"{file.uri}:{number}", options)
-        except pa.ArrowInvalid as error:
-            raise UsageError(f"{file.uri}: not a whole Parquet file ({error}); copy it again") from None
-        except OSError as error:
-            raise unreadable(file.uri, error) from None
+        except (pa.ArrowException, OSError, ValueError) as error:
+            if getattr(error, "errno", None):
+                raise unreadable(file.uri, error) from None
+            reason = " ".join(str(error).split())  # Arrow's own may have several lines
+            raise UsageError(f"{file.uri}: not a whole Parquet file ({reason}); copy it again") from None
 
 
 def _columns(schema: pa.Schema, uri: str, options: ReadOptions) -> list[str]:

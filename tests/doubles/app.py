@@ -5,8 +5,10 @@
 - ``FAULT_BATCH_SECONDS``: how long each batch takes.
 - ``FAULT_ABORT_WORD``: a word whose presence in a batch kills the process by SIGABRT.
 - ``FAULT_HANG_WORD``: a word whose presence in a batch hangs the engine for ever.
-- ``FAULT_DIE_AT``: ``rename``, ``done`` or ``ack``: the process is killed right after it committed a part, told the
-  ledger, or returned from the task; once for all processes that share ``FAULT_ONCE_FILE``.
+- ``FAULT_DIE_AT``: ``sync``, ``rename``, ``done`` or ``ack``: the process is killed right after it wrote a part aside,
+  committed it, told the ledger, or returned from the task; once for all processes that share ``FAULT_ONCE_FILE``.
+- ``FAULT_STORE``: folder of the ``faulty://`` store (tests.doubles.store).
+- ``FAULT_STORE_SECONDS``: how long a store may be silent.
 """
 
 from __future__ import annotations
@@ -71,10 +73,19 @@ worker.pipeline.load_engine = load_engine  # before worker.app loads anything
 
 import worker.app  # noqa: E402
 import worker.parts  # noqa: E402
+from tests.doubles import store  # noqa: E402, F401 - makes faulty:// known
+from worker.contracts import patience  # noqa: E402
 from worker.contracts.ledger import Ledger  # noqa: E402
 from worker.mill import Mill  # noqa: E402
 
-FAULT_POINTS = {"rename": (worker.parts, "commit"), "done": (Ledger, "complete"), "ack": (Mill, "answer_bell")}
+patience.SECONDS = float(os.environ.get("FAULT_STORE_SECONDS", patience.SECONDS))
+
+FAULT_POINTS = {
+    "sync": (os, "fsync"),
+    "rename": (worker.parts, "commit"),
+    "done": (Ledger, "complete"),
+    "ack": (Mill, "answer_bell"),
+}
 if point := os.environ.get("FAULT_DIE_AT"):
     die_after(*FAULT_POINTS[point])
 

@@ -28,6 +28,7 @@ KEYWORDS = {
     "default_buffer_size_vec",
 }
 EXTRA_FILE = "mindie.json"
+_LOAD, _TO, _NUMPY = torch.jit.load, torch.Tensor.to, torch.Tensor.numpy
 
 
 class TensorFormat(enum.Enum):
@@ -71,9 +72,6 @@ class Double:
         self.index: int | None = None
         self.finalized = False
         self.stream: Stream | None = None
-        self.load = torch.jit.load
-        self.to = torch.Tensor.to
-        self.numpy = torch.Tensor.numpy
 
     def refuse(self, message: str) -> None:
         self.violations.append(message)
@@ -136,7 +134,7 @@ class Double:
 
     def jit_load(self, path: str, map_location: Any = None, **options: Any) -> Any:
         extra = {EXTRA_FILE: ""}
-        module = self.load(path, map_location=map_location, _extra_files=extra, **options)
+        module = _LOAD(path, map_location=map_location, _extra_files=extra, **options)
         if not extra[EXTRA_FILE]:
             return module
         self.require_device("load")
@@ -154,11 +152,11 @@ class Double:
             self.require(tensor.ready, "a copy from the NPU before its stream was synchronized")
             self.require(target == "cpu", f"an NPU tensor to {target!r}")
             return tensor.as_subclass(torch.Tensor)
-        return self.to(tensor, *args, **options)
+        return _TO(tensor, *args, **options)
 
     def tensor_numpy(self, tensor: torch.Tensor, **options: Any) -> Any:
         self.require(not isinstance(tensor, NpuTensor), "numpy of a tensor on the NPU")
-        return self.numpy(tensor, **options)
+        return _NUMPY(tensor, **options)
 
 
 class Input:

@@ -7,5 +7,6 @@ from tests.chaos import SHORT, disturbed, undisturbed
 
 def test_a_run_comes_out_the_same_whatever_dies() -> None:
     outcome = disturbed(SHORT, seed=7)
+    assert outcome.harmed_to_the_end
     assert outcome.redeliveries > 0
     assert outcome.table == undisturbed(SHORT.documents)

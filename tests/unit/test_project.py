@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -111,6 +112,18 @@ def test_import_is_light(root: Path, module: str) -> None:
     code = f"import {module}, json, sys; print(json.dumps([name.partition('.')[0] for name in sys.modules]))"
     answer = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert HEAVY.isdisjoint(json.loads(answer.stdout))
+
+
+def test_the_engine_leaves_no_trace_at_home(root: Path, tmp_path: Path) -> None:
+    """ONNX Runtime >= 1.29 would write a device id and send events, unless it is told not to before it is imported."""
+    pytest.importorskip("onnxruntime")
+    code = (
+        "from worker.contracts.manifest import resolve_artifact; from worker.engine import load_engine;"
+        "load_engine(resolve_artifact('demo')).close()"
+    )
+    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, check=True)
+    assert list(tmp_path.rglob("*")) == []
 
 
 @pytest.mark.parametrize("script", ["nermill", "nermill-worker", "nermill-build"])

@@ -5,6 +5,7 @@ celery and redis are imported when they are asked for, not before.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from redis import Redis
 
 SCHEMES = ("redis", "rediss", "redis+socket", "sentinel")
+_SECRETS = re.compile(r"(?<=://)[^;]*(?=@)|(?<=password=)[^&;]*")
 DEFAULT_SENTINEL_SERVICE = "mymaster"
 
 # Found sound one by one for a worker on threads whose tasks may be killed at any moment.
@@ -58,17 +60,16 @@ def check_url(url: str) -> str:
             f"{redacted(url)}: Redis Cluster cannot carry Celery's queues (their keys hash to different slots); "
             "use one Redis or Valkey, or Sentinel"
         )
+    if {"username", "password"} & parse_qs(urlsplit(url).query).keys():
+        raise UsageError(f"{redacted(url)}: user and password stand before the host: redis://USER:PASSWORD@HOST")
     if scheme not in SCHEMES:
         raise UsageError(f"{redacted(url)}: broker URLs begin with {', '.join(s + '://' for s in SCHEMES)}")
     return scheme
 
 
 def redacted(url: str) -> str:
-    """The URL without its password, for messages and logs."""
-    parts = urlsplit(url)
-    if "@" not in parts.netloc:
-        return url
-    return parts._replace(netloc="***@" + parts.netloc.rpartition("@")[2]).geturl()
+    """The URL, or list of them, without user and password, for messages and logs."""
+    return _SECRETS.sub("***", url)
 
 
 def celery_app(url: str) -> Celery:
@@ -88,23 +89,32 @@ def celery_app(url: str) -> Celery:
     return app
 
 
-def redis_client(url: str) -> Redis:
+def redis_client(url: str, *, patient: bool = True) -> Redis:
     """A Redis client for the ledger, with text answers; it connects when it is first used.
+
+    Args:
+        url: Broker URL.
+        patient: Whether it tries again, for some seconds, before it says that nobody answers.
 
     Raises:
         UsageError: a URL that cannot be served.
     """
     scheme = check_url(url)
     from redis import Redis
+    from redis.backoff import NoBackoff
     from redis.exceptions import RedisError
+    from redis.retry import Retry
     from redis.sentinel import Sentinel
 
     common: dict[str, Any] = {
         "decode_responses": True,
+        "encoding_errors": "replace",  # what is not UTF-8 is not ours; whoever parses it says so
         "socket_timeout": TRANSPORT_OPTIONS["socket_timeout"],
         "socket_connect_timeout": TRANSPORT_OPTIONS["socket_connect_timeout"],
         "health_check_interval": TRANSPORT_OPTIONS["health_check_interval"],
     }
+    if not patient:
+        common["retry"] = Retry(NoBackoff(), 0)
     parts = urlsplit(url)
     try:
         if scheme == "redis+socket":
@@ -138,19 +148,19 @@ def check_broker(url: str) -> Redis:
         BrokerError: nobody answers, or not for us, in one line without the password.
         UsageError: a URL that cannot be served.
     """
-    client = redis_client(url)
     from redis.exceptions import RedisError
 
     try:
-        client.ping()
-        version = str(client.info("server").get("redis_version", "0"))
+        with redis_client(url, patient=False) as client:
+            client.ping()
+            version = str(client.info("server").get("redis_version", "0"))
     except (RedisError, OSError) as error:
         raise BrokerError(
             f"{redacted(url)}: the broker does not answer ({error}); start it, or mend --broker / NERMILL_BROKER_URL"
         ) from None
     if tuple(int(n) for n in version.split(".")[:2]) < (6, 2):
         raise BrokerError(f"{redacted(url)}: Redis {version} is too old; 6.2 or Valkey is needed")
-    return client
+    return redis_client(url)
 
 
 def _sentinel_service(url: str) -> str:

@@ -17,12 +17,11 @@ from __future__ import annotations
 
 import os
 import re
-import uuid
+import time
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
-from worker.contracts.errors import StoreError
+from worker.contracts.store import Disk, Store, open_store, telling
 
 PLAN_FILE = "plan.json"
 SUCCESS_FILE = "_SUCCESS"
@@ -31,8 +30,11 @@ REPORT_HTML = "report.html"
 SHARD_FOLDER = "_shards"
 REJECT_FOLDER = "rejects"
 
+ASIDE_SECONDS = 3600.0  # no file is written for so long: one aside that is older has lost its writer
+
 _PART = re.compile(r"part-(\d{5,})\.parquet")
 _SHARD = re.compile(r"shard-(\d{5,})\.arrow")
+_ASIDE = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}")  # where the disk's files are written before they are renamed
 
 
 def part_name(shard: int) -> str:
@@ -55,38 +57,25 @@ class RunFolder:
     uri: str
 
     @cached_property
-    def _store(self) -> tuple[Any, str]:
-        if "://" not in self.uri:
-            return None, os.path.abspath(self.uri)
-        import fsspec
-
-        try:
-            fs, path = fsspec.core.url_to_fs(self.uri)
-        except (ImportError, ValueError) as error:
-            raise StoreError(f"{self.uri}: {error}") from None
-        return fs, path.rstrip("/")
+    def _place(self) -> tuple[Store, str]:
+        return open_store(self.uri)
 
     @property
     def is_local(self) -> bool:
-        return self._store[0] is None
+        return isinstance(self._place[0], Disk)
 
     def path(self, name: str) -> str:
         """Path of a file of the run, as the store spells it."""
-        return f"{self._store[1]}/{name}"
+        return f"{self._place[1]}/{name}"
 
     def read(self, name: str) -> bytes:
         """A whole file."""
-        fs, path = self._store[0], self.path(name)
-        try:
-            if fs is not None:
-                return bytes(fs.cat_file(path))
-            with open(path, "rb") as stream:
-                return stream.read()
-        except Exception as error:
-            raise _store_error("read", path, error) from error
+        path = self.path(name)
+        with telling("read", path):
+            return self._place[0].read(path)
 
     def write(self, name: str, data: bytes, *, exclusive: bool = False) -> bool:
-        """Makes a whole file appear at once: written aside, synced, renamed; on a store, one put.
+        """Makes a whole file appear at once.
 
         Args:
             name: File name, relative to the run's folder.
@@ -96,49 +85,47 @@ class RunFolder:
         Returns:
             Whether this call's content is what the file now holds.
         """
-        fs, path = self._store[0], self.path(name)
-        try:
-            if fs is None:
-                return _write_local(path, data, exclusive)
-            if exclusive and fs.exists(path):
-                return False
-            fs.pipe_file(path, data)
+        path = self.path(name)
+        with telling("write", path):
+            if exclusive:
+                return self._place[0].create(path, data)
+            self._place[0].replace(path, data)
             return True
-        except Exception as error:
-            raise _store_error("write", path, error) from error
 
     def exists(self, name: str) -> bool:
-        fs, path = self._store[0], self.path(name)
-        try:
-            return os.path.exists(path) if fs is None else bool(fs.exists(path))
-        except Exception as error:
-            raise _store_error("look at", path, error) from error
+        path = self.path(name)
+        with telling("look at", path):
+            return self._place[0].exists(path)
 
     def remove(self, name: str) -> None:
         """Removes a file; one that is not there is fine."""
-        fs, path = self._store[0], self.path(name)
-        try:
-            if fs is None:
-                os.unlink(path)
-            else:
-                fs.rm_file(path)
-        except FileNotFoundError:
-            return
-        except Exception as error:
-            raise _store_error("remove", path, error) from error
+        path = self.path(name)
+        with telling("remove", path):
+            self._place[0].remove(path)
 
     def list(self, folder: str = "") -> list[str]:
-        """Names of the files in the run's folder or one below it; none where there is no folder."""
-        fs, path = self._store[0], self.path(folder).rstrip("/")
-        try:
-            if fs is None:
-                return sorted(os.listdir(path))
-            fs.invalidate_cache(path)
-            return sorted(str(entry).rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
-        except FileNotFoundError:
-            return []
-        except Exception as error:
-            raise _store_error("list", path, error) from error
+        """Names of the files in the run's folder or one below it, sorted; none where there is no folder."""
+        path = self.path(folder).rstrip("/")
+        with telling("list", path):
+            return sorted(self._place[0].list(path))
+
+    def sweep(self) -> int:
+        """Removes what killed writers left aside on a local disk (a store's put leaves nothing); returns how many.
+
+        What lies aside of a committed part goes at once, for nobody can commit it any more; anything else goes
+        when it is so old that its writer must be dead.
+        """
+        if not self.is_local:
+            return 0
+        committed, swept = self.committed(), 0
+        for folder in ("", REJECT_FOLDER, SHARD_FOLDER):
+            for name in self.list(folder):
+                aside = _ASIDE.fullmatch(name)
+                path = self.path(f"{folder}/{name}")
+                if aside and (_numbers(_PART, [aside["name"]]) & committed or _age(path) > ASIDE_SECONDS):
+                    self.remove(f"{folder}/{name}")
+                    swept += 1
+        return swept
 
     def committed(self) -> set[int]:
         """Shards whose part is there."""
@@ -159,37 +146,8 @@ def _numbers(pattern: re.Pattern[str], names: list[str]) -> set[int]:
     return {int(match[1]) for name in names if (match := pattern.fullmatch(name))}
 
 
-def _write_local(path: str, data: bytes, exclusive: bool) -> bool:
-    folder, base = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
-    aside = f"{folder}/.{base}.{uuid.uuid4().hex}"
+def _age(path: str) -> float:
     try:
-        with open(aside, "xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        if exclusive:
-            try:
-                os.link(aside, path)
-            except FileExistsError:
-                return False
-        else:
-            os.replace(aside, path)
-    finally:
-        if os.path.exists(aside):
-            os.unlink(aside)
-    _sync_folder(folder)
-    return True
-
-
-def _sync_folder(folder: str) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _store_error(verb: str, path: str, error: Exception) -> StoreError:
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return StoreError(f"{path}: cannot {verb} it ({reason})")
+        return time.time() - os.stat(path).st_mtime
+    except FileNotFoundError:
+        return 0.0

@@ -99,10 +99,10 @@ function step.renew(run, shard, token, lease, now)
   return 1
 end
 
--- the document that the holder is about to try alone
-function step.probe(run, shard, token, document)
+-- what the holder is about to try: a crash from here on is a strike against it
+function step.probe(run, shard, token, trial)
   if not holds(run, shard, token) then return 0 end
-  redis.call('HSET', key(run, 'probes'), shard, document)
+  redis.call('HSET', key(run, 'probes'), shard, trial)
   return 1
 end
 
@@ -130,6 +130,7 @@ function step.complete(run, shard, token, ok, rejected, tokens, computed, now)
     count(run, 'tokens', tokens)
     count(run, 'computed', computed)
     redis.call('HSET', key(run), 'finished', clock(now))
+    redis.call('HDEL', key(run), 'finish') -- a last step that came before this was not the last
   else
     count(run, 'duplicates', 1)
   end

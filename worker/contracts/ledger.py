@@ -22,6 +22,7 @@ from worker.contracts.plan import RUN_ID, SHA256, Options, Shard, options_from
 FINISH = -1  # number of a run's last step, which is leased like a shard: _SUCCESS and evaluation
 MAX_ATTEMPTS = 3  # tries of a whole shard before its documents are tried one by one
 MAX_STRIKES = 2  # crashes of one document, alone, before it is rejected
+MAX_INDEX = 1 << 62  # of a document; parts hold it in 64 bits
 CLOSED_SECONDS = 86_400  # how long a finished run's counters stay readable
 _SEND_CHUNK = 500
 _SOURCE = files("worker.contracts").joinpath("ledger.lua").read_text("utf-8")
@@ -146,12 +147,12 @@ class Ledger:
         """Extends a lease; False where it went to another."""
         return bool(self._step("renew", *_held(claim), _ms(lease_seconds), _now(now)))
 
-    def probe(self, claim: Claim, document: int) -> bool:
-        """Notes which document is about to be tried alone, so that a crash has a name; False without the lease."""
-        return bool(self._step("probe", *_held(claim), document))
+    def probe(self, claim: Claim, trial: int) -> bool:
+        """Notes which trial of the shard is about to begin, so that a crash has a name; False without the lease."""
+        return bool(self._step("probe", *_held(claim), trial))
 
     def strikes(self, run_id: str) -> dict[int, int]:
-        """How often each document crashed its worker while it was tried alone."""
+        """How often each trial crashed its worker."""
         return {int(index): int(n) for index, n in self._client.hgetall(self._key(run_id, "strikes")).items()}
 
     def release(self, claim: Claim) -> bool:
@@ -236,7 +237,7 @@ def _parse_claim(entry: list[Any]) -> Claim:
             raise ValueError("run id or folder")
         parsed = _parse_shard(int(shard), spec)
         return Claim(run_id, str(uri), options_from(json.loads(options)), parsed, str(token), int(attempts))
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise MessageError(f"a ledger entry does not fit the contract ({error}): {entry!r:.200}") from None
 
 
@@ -244,6 +245,6 @@ def _parse_shard(index: int, spec: str) -> Shard:
     if index == FINISH:
         return Shard(FINISH, 0, 0, "")
     documents, first, sha256 = spec.split(" ")
-    if index < 0 or int(documents) <= 0 or int(first) < 0 or not SHA256.fullmatch(sha256):
+    if index < 0 or int(documents) <= 0 or not 0 <= int(first) < MAX_INDEX or not SHA256.fullmatch(sha256):
         raise ValueError("shard number, size or hash")
     return Shard(index, int(first), int(documents), sha256)

@@ -140,7 +140,16 @@ def _parse(body: dict[str, Any], sha256: str) -> Manifest:
     body["inputs"] = tuple(Input(**entry) for entry in body["inputs"])
     body["shapes"] = tuple((int(rows), int(length)) for rows, length in body["shapes"])
     body["labels"] = tuple(body["labels"])
+    for name in body["files"]:
+        if not _is_plain(name):
+            raise ValueError(f"file name {name!r}: files lie in the artifact's own folder")
+    if unsworn := {body["model_file"], TOKENIZER_FILE} - body["files"].keys():
+        raise ValueError(f"no sha256 of {', '.join(sorted(unsworn))}")
     return Manifest(**body, sha256=sha256)
+
+
+def _is_plain(name: str) -> bool:
+    return name == Path(name).name and "\0" not in name and name not in ("", "..")
 
 
 def resolve_artifact(model: str) -> Path:

@@ -7,6 +7,8 @@ forged costs at most one empty look: the queue's faults cannot become the table'
 
 from __future__ import annotations
 
+import json
+from base64 import b64decode
 from typing import Any
 
 from worker.contracts.errors import MessageError
@@ -15,6 +17,7 @@ MESSAGE_VERSION = 1
 TASK = "nermill.tag"
 QUEUE = "nermill"
 KEY_PREFIX = "nermill:"
+MAX_BODY = 4096  # characters; a bell's own body has 120
 
 
 def bell() -> dict[str, Any]:
@@ -22,12 +25,25 @@ def bell() -> dict[str, Any]:
     return {"version": MESSAGE_VERSION}
 
 
-def check_bell(version: Any) -> None:
-    """Refuses a bell of another version.
+def check_message(raw: Any) -> None:
+    """Refuses whatever lies in the queue and is no bell, without unpacking more than it must.
+
+    Args:
+        raw: The message as the Redis transport has it, parsed from JSON.
 
     Raises:
         MessageError: not a bell that this version understands.
     """
+    try:
+        task, kind, body = raw["headers"]["task"], raw["content-type"], raw["body"]
+        if task != TASK:
+            raise MessageError(f"a message for the task {task!r:.80}, which is not ours")
+        if kind != "application/json" or len(body) > MAX_BODY:
+            raise MessageError(f"a message of {len(body)} characters of {kind!r:.80}; a bell is short JSON")
+        _, keywords, _ = json.loads(b64decode(body, validate=True))
+        version = keywords["version"]
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise MessageError(f"a message that is no bell ({type(error).__name__})") from None
     if version != MESSAGE_VERSION:
         raise MessageError(
             f"message version {version!r:.40}: this worker speaks {MESSAGE_VERSION}; upgrade the older side"

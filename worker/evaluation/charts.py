@@ -80,7 +80,8 @@ def _speed(axes: Axes, report: Report) -> None:
     for (name, values), colour in zip(rows.items(), _SERIES, strict=False):
         seconds = [n * width for n in range(len(values))]
         axes.step(seconds, values, where="post", color=colour, label=name, linewidth=1.5)
-    axes.set(xlabel="seconds since the first shard was claimed", ylabel="documents/s", ylim=(0, None))
+    top = 1.25 * max(map(max, rows.values())) or 1.0  # room for the legend
+    axes.set(xlabel="seconds since the first shard was claimed", ylabel="documents/s", ylim=(0, top))
     axes.legend(fontsize=8)
     axes.grid(axis="y")
 

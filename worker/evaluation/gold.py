@@ -30,8 +30,8 @@ class GoldFile:
     """Gold tags of all documents of a run, in the run's order.
 
     Args:
-        path: A CoNLL file, or ``.gz`` or ``.zst`` of one: a word a line, its tag in the last column, an empty line after a
-            sentence.
+        path: A CoNLL file, or ``.gz`` or ``.zst`` of one: a word a line, its tag in the last column, an empty line
+            after a sentence.
         unit: What a document of the run is, ``sentence`` or ``document`` (up to the next ``-DOCSTART-``).
 
     Raises:

@@ -120,8 +120,8 @@ def test_back_pressure_waits_for_the_workers(broker, serving, tmp_path, monkeypa
     monkeypatch.setattr(runs, "_POLL_SECONDS", (0.01, 0.02))
     path = tmp_path / "in.txt"
     path.write_text("Ada\n" * 40)
-    request = Request((str(path),), str(tmp_path / "out"), read=ReadOptions(lines=True), limits=ShardLimits(documents=4))
-    run, plan = make_plan(request)
+    limits = ShardLimits(documents=4)
+    run, plan = make_plan(Request((str(path),), str(tmp_path / "out"), read=ReadOptions(lines=True), limits=limits))
     waits: list[Status] = []
     queue = Queue(broker)
     sender = threading.Thread(target=runs.send, args=(run, plan, queue, 8, waits.append))

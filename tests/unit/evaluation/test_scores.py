@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import warnings
 from pathlib import Path
@@ -14,8 +15,9 @@ from seqeval import metrics
 from seqeval.scheme import IOB2
 
 from tests.unit.evaluation.runs import DATA, Doc, make_run, read_conll
+from worker.contracts.layout import REPORT_JSON, RunFolder
 from worker.contracts.tags import detect_scheme, to_iob2
-from worker.evaluation import evaluate
+from worker.evaluation import evaluate, write_report
 
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC", "B-A-B", "I-A-B"]
 CLOSE = {"rel": 1e-9, "abs": 1e-9}
@@ -83,18 +85,29 @@ def test_a_real_corpus_scores_as_in_seqeval(file: str, tmp_path: Path) -> None:
     assert report["documents"] == len(docs)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(
         st.integers(1, 12).flatmap(lambda n: st.tuples(*[st.lists(st.sampled_from(TAGS), min_size=n, max_size=n)] * 2)),
-        min_size=50,
-        max_size=50,
+        min_size=100,
+        max_size=100,
     )
 )
 def test_random_sequences_score_as_in_seqeval(tmp_path_factory: pytest.TempPathFactory, pairs) -> None:
-    """Fifty sequences an example, forty examples: gold becomes IOB2 first, predictions stay as they are."""
+    """A hundred sequences an example, twenty examples: gold becomes IOB2 first, predictions stay as they are."""
     gold = [list(to_iob2(g, "IOB1")) for g, _ in pairs]
     predicted = [p for _, p in pairs]
     docs = [Doc([f"w{i}" for i in range(len(g))], p, g) for g, p in zip(gold, predicted, strict=True)]
     report = evaluate(make_run(tmp_path_factory.mktemp("random"), docs, per_shard=7))
     assert_equal_to_seqeval(gold, predicted, report)
+
+
+def test_a_run_in_a_store_scores_as_on_a_disk(tmp_path: Path) -> None:
+    docs = [Doc(["a", "b"], ["B-X", "O"], ["B-X", "O" if n % 3 else "B-X"]) for n in range(30)]
+    local = make_run(tmp_path, docs, per_shard=10)
+    remote = RunFolder("memory://evaluated/run=made")
+    for name in local.list():
+        remote.write(name, local.read(name))
+    write_report(remote, evaluate(remote))
+    report = json.loads(remote.read(REPORT_JSON))
+    assert {**report, "run": ""} == {**evaluate(local), "run": ""}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from tests.unit.evaluation.runs import Doc, make_run, write_part
 from worker.contracts.errors import UsageError
@@ -99,9 +100,11 @@ def test_a_gold_file_scores_a_run_that_came_without(run: RunFolder, tmp_path: Pa
 
 
 def test_a_packed_gold_file(run: RunFolder, tmp_path: Path) -> None:
-    path = tmp_path / "gold.conll.gz"
-    path.write_bytes(gzip.compress((GOLD * 4).rstrip().encode()))
-    assert evaluate(run, gold=path)["f1"] == 1.0
+    text = (GOLD * 4).rstrip().encode()
+    for name, data in (("gold.conll.gz", gzip.compress(text)), ("gold.conll.zst", zstandard.compress(text))):
+        path = tmp_path / name
+        path.write_bytes(data)
+        assert evaluate(run, gold=path)["f1"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -164,9 +167,10 @@ def test_gold_that_cannot_be_read(run: RunFolder, tmp_path: Path) -> None:
     latin = tmp_path / "latin.conll"
     latin.write_bytes("Łódź B-LOC\n".encode("iso-8859-2"))
     assert "not UTF-8" in line_of(run, gold=latin)
-    half = tmp_path / "half.gz"
-    half.write_bytes(gzip.compress(GOLD.encode() * 1000)[:60])
-    assert "cannot read the gold tags" in line_of(run, gold=half)
+    for name, data in (("half.gz", gzip.compress(GOLD.encode() * 1000)[:60]), ("not.zst", GOLD.encode())):
+        path = tmp_path / name
+        path.write_bytes(data)
+        assert "cannot read the gold tags" in line_of(run, gold=path)
 
 
 def test_gold_for_documents_that_came_as_text(tmp_path: Path) -> None:

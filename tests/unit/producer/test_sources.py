@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import string
 import sys
+import threading
 from pathlib import Path
 
 import pyarrow as pa
@@ -67,7 +69,8 @@ class TestJsonl:
         path = write("a.jsonl", b"\n".join(lines))
         documents = read(path)
         assert faults(documents) == [
-            None, "empty", "missing_field", "missing_field", "wrong_type", "not_utf8", "not_utf8", "wrong_type", "wrong_type",
+            None, "empty", "missing_field", "missing_field", "wrong_type", "not_utf8", "not_utf8",
+            "wrong_type", "wrong_type",
         ]  # fmt: skip
         assert [d.id for d in documents[:7]] == ["ok", "e", "m", "n", "w", "u", "s"]
         assert documents[7].id == f"{path}:8"
@@ -211,12 +214,22 @@ class TestFiles:
             assert [d.text for d in read(uri)] == ["M"]
 
     def test_standard_input_is_read_more_than_once(self, monkeypatch):
-        files._spool_stdin.cache_clear()
+        files._spool.cache_clear()
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(FOUR.encode())))
         documents = read("-")
-        files._spool_stdin().close()
-        files._spool_stdin.cache_clear()
+        files._spool("-").close()
+        files._spool.cache_clear()
         assert [d.id for d in documents] == ["-:3", "-:6"]
+
+    def test_a_named_pipe_is_read_more_than_once(self, tmp_path):
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        writer = threading.Thread(target=pipe.write_text, args=(FOUR,))
+        writer.start()
+        assert [d.id for d in read(pipe)] == [f"{pipe}:3", f"{pipe}:6"]
+        writer.join()
+        files._spool(str(pipe)).close()
+        files._spool.cache_clear()
 
     def test_what_cannot_be_read_is_one_line(self, write, tmp_path):
         path = write("reports.jsonl", '{"text": "Ada"}')

@@ -1,0 +1,163 @@
+"""The producer in Python: send documents one by one, submit files, wait for the tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from producer import run as runs
+from producer.planning import Request, make_plan
+from producer.queue import DEFAULT_BROKER, HIGH_WATER, Queue
+from producer.shards import ShardLimits
+from producer.sources import ReadOptions
+from producer.sources.options import text_document
+from producer.status import Status, look
+from producer.stream import Stream
+from worker.contracts.document import Document
+from worker.contracts.errors import UsageError
+from worker.contracts.plan import Options
+
+
+class Producer:
+    """Brings documents to the workers at a broker.
+
+    ::
+
+        with Producer("tagged", broker="redis://queue:6379/0") as producer:
+            producer.send("Ada Lovelace met Charles Babbage.", id="letter-1")
+            status = producer.wait()
+        print(status.run, status.ok)
+
+    Leaving the ``with`` block ends the stream of sent documents; what was sent is durable then.
+
+    Args:
+        out: Folder or URI that holds runs.
+        broker: Broker URL.
+        model: Artifact, by name or path, that must tag the documents; None leaves it to the workers.
+        options: How documents are tagged.
+        limits: When a shard is full.
+        linger: Seconds that a sent document waits at most for its shard to fill.
+        high_water: Unfinished documents above which sending waits.
+
+    Raises:
+        UsageError: an argument that cannot be served.
+        BrokerError: nobody answers at the broker.
+    """
+
+    def __init__(
+        self,
+        out: str,
+        *,
+        broker: str = DEFAULT_BROKER,
+        model: str | None = None,
+        options: Options | None = None,
+        limits: ShardLimits | None = None,
+        linger: float = 1.0,
+        high_water: int = HIGH_WATER,
+    ) -> None:
+        self._out, self._model, self._linger, self._high_water = out, model, linger, high_water
+        self._options, self._limits = options or Options(), limits or ShardLimits()
+        self._queue = Queue(broker)
+        self._stream: Stream | None = None
+
+    def __enter__(self) -> Producer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def send(
+        self,
+        document: str | Sequence[str],
+        *,
+        id: str | None = None,  # the field's own name for it
+        fields: Mapping[str, Any] | None = None,
+    ) -> int:
+        """Sends one document: a text, or words that were split before. Safe from several threads.
+
+        Args:
+            document: The text, or its words.
+            id: Its name in the table; default: its index.
+            fields: Kept in the table where ``Options.keep_fields`` says so.
+
+        Returns:
+            The document's index in the stream's run.
+
+        Raises:
+            StoreError: the output takes no more.
+        """
+        stream = self._open_stream()
+        with stream.lock:
+            name = str(stream.documents) if id is None else id
+            kept = None if fields is None else dict(fields)
+            if isinstance(document, str):
+                return stream.add(text_document(name, document, kept))
+            return stream.add(Document(name, words=tuple(document), fields=kept))
+
+    def flush(self) -> None:
+        """Makes what was sent durable now, without waiting for full shards."""
+        if self._stream is not None:
+            self._stream.flush()
+
+    def submit(self, *inputs: str, read: ReadOptions | None = None) -> str:
+        """Plans and sends a run over files; the same files again resume their run.
+
+        Args:
+            inputs: Files, folders, globs or URIs.
+            read: Formats, columns, units.
+
+        Returns:
+            The run's folder or URI, for ``wait`` and ``status``.
+
+        Raises:
+            UsageError: a wrong input; nothing was written.
+        """
+        read = read or ReadOptions()
+        run, plan = make_plan(Request(inputs, self._out, self._model, read, self._options, self._limits))
+        runs.resume(run, plan, self._queue, self._high_water)
+        return run.uri
+
+    def wait(self, run: str | None = None) -> Status:
+        """Follows a run to its end; without a name, ends the stream of sent documents and follows that.
+
+        Raises:
+            UsageError: no such run, or nothing was sent.
+            BrokerError: the broker stays away.
+        """
+        if run is None:
+            run = self._sent_run()
+            self.close()
+        folder, plan = runs.open_run(run)
+        return runs.wait(folder, plan, self._queue)
+
+    def status(self, run: str | None = None) -> Status:
+        """A run's status now; without a name, that of the stream of sent documents."""
+        folder, plan = runs.open_run(run or self._sent_run())
+        return look(folder, plan, self._queue)
+
+    def close(self) -> None:
+        """Ends the stream of sent documents; a repeated call does nothing."""
+        if self._stream is not None and self._stream.plan.is_open:
+            self._stream.close()
+
+    def _open_stream(self) -> Stream:
+        if self._stream is None or not self._stream.plan.is_open:
+            self._stream = Stream(
+                self._out,
+                self._queue,
+                model=self._model,
+                options=self._options,
+                limits=self._limits,
+                linger=self._linger,
+                high_water=self._high_water,
+                source="producer.Producer",
+            )
+        return self._stream
+
+    def _sent_run(self) -> str:
+        if self._stream is None:
+            raise UsageError("nothing was sent; name a run, or send a document first")
+        return self._stream.run.uri

@@ -1,0 +1,34 @@
+"""At length: 10,000 mutated messages in one session, 3,000 mutated ledger entries, 20,000 mutated input files."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import fuzz
+from tests.harness import Harness, harness
+from tests.integration.test_fuzz import fuzz_ledger, fuzz_messages
+
+
+@pytest.fixture
+def mill() -> Iterator[Harness]:
+    with tempfile.TemporaryDirectory(prefix="nm-") as folder, harness(Path(folder)) as made:
+        yield made
+
+
+@pytest.mark.timeout(600)
+def test_ten_thousand_mutated_messages(mill: Harness) -> None:
+    fuzz_messages(mill, seed=2, count=10_000)
+
+
+def test_mutated_ledger_entries(mill: Harness) -> None:
+    fuzz_ledger(mill, seed=2, count=3000)
+
+
+@pytest.mark.parametrize("seed", range(2, 10))
+def test_mutated_input_files(tmp_path: Path, seed: int) -> None:
+    read, refused = fuzz.fuzz_sources(tmp_path, seed, count=2500)
+    assert min(read, refused) > 250

@@ -1,0 +1,64 @@
+"""The bundled demo model: small enough to ship, right about names, and a checkpoint again when it is asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from model_build.artifact import Order, compile_artifact
+from model_build.checkpoint import open_checkpoint
+from model_build.demo.recover import recover
+from model_build.verify import verify
+from worker.contracts.errors import UsageError
+from worker.contracts.manifest import load_manifest, resolve_artifact
+from worker.engine import load_engine
+from worker.engine.golden import load_golden, run_alone
+
+
+@pytest.fixture(scope="module")
+def recovered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recovered") / "demo"
+    recover(folder)
+    return folder
+
+
+def test_artifact_is_what_the_card_says() -> None:
+    folder = resolve_artifact("demo")
+    manifest = load_manifest(folder)
+    assert (manifest.backend, manifest.precision, manifest.layout) == ("onnx", "int8", "packed")
+    assert (manifest.shapes, manifest.max_length, manifest.scheme) == ((), 512, "IOB2")
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 25e6
+    assert all(check.passed for check in verify(folder, threads=1))
+
+
+def test_recovered_checkpoint_answers_as_the_artifact(recovered: Path, tmp_path: Path) -> None:
+    manifest = compile_artifact(str(recovered), tmp_path / "fp32", Order("torch"))
+    bundled = load_manifest(resolve_artifact("demo"))
+    assert (manifest.labels, manifest.cls_id, manifest.sep_id) == (bundled.labels, bundled.cls_id, bundled.sep_id)
+    golden = load_golden(resolve_artifact("demo"))
+    engine = load_engine(tmp_path / "fp32", "cpu", 1)
+    answers = run_alone(engine, golden.windows)
+    engine.close()
+    different = sum(int((a.argmax(-1) != b.argmax(-1)).sum()) for a, b in zip(answers, golden.logits, strict=True))
+    assert different / sum(map(len, answers)) <= 0.01
+    assert max(float(np.abs(a - b).max()) for a, b in zip(answers, golden.logits, strict=True)) <= bundled.tolerance
+
+
+def test_quantizing_the_recovered_weights_again_changes_nothing(recovered: Path, tmp_path: Path) -> None:
+    from model_build.int8 import read_weights
+
+    compile_artifact(str(recovered), tmp_path / "int8", Order("onnx", precision="int8"))
+    again = read_weights(tmp_path / "int8" / "model.onnx")
+    for name, weight in read_weights(resolve_artifact("demo") / "model.onnx").items():
+        np.testing.assert_allclose(again[name], weight, rtol=1e-6, atol=1e-9, err_msg=name)
+
+
+def test_recovering_needs_a_new_folder(recovered: Path) -> None:
+    with pytest.raises(UsageError, match="is there already"):
+        recover(recovered)
+    assert open_checkpoint(str(recovered)).lowercase

@@ -1,0 +1,263 @@
+"""The command line as its users meet it: results, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from producer import cli
+
+from .conftest import POISON
+
+COMMANDS = ("run", "plan", "submit", "status", "resume", "rejects", "cancel", "evaluate", "show", "compact", "doctor")
+
+
+@pytest.fixture
+def nermill(monkeypatch, capfd):
+    """Runs a command in this process; answers (exit code, standard output, standard error)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["nermill", *map(str, arguments)])
+        before = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        signal.signal(signal.SIGTERM, before)
+        out, err = capfd.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "in.jsonl"
+    texts = ["Ada met Bob", "no one", POISON]
+    path.write_text("".join(json.dumps({"id": f"d{n}", "text": text}) + "\n" for n, text in enumerate(texts)))
+    return path
+
+
+@pytest.fixture
+def finished(nermill, broker, serving, corpus, tmp_path) -> str:
+    with serving():
+        code, out, err = nermill("submit", corpus, "--out", tmp_path / "out", "--broker", broker, "--wait", "--json")
+    assert code == 3, err
+    return json.loads(out)["run"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example_and_json(nermill, command):
+    code, out, _ = nermill(command, "--help")
+    assert code == 0
+    assert f"Example: nermill {command} " in " ".join(out.split())
+    assert "--json" in out
+
+
+def test_submit_wait_status_and_rejects_tell_the_same(nermill, broker, finished):
+    code, out, _ = nermill("status", finished, "--broker", broker, "--json")
+    body = json.loads(out)
+    assert (code, body["state"], body["shards"]["committed"]) == (3, "complete", 1)
+    assert body["documents"] == {"total": 3, "ok": 2, "rejected": 1}
+    names = {"run", "run_id", "seconds", "documents_per_second", "tokens_per_second", "padding_share"}
+    assert names <= body.keys()
+    code, out, _ = nermill("rejects", finished, "--json")
+    assert code == 0
+    assert json.loads(out) == {
+        "doc_index": 2, "doc_id": "d2", "reason": "model_failure", "message": "poison", "attempts": 1,
+    }  # fmt: skip
+    assert nermill("rejects", finished)[1] == "d2  model_failure: poison\n"
+
+
+def test_submit_without_wait_leaves_at_once_and_submits_once(nermill, broker, corpus, tmp_path):
+    for _ in range(2):
+        code, out, _ = nermill("submit", corpus, "--out", tmp_path / "out", "--broker", broker, "--json")
+        body = json.loads(out)
+        assert (code, body["state"], body["shards"]["waiting"]) == (0, "running", 1)
+    code, out, _ = nermill("cancel", body["run"], "--broker", broker, "--json")
+    assert (code, json.loads(out)["state"]) == (0, "cancelled")
+    assert nermill("status", body["run"], "--broker", broker)[0] == 3
+    assert nermill("resume", body["run"], "--broker", broker)[0] == 0
+
+
+def test_status_without_a_broker_counts_the_parts(nermill, finished):
+    code, out, err = nermill("status", finished, "--broker", "redis://localhost:1", "--json")
+    assert (code, json.loads(out)["state"]) == (3, "complete")
+    assert "counting the parts alone" in err
+
+
+def test_show_marks_entities(nermill, finished):
+    code, out, _ = nermill("show", finished)
+    assert (code, out) == (0, "d0  [Ada PER] met [Bob PER]\nd1  no one\nd2  rejected\n")
+    rows = [json.loads(line) for line in nermill("show", finished, "--limit", 1, "--json")[1].splitlines()]
+    assert [(row["doc_id"], row["text"]) for row in rows] == [("d0", "Ada met Bob")]
+    code, _, err = nermill("show", finished, "--format", "conll")
+    assert code == 2
+    assert "needs CoNLL input" in err
+
+
+def test_evaluate_scores_and_holds_floors(nermill, broker, serving, tmp_path):
+    path = tmp_path / "in.conll"
+    path.write_text("Ada B-PER\nis O\n\nHere O\n")
+    with serving():
+        code, out, err = nermill("submit", path, "--out", tmp_path / "out", "--broker", broker, "--wait", "--json")
+    assert code == 0, err
+    body = json.loads(out)
+    assert body["scores"]["precision"] == pytest.approx(0.5)
+    code, out, _ = nermill("evaluate", body["run"], "--json")
+    assert (code, json.loads(out)["recall"]) == (0, 1.0)
+    code, _, err = nermill("evaluate", body["run"], "--min-f1", "0.9")
+    assert code == 4
+    assert "below the floor" in err
+
+
+def test_compact_says_what_it_did(nermill, finished):
+    code, out, _ = nermill("compact", finished, "--json")
+    assert (code, json.loads(out)["parts"]) == (0, {"before": 1, "after": 1})
+
+
+def test_plan_tells_without_writing(nermill, tmp_path):
+    path = tmp_path / "in.jsonl"
+    ids = ["a", "b", "a", "c", "b", "a"]
+    path.write_text(
+        "".join(json.dumps({"id": i, "text": "Ada " * 40}) + "\n" for i in ids) + '{"id": "e", "text": ""}\n'
+    )
+    costs = tmp_path / "costs.json"
+    costs.write_text(json.dumps({"kind": "measured", "source": "here", "shapes": [{"tokens_per_second": 10.0}]}))
+    arguments = ("plan", path, "--out", tmp_path / "out", "--shard-documents", 4, "--costs", costs)
+    code, out, _ = nermill(*arguments, "--json")
+    body = json.loads(out)
+    assert code == 0
+    assert body["documents"] == {"total": 7, "rejected": 1}
+    assert body["duplicate_ids"] == {"documents": 3, "examples": ["a", "b"]}
+    assert body["shards"] == 2
+    assert sum(entry["documents"] for entry in body["histogram"]) == 6
+    assert body["device_seconds"] == pytest.approx(body["tokens"]["total"] / 10, abs=0.1)
+    assert not (tmp_path / "out").exists()
+    _, out, _ = nermill(*arguments)
+    assert "3 documents repeat an id: a, b" in out
+    assert "█" in out
+
+
+def test_doctor_names_what_fails_and_how_to_mend_it(nermill, broker, serving, corpus, tmp_path):
+    code, out, _ = nermill("doctor", "--broker", "redis://localhost:1", "--model", tmp_path / "nothing", "--json")
+    findings = {f["name"]: f for f in json.loads(out)["findings"]}
+    assert code == 1
+    assert [name for name, f in findings.items() if not f["ok"]] == ["broker", "model"]
+    assert "valkey-server" in findings["broker"]["mend"]
+    code, out, _ = nermill(
+        "doctor", "--broker", broker, "--devices", "cuda:77,gpu", "--out", corpus / "below", "--model", tmp_path
+    )
+    assert code == 1
+    assert re.search(r"workers +FAILS no worker listens.*\n +mend it: nermill-worker", out)
+    assert re.search(r"device +FAILS cuda:77 is not visible", out)
+    assert re.search(r"device +FAILS 'gpu' is no device", out)
+    assert re.search(r"output +FAILS .*cannot be a folder", out)
+
+
+def test_doctor_knows_a_wrong_password_and_never_shows_it(nermill, broker):
+    from worker.contracts.broker import redis_client
+
+    client = redis_client(broker)
+    client.config_set("requirepass", "right")
+    try:
+        url = broker.replace("redis+socket://", "redis+socket://:wrong@")
+        code, out, err = nermill("doctor", "--broker", url, "--json")
+    finally:
+        client.config_set("requirepass", "")
+    finding = json.loads(out)["findings"][0]
+    assert (code, finding["ok"]) == (1, False)
+    assert "right password" in finding["mend"]
+    assert "wrong@" not in out + err
+
+
+def test_wrong_usage_is_one_line_and_exit_code_2(nermill, broker, corpus, tmp_path):
+    out, good = tmp_path / "out", ["--broker", broker]
+    runs = tmp_path / "runs"
+    (runs / "run=one").mkdir(parents=True)
+    cases = {
+        r"No such command 'rnu'\. Did you mean 'run'": ["rnu"],
+        r"No such option: --jsn": ["run", corpus, "--jsn"],
+        r"Missing option '--out'": ["run", corpus],
+        r"did you mean .*in.jsonl": ["run", tmp_path / "im.jsonl", "--out", out],
+        r"--format 'csv': one of jsonl, conll, text, parquet": ["plan", corpus, "--format", "csv"],
+        r"--unit 'word': one of sentence, document": ["plan", corpus, "--unit", "word"],
+        r"--aggregation 'best': one of none": ["plan", corpus, "--aggregation", "best"],
+        r"--max-chars": ["plan", corpus, "--max-chars", "0"],
+        r"--shard-documents": ["plan", corpus, "--shard-documents", "none"],
+        r"--overlap": ["plan", corpus, "--overlap", "-1"],
+        r"--linger": ["submit", "-", "--out", out, "--linger", "soon"],
+        r"--limit": ["show", "x", "--limit", "0"],
+        r"--min-f1": ["evaluate", "x", "--min-f1", "2"],
+        r"nowhere: no model artifact": ["plan", corpus, "--model", "nowhere"],
+        r"nobody://out: Protocol not known": ["submit", corpus, "--out", "nobody://out", *good],
+        r"cannot be a folder": ["submit", corpus, "--out", corpus / "x", *good],
+        r"--devices 'gpu': say auto": ["run", corpus, "--out", out, "--devices", "gpu"],
+        r"a folder of runs, not a run; name one: .*/run=one": ["status", runs, *good],
+        r"no run here": ["status", tmp_path, *good],
+        r"--follow tails one file": ["submit", corpus, corpus, "--follow", "--out", out, *good],
+        r"redis\+cluster": ["submit", corpus, "--out", out, "--broker", "redis+cluster://x"],
+        r"broker URLs begin with": ["submit", corpus, "--out", out, "--broker", "amqp://me:secret@x"],
+    }  # fmt: skip
+    for pattern, arguments in cases.items():
+        code, stdout, err = nermill(*arguments)
+        assert (code, stdout) == (2, ""), (arguments, err)
+        assert re.search(pattern, err), (pattern, err)
+        assert err.startswith("nermill: ")
+        assert err.count("\n") == 1
+        assert "secret" not in err
+    assert not out.exists()
+
+
+def test_a_broker_that_is_not_there_fails_with_1_and_writes_nothing(nermill, corpus, tmp_path):
+    code, _, err = nermill("submit", corpus, "--out", tmp_path / "out", "--broker", "redis://localhost:1")
+    assert code == 1
+    assert err.startswith("nermill: redis://localhost:1: the broker does not answer")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_from_the_environment_give_way_to_flags(nermill, monkeypatch, broker, corpus, tmp_path):
+    monkeypatch.setenv("NERMILL_BROKER_URL", broker)
+    monkeypatch.setenv("NERMILL_OUT", str(tmp_path / "env"))
+    monkeypatch.setenv("NERMILL_JSON", "1")
+    assert json.loads(nermill("submit", corpus)[1])["run"].startswith(str(tmp_path / "env"))
+    assert json.loads(nermill("submit", corpus, "--out", tmp_path / "flag")[1])["run"].startswith(
+        str(tmp_path / "flag")
+    )
+
+
+def test_ctrl_c_while_waiting_says_how_to_resume(broker, corpus, tmp_path):
+    command = [sys.executable, "-m", "producer.cli", "submit", str(corpus), "--out", str(tmp_path / "out"), "--wait"]
+    process = subprocess.Popen([*command, "--broker", broker], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 20
+    while not list(tmp_path.glob("out/run=*/plan.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 3
+    assert re.search(r"stopped; .* nermill resume .*/out/run=\w+\n", err)
+
+
+def test_version(nermill):
+    pytest.importorskip("importlib.metadata").version("nermill")
+    assert re.fullmatch(r"nermill \d+\.\d+\.\d+\n", nermill("--version")[1])
+
+
+def test_help_is_quick():
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    fastest = min(_seconds(environment) for _ in range(3))
+    assert fastest < 1.0  # 0.15 s on a machine of its own
+
+
+def _seconds(environment: dict[str, str]) -> float:
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-m", "producer.cli", "--help"], env=environment, check=True, capture_output=True)
+    return time.monotonic() - began

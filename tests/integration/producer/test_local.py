@@ -1,0 +1,110 @@
+"""``nermill run``: the whole mill with the bundled model, and what it says when the worker fails."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from worker.contracts.manifest import load_manifest, resolve_artifact
+
+pytest.importorskip("onnxruntime")
+
+COMMAND = [sys.executable, "-m", "producer.cli", "run"]
+
+
+def children_of(pid: int) -> set[int]:
+    """All living descendants of a process."""
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, IndexError):
+            continue
+    found, front = set(), {pid}
+    while front := {child for child, parent in parents.items() if parent in front}:
+        found |= front
+    return found
+
+
+def wait_until_gone(pids: set[int], seconds: float = 15.0) -> set[int]:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        pids = {pid for pid in pids if Path(f"/proc/{pid}").exists() and _is_alive(pid)}
+        if not pids:
+            break
+        time.sleep(0.1)
+    return pids
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_run_tags_scores_and_leaves_no_process(tmp_path, sample):
+    sentences = [s for s in (sample / "wikigold.conll").read_text().split("\n\n") if not s.startswith("-DOCSTART-")]
+    corpus = tmp_path / "in.conll"
+    corpus.write_text("\n\n".join(sentences[:12]))
+    result = subprocess.run(
+        [*COMMAND, str(corpus), "--out", str(tmp_path / "out"), "--devices", "cpu", "--json"],
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    body = json.loads(result.stdout)
+    assert (body["state"], body["documents"]) == ("complete", {"total": 12, "ok": 12, "rejected": 0})
+    assert body["scores"]["f1"] > 0.3
+    assert sorted(os.listdir(body["run"])) == [
+        "_SUCCESS", "_shards", "part-00000.parquet", "plan.json", "report.html", "report.json",
+    ]  # fmt: skip
+    again = subprocess.run(
+        [*COMMAND, str(corpus), "--out", str(tmp_path / "out"), "--devices", "cpu"], capture_output=True, text=True
+    )
+    assert again.returncode == 0, again.stderr
+    assert "read it" in again.stdout
+
+
+def test_a_terminated_run_takes_its_children_along(tmp_path):
+    corpus = tmp_path / "in.jsonl"
+    corpus.write_text("".join(json.dumps({"text": f"Ada Lovelace met Bob {n}."}) + "\n" for n in range(50_000)))
+    process = subprocess.Popen(
+        [*COMMAND, str(corpus), "--out", str(tmp_path / "out"), "--devices", "cpu"], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while len(children := children_of(process.pid)) < 4 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(children) >= 4
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert "nermill resume" in err
+    assert wait_until_gone(children) == set()
+
+
+def test_an_artifact_that_does_not_load_is_told_with_the_workers_log(tmp_path):
+    artifact = tmp_path / "artifact"
+    shutil.copytree(resolve_artifact("demo"), artifact)
+    (artifact / "model.onnx").write_bytes(b"no model")
+    corpus = tmp_path / "in.jsonl"
+    corpus.write_text('{"text": "Ada"}\n')
+    command = [*COMMAND, str(corpus), "--out", str(tmp_path / "out"), "--model", str(artifact), "--devices", "cpu"]
+    changed = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert changed.returncode == 2
+    assert "changed since it was built" in changed.stderr
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    manifest["files"]["model.onnx"] = hashlib.sha256(b"no model").hexdigest()
+    (artifact / "manifest.json").write_text(json.dumps(manifest))
+    load_manifest(artifact)
+    broken = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert broken.returncode == 1
+    assert "nermill: the worker failed; the end of its log:" in broken.stderr

@@ -1,0 +1,123 @@
+"""The table opened with the tools that people have: counts, entities per label, a join back, the metadata."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from producer import run as runs
+from producer.planning import Request, make_plan
+from producer.queue import Queue
+from producer.shards import ShardLimits
+
+from .conftest import POISON
+
+TEXTS = {"a": "Ada met Bob", "b": "no one", "c": POISON, "d": "Carol \U0001f980", "e": ""}
+PEOPLE = 3
+
+
+@pytest.fixture(scope="module")
+def run(broker_url, tmp_path_factory) -> str:
+    from worker.contracts.broker import redis_client
+    from worker.contracts.ledger import Ledger
+
+    from .conftest import ARTIFACT, tag
+
+    folder = tmp_path_factory.mktemp("readers")
+    corpus = folder / "in.jsonl"
+    corpus.write_text("".join(json.dumps({"id": key, "text": text}) + "\n" for key, text in TEXTS.items()))
+    folder, plan = make_plan(Request((str(corpus),), str(folder / "out"), limits=ShardLimits(documents=2)))
+    queue = Queue(broker_url)
+    runs.send(folder, plan, queue)
+    ledger = Ledger(redis_client(broker_url))
+    while claim := ledger.claim(ARTIFACT, 60):
+        tag(claim, ledger)
+    assert runs.wait(folder, plan, queue).rejected == 2
+    return folder.uri
+
+
+def test_duckdb(run):
+    duckdb = pytest.importorskip("duckdb")
+    with duckdb.connect() as database:
+        parts = f"read_parquet('{run}/part-*.parquet')"
+        assert database.sql(f"SELECT count(*) FROM {parts}").fetchall() == [(len(TEXTS),)]
+        labels = f"SELECT e.label, count(*) FROM {parts}, UNNEST(entities) AS u(e) GROUP BY 1"
+        assert database.sql(labels).fetchall() == [("PER", PEOPLE)]
+        inputs = f"read_json('{Path(run).parents[1]}/in.jsonl')"
+        join = f"{parts} p JOIN {inputs} i ON i.id = p.doc_id, UNNEST(p.entities) AS u(e)"
+        joined = f"SELECT i.text[e.start + 1 : e.end] = e.text FROM {join}"
+        assert database.sql(joined).fetchall() == [(True,)] * PEOPLE
+        keys = database.sql(f"SELECT decode(key) FROM parquet_kv_metadata('{run}/part-00000.parquet')").fetchall()
+        assert ("nermill.run_id",) in keys
+
+
+def test_polars(run):
+    polars = pytest.importorskip("polars")
+    table = polars.scan_parquet(f"{run}/part-*.parquet").collect()
+    assert table.height == len(TEXTS)
+    people = table.explode("entities").unnest("entities").drop_nulls("label")
+    assert people.group_by("label").len().rows() == [("PER", PEOPLE)]
+    inputs = polars.DataFrame({"doc_id": list(TEXTS), "input": list(TEXTS.values())})
+    joined = people.join(inputs, on="doc_id")
+    assert all(row["input"][row["start"] : row["end"]] == row["text"] for row in joined.to_dicts())
+
+
+def test_pandas(run):
+    pandas = pytest.importorskip("pandas")
+    table = pandas.concat(pandas.read_parquet(part) for part in sorted(Path(run).glob("part-*.parquet")))
+    assert table["doc_id"].tolist() == list(TEXTS)
+    people = table.explode("entities").dropna(subset="entities")
+    assert people["entities"].map(lambda entity: entity["label"]).value_counts().to_dict() == {"PER": PEOPLE}
+
+
+def test_pyarrow_dataset(run):
+    from pyarrow import dataset
+
+    from worker.contracts.schema import metadata_of
+
+    parts = dataset.dataset(sorted(str(part) for part in Path(run).glob("part-*.parquet")))
+    assert parts.count_rows() == len(TEXTS)
+    assert parts.to_table(filter=dataset.field("status") == "rejected")["doc_id"].to_pylist() == ["c", "e"]
+    metadata = metadata_of(parts.schema)
+    assert metadata["run_id"] == json.loads((Path(run) / "plan.json").read_text())["run_id"]
+    assert metadata["offset_unit"] == "unicode_code_point"
+
+
+def test_datasets(run, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    table = datasets.load_dataset(
+        "parquet", data_files=f"{run}/part-*.parquet", split="train", cache_dir=str(tmp_path), keep_in_memory=True
+    )
+    assert table.num_rows == len(TEXTS)
+    assert sum(len(entities) for entities in table["entities"]) == PEOPLE
+
+
+def test_seqeval_reads_what_show_writes(broker_url, tmp_path):
+    """CoNLL in, CoNLL out: seqeval's scores of the two columns are those of the report."""
+    from seqeval.metrics import f1_score
+
+    from producer.show import conll_lines
+    from worker.contracts.broker import redis_client
+    from worker.contracts.ledger import Ledger
+    from worker.evaluation import evaluate
+
+    from .conftest import ARTIFACT, tag
+
+    gold = "Ada B-PER\nmet O\nBob B-PER\n\nin O\nBonn B-LOC\n"
+    corpus = tmp_path / "in.conll"
+    corpus.write_text(gold)
+    folder, plan = make_plan(Request((str(corpus),), str(tmp_path / "out")))
+    queue = Queue(broker_url)
+    runs.send(folder, plan, queue)
+    ledger = Ledger(redis_client(broker_url))
+    while claim := ledger.claim(ARTIFACT, 60):
+        tag(claim, ledger)
+    written = "\n".join(conll_lines(folder, plan, None))
+
+    def tags(text: str) -> list[list[str]]:
+        return [[line.split()[-1] for line in block.splitlines()] for block in text.strip().split("\n\n")]
+
+    assert [len(sentence) for sentence in tags(written)] == [3, 2]
+    assert f1_score(tags(gold), tags(written)) == pytest.approx(evaluate(folder)["f1"])

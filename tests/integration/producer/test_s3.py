@@ -1,0 +1,125 @@
+"""A run on an S3 store (moto's server on loopback): killed, resumed, compacted, read; the same table as on disk."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet as pq
+
+from producer import run as runs
+from producer.compact import compact
+from producer.planning import Request, make_plan
+from producer.queue import Queue
+from producer.shards import ShardLimits
+from producer.show import read_rows
+from producer.status import look
+from producer.stream import Stream
+from worker.contracts.broker import redis_client
+from worker.contracts.document import Document
+from worker.contracts.errors import StoreError, UsageError
+from worker.contracts.layout import SUCCESS_FILE, RunFolder, part_name
+from worker.contracts.ledger import Ledger
+from worker.contracts.plan import Plan, read_plan
+from worker.evaluation import evaluate
+
+from .conftest import ARTIFACT, tag
+
+pytest.importorskip("s3fs")
+moto_server = pytest.importorskip("moto.server")
+
+
+@pytest.fixture
+def bucket(monkeypatch) -> Iterator[str]:
+    import fsspec
+    import s3fs
+
+    server = moto_server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    name = f"bucket-{uuid.uuid4().hex}"
+    fsspec.filesystem("s3").mkdir(name)
+    yield f"s3://{name}"
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+def table_of(run: RunFolder, plan: Plan) -> pa.Table:
+    tables = [pq.read_table(pa.BufferReader(run.read(part_name(shard.index)))) for shard in plan.shards]
+    return pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
+
+
+def test_a_run_on_s3_is_the_run_on_disk(bucket, broker, serving, tmp_path):
+    corpus = tmp_path / "in.conll"
+    corpus.write_text("".join(f"Ada{n} B-PER\nmet O\nBob I-PER\n\n" for n in range(20)))
+    queue = Queue(broker)
+    limits = ShardLimits(documents=3)
+    tables = []
+    for out in (bucket, str(tmp_path / "out")):
+        run, plan = make_plan(Request((str(corpus),), out, limits=limits))
+        runs.send(run, plan, queue)
+        ledger = Ledger(redis_client(broker))
+        held = ledger.claim(ARTIFACT, 1, now=1.0)  # a worker that takes a shard and is killed
+        assert held is not None
+        tag(ledger.claim(ARTIFACT, 60), ledger)
+        assert (look(run, plan, queue).state, look(run, plan, queue).committed) == ("running", 1)
+        ledger.reap()
+        with serving():
+            plan = runs.resume(run, plan, queue)
+            assert runs.wait(run, plan, queue).state == "complete"
+        assert run.exists(SUCCESS_FILE)
+        assert evaluate(run)["documents"] == 20
+        compacted = compact(run, plan)
+        assert (len(plan.shards), len(compacted.shards), run.committed()) == (7, 1, {0})
+        assert [shown.row["doc_id"] for shown in read_rows(run, compacted, 2)] == [f"{corpus}:1", f"{corpus}:5"]
+        tables.append(table_of(run, compacted))
+        assert make_plan(Request((str(corpus),), out, limits=limits)) == (run, compacted)
+    assert tables[0] == tables[1]
+
+
+def test_inputs_are_read_from_s3(bucket, broker, serving, tmp_path):
+    import fsspec
+
+    with fsspec.open(f"{bucket}/in/a.jsonl", "wb") as stream:
+        stream.write(b'{"text": "Ada"}\n')
+    run, plan = make_plan(Request((f"{bucket}/in/*.jsonl",), str(tmp_path)))
+    assert [(entry.uri, entry.documents) for entry in plan.inputs] == [(f"{bucket}/in/a.jsonl", 1)]
+    assert run.shards() == {0}
+
+
+def test_a_stream_goes_to_s3(bucket, broker, serving):
+    queue = Queue(broker)
+    stream = Stream(bucket, queue, linger=0.05)
+    with serving():
+        stream.add(Document("a", text="Ada"))
+        plan = stream.close()
+        assert runs.wait(stream.run, plan, queue).ok == 1
+    assert read_plan(stream.run) == plan
+
+
+def test_a_wrong_input_leaves_no_object(bucket, tmp_path):
+    import fsspec
+
+    corpus = tmp_path / "in.jsonl"
+    corpus.write_text(json.dumps({"text": "Ada"}) + "\n{")
+    with pytest.raises(UsageError):
+        make_plan(Request((str(corpus),), f"{bucket}/out"))
+    assert fsspec.filesystem("s3").find(f"{bucket}/out") == []
+
+
+def test_a_bucket_that_is_not_there_is_one_line(bucket, tmp_path):
+    corpus = tmp_path / "in.jsonl"
+    corpus.write_text(json.dumps({"text": "Ada"}))
+    with pytest.raises((StoreError, UsageError)) as caught:
+        make_plan(Request((str(corpus),), "s3://nowhere/out"))
+    assert "nowhere" in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,135 @@
+"""TLS, users with few rights, and passwords that nobody gets to see."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from producer.queue import Queue
+from tests.doubles.tls import make_certificate, tls_proxy
+from tests.harness import DOUBLE, Harness, harness, rows, texts
+from worker.contracts.broker import redacted
+from worker.contracts.errors import BrokerError
+
+PASSWORD = "s3cret-pass"
+RIGHTS = "~nermill:* &nermill:* +@all -@admin -@dangerous +info"  # as SECURITY.md has them
+
+
+@pytest.fixture
+def mill() -> Iterator[Harness]:
+    with tempfile.TemporaryDirectory(prefix="nm-") as folder, harness(Path(folder)) as made:
+        yield made
+
+
+@pytest.fixture
+def user_url(mill: Harness) -> str:
+    """The server's URL for a user with few rights; nobody else may enter."""
+    with mill.server.client() as client:
+        client.execute_command("ACL", "SETUSER", "mill", "on", f">{PASSWORD}", *RIGHTS.split())
+        client.execute_command("ACL", "SETUSER", "default", "off")
+    return f"redis+socket://mill:{PASSWORD}@{mill.server.socket}"
+
+
+@contextmanager
+def tls_url(mill: Harness, user: str = "") -> Iterator[str]:
+    if shutil.which("openssl") is None:
+        pytest.skip("the openssl command makes the certificate")
+    key, certificate = make_certificate(mill.folder)
+    with tls_proxy(mill.server.socket, key, certificate) as port:
+        yield f"rediss://{user}localhost:{port}/0?ssl_cert_reqs=required&ssl_ca_certs={certificate}"
+
+
+def test_a_run_over_tls_as_a_user_with_few_rights(mill: Harness, user_url: str) -> None:
+    with tls_url(mill, f"mill:{PASSWORD}@") as url:
+        mill.server.url = url
+        mill.worker()
+        run, plan = mill.submit(texts(200))
+        mill.wait(run, plan)
+        assert len(rows(run)) == 200
+        mill.workers[0].terminate()
+    assert PASSWORD not in mill.logs()
+    assert "localhost" in mill.logs(), "the log says where the worker is connected"
+
+
+def test_a_certificate_that_nobody_vouches_for_is_refused(mill: Harness) -> None:
+    with tls_url(mill) as url, pytest.raises(BrokerError, match="certificate verify failed"):
+        Queue(url.partition("&ssl_ca_certs")[0])
+
+
+@pytest.mark.parametrize("user", ["", "mill:wrong-one@", "default:@"])
+def test_without_the_password_nobody_enters(mill: Harness, user_url: str, user: str) -> None:
+    with pytest.raises(BrokerError, match="does not answer") as caught:
+        Queue(f"redis+socket://{user}{mill.server.socket}")
+    assert "wrong-one" not in str(caught.value)
+
+
+def test_no_password_is_seen_from_outside(mill: Harness, user_url: str) -> None:
+    """Neither in process titles, nor in logs, nor in what commands print, whichever way the URL was given."""
+    environment = {**os.environ, "NERMILL_ALLOWED_ROOTS": str(mill.out), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "worker.launch", "--devices", "cpu", "--broker", user_url]
+    with (mill.folder / "worker.log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        mill.server.url = user_url
+        run, plan = mill.submit(texts(20))
+        mill.wait(run, plan)
+        supervisor = psutil.Process(process.pid)
+        titles = [" ".join(one.cmdline()) for one in [supervisor, *supervisor.children(recursive=True)]]
+    finally:
+        process.terminate()
+        process.wait(40)
+    assert len(titles) == 2
+    assert not [title for title in titles if PASSWORD in title]
+    assert PASSWORD not in (mill.folder / "worker.log").read_text()
+    for arguments in (["status", run.uri, "--json"], ["doctor", "--json"], ["resume", run.uri]):
+        asked = subprocess.run(
+            [sys.executable, "-m", "producer.cli", *arguments],
+            env={**environment, "NERMILL_BROKER_URL": user_url},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert asked.stdout + asked.stderr
+        assert PASSWORD not in asked.stdout + asked.stderr
+
+
+def test_a_worker_whose_server_goes_away_tells_no_password(mill: Harness, user_url: str) -> None:
+    worker = mill.worker(DOUBLE, NERMILL_BROKER_URL=user_url)
+    wait_for(mill, "Connected to redis+socket://mill:**@")
+    mill.server.kill()
+    wait_for(mill, "Connection to broker lost")
+    worker.kill()
+    assert PASSWORD not in worker.log.read_text()
+
+
+def wait_for(mill: Harness, words: str) -> None:
+    deadline = time.monotonic() + 30
+    while words not in mill.logs():
+        assert time.monotonic() < deadline, mill.logs()
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"redis://:{PASSWORD}@host/0",
+        f"redis://user:with/slash{PASSWORD}@host:1/0?x=1",
+        f"sentinel://:{PASSWORD}@one;sentinel://:{PASSWORD}@two/0?master_name=m",
+        f"redis://host/0?password={PASSWORD}&x=1",
+        f"redis+socket://user:{PASSWORD}@/run/valkey.sock",
+    ],
+)
+def test_urls_in_messages_have_no_password(url: str) -> None:
+    assert PASSWORD not in redacted(url)
+    assert redacted(url).partition(":")[0] == url.partition(":")[0]
