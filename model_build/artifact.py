@@ -21,7 +21,7 @@ from model_build.checkpoint import open_checkpoint
 from model_build.oracle import golden
 from model_build.shapes import parse_shapes
 from model_build.wrap import Encoder, build
-from worker.contracts.errors import EngineError, UsageError
+from worker.contracts.errors import EngineError, StoreError, UsageError
 from worker.contracts.manifest import (
     TOKENIZER_FILE,
     Backend,
@@ -82,9 +82,10 @@ def compile_artifact(where: str, out: Path, order: Order) -> Manifest:
     shapes = parse_shapes(order.shapes, checkpoint.max_length, order.backend)
     with folder_at_once(out) as folder:
         max_length = min(checkpoint.max_length, max((length for _, length in shapes), default=checkpoint.max_length))
-        model = build(checkpoint.architecture, checkpoint.weights(), plain=order.layout == "plain")
+        checkpoint.weights()  # refuses by name what cannot be read, before transformers opens it
         answers = golden(checkpoint, max_length)
         answers.write(folder)
+        model = build(checkpoint.architecture, checkpoint.weights(), plain=order.layout == "plain")
         (folder / TOKENIZER_FILE).write_text(checkpoint.tokenizer, "utf-8")
         inputs = tuple(Input(name, order.index_dtype) for name in model.inputs)
         model_file, details = _compile(model, order, precision, shapes, folder)
@@ -125,6 +126,7 @@ def folder_at_once(out: Path) -> Iterator[Path]:
 
     Raises:
         UsageError: ``out`` is there already, or its parent cannot be written.
+        StoreError: the disk gave up on the way.
     """
     if out.exists():
         raise UsageError(f"{out}: is there already; name a new folder or remove it")
@@ -136,6 +138,8 @@ def folder_at_once(out: Path) -> Iterator[Path]:
     try:
         yield aside
         os.replace(aside, out)
+    except OSError as error:
+        raise StoreError(f"{out}: cannot be written ({error.strerror or error}); nothing was left there") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -7,9 +7,11 @@ import warnings
 from pathlib import Path
 
 import torch
+from packaging import version
 from torch import Tensor
 
 from model_build.wrap import Encoder
+from worker.contracts.errors import UsageError
 
 OPSET = 18
 
@@ -32,7 +34,12 @@ def to_onnx(model: Encoder, path: Path, dtype: torch.dtype) -> None:
     """Writes an ONNX graph with free rows and length; parameters keep their names.
 
     Weights over 2 GB go into a file beside it, as the format wants.
+
+    Raises:
+        UsageError: this torch is too old for the exporter.
     """
+    if version.parse(torch.__version__) < version.parse("2.5"):
+        raise UsageError(f"--backend onnx needs torch >= 2.5 to export, and here is {torch.__version__}")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of operators that we do not use
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own use of what torch deprecates

@@ -136,7 +136,7 @@ def translate(weights: dict[str, Tensor], model_type: str, layers: int, where: s
     def take(key: str, part: str) -> Tensor:
         for spelling in (part, {"weight": "gamma", "bias": "beta"}[part]):  # checkpoints of 2018 say gamma and beta
             if (tensor := weights.pop(f"{key}.{spelling}", None)) is not None:
-                return tensor.float()
+                return tensor.to(torch.float32, copy=True)  # one that is not copied keeps its whole file mapped
         raise UsageError(f"{where}: weight {key}.{part} is missing; is this the model that config.json describes?")
 
     keys = {ours: family.prefix + theirs for ours, theirs in family.keys.items()} | {"classifier": "classifier"}

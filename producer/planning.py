@@ -159,6 +159,8 @@ def nothing_half_written(run: RunFolder) -> Iterator[None]:
     try:
         yield
     except BaseException:
+        if run.exists(PLAN_FILE):  # somebody else planned the same meanwhile
+            raise
         if run.is_local:
             shutil.rmtree(run.uri, ignore_errors=True)
             for folder in missing[1:]:

@@ -62,6 +62,8 @@ def reading() -> Iterator[Callable[[int], None]]:
 def facts(status: Status) -> list[str]:
     """How far a run is, the most important first."""
     found = [f"{status.finished_documents:,}/{status.total:,} documents"]
+    if status.progress.trouble:
+        return [*found, status.progress.trouble]
     if not status.committed:
         return [*found, "the first are at work" if status.progress.leased else "waiting for a worker"]
     found.append(f"{status.documents_per_second:,.0f} documents/s")

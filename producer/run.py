@@ -66,7 +66,9 @@ def send(run: RunFolder, plan: Plan, queue: Queue, high_water: int = HIGH_WATER,
         open_ledger(ledger, run, plan)
         for shard in ledger.done(plan.run_id) - committed:
             ledger.forget(plan.run_id, shard)
-    if not missing:
+    if missing:
+        run.remove(SUCCESS_FILE)  # a part of a complete run was taken away
+    else:
         finish(run, plan, queue)
     tally = Tally(run)
     sent = 0

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from worker.contracts.ledger import Progress
 from worker.contracts.plan import Plan
 from worker.contracts.schema import metadata_of
 
+_READERS = 16
 _SCORES = ("f1", "precision", "recall", "accuracy", "strict", "per_label")
 
 State = Literal["running", "complete", "incomplete", "cancelled"]
@@ -110,8 +112,9 @@ class Tally:
         committed = self._run.committed()
         for shard in self._stats.keys() - committed:
             del self._stats[shard]
-        for shard in committed - self._stats.keys():
-            self._stats[shard] = part_stats(self._run, shard)
+        new = sorted(committed - self._stats.keys())
+        with ThreadPoolExecutor(_READERS) as pool:  # on a store each footer is a few round trips
+            self._stats.update(zip(new, pool.map(lambda shard: part_stats(self._run, shard), new), strict=True))
         return committed
 
     def sum(self, name: str) -> int:

@@ -40,6 +40,8 @@ def print_status(status: Status) -> None:
     ]
     if status.state != "complete" and (status.progress.waiting or status.progress.leased):
         rows.append(("queue", f"{status.progress.waiting:,} shards wait, {status.progress.leased:,} at work"))
+    if status.progress.trouble:
+        rows.append(("trouble", status.progress.trouble))
     if status.committed:
         speed = f"{status.documents_per_second:,.0f} documents/s, {status.tokens_per_second:,.0f} tokens/s"
         rows.append(("speed", f"{speed}, padding {status.padding_share:.1%}, {duration(status.seconds)}"))

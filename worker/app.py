@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from celery import Celery
-from celery.signals import worker_init, worker_process_init, worker_shutdown, worker_shutting_down
+from celery.signals import worker_init, worker_process_init, worker_ready, worker_shutdown, worker_shutting_down
 
 from worker.contracts.broker import celery_app, redis_client
 from worker.contracts.errors import MessageError, NermillError
@@ -103,9 +103,13 @@ def _start(**_: Any) -> None:
     _process = Process(mill, threading.Event())
     for loop in (mill.keep, mill.watch):
         threading.Thread(target=loop, args=(_process.stop,), name=loop.__name__, daemon=True).start()
-    log.info(
-        "ready: %s on %s, allowed roots %s", pipeline.manifest.name, settings.device_name, ", ".join(settings.roots)
-    )
+
+
+@worker_ready.connect  # type: ignore[untyped-decorator]
+def _announce(**_: Any) -> None:
+    if _process is not None:
+        name = _process.mill.pipeline.manifest.name
+        log.info("ready: %s on %s, allowed roots %s", name, settings.device_name, ", ".join(settings.roots))
 
 
 @worker_shutting_down.connect  # type: ignore[untyped-decorator]

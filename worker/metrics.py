@@ -31,6 +31,8 @@ class Metrics:
         self._retries = self._counter("shard_retries", "Shards that had been tried before")
         self._duration = Histogram("nermill_shard_seconds", "Seconds from claim to commit", registry=self.registry)
 
+        self._waiting = Gauge("nermill_waiting_shards", "Shards of all runs that wait", registry=self.registry)
+
     def _counter(self, name: str, text: str, labels: Iterable[str] = ()) -> Counter:
         return Counter(f"nermill_{name}", text, list(labels), registry=self.registry)
 
@@ -48,6 +50,10 @@ class Metrics:
         self._duration.observe(seconds)
         if attempts > 1:
             self._retries.inc()
+
+    def waiting(self, shards: int) -> None:
+        """How many shards wait in the ledger, for whoever scales workers."""
+        self._waiting.set(shards)
 
     def rung(self) -> None:
         """A bell was answered."""

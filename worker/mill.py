@@ -34,6 +34,7 @@ from worker.suspects import trials
 
 log = logging.getLogger("nermill.worker")
 
+LONGEST_PAUSE = 10.0  # seconds before a shard is handed back whose store goes on failing
 EXIT_AGAIN = 75  # sysexits' EX_TEMPFAIL: start me again
 
 
@@ -66,6 +67,7 @@ class Mill:
         self._ring = ring
         self.metrics = metrics
         self._held: dict[tuple[str, int], Claim] = {}
+        self._faults: dict[tuple[str, int], int] = {}  # of the store, since the shard was last served
         self._gate = Gate()
 
     @property
@@ -91,6 +93,7 @@ class Mill:
         self._held[key] = claim
         try:
             self._mill(claim)
+            self._faults.pop(key, None)
         except (MessageError, UsageError) as error:
             self._ledger.bury(claim)
             self.metrics.refused()
@@ -100,8 +103,9 @@ class Mill:
         except StoreError as error:
             self.metrics.handed_back()
             log.error("run %s shard %d handed back, to be tried again: %s", claim.run_id, claim.shard.index, error)
-            time.sleep(min(self._settings.lease_seconds / 3, 2.0))
-            self._ledger.release(claim)
+            faults = self._faults[key] = self._faults.get(key, 0) + 1
+            time.sleep(min(self._settings.lease_seconds / 3, LONGEST_PAUSE, 2.0 ** (faults - 2)))
+            self._ledger.release(claim, str(error))
         except NermillError:
             self._ledger.release(claim)
             raise
@@ -229,6 +233,7 @@ class Mill:
                 for claim in self.held:
                     self._ledger.renew(claim, self._settings.lease_seconds)
                 _, waiting = self._ledger.reap()
+                self.metrics.waiting(waiting)
                 if waiting:
                     self._ring(waiting)
             except Exception as error:

@@ -53,6 +53,8 @@ def commit(
     """
     if faults:
         run.write(run.reject_file(shard), _parquet(_rejects(part, faults, attempts), metadata))
+    else:
+        run.remove(run.reject_file(shard))  # of an attempt that got no further
     rejected = len(faults)
     stats = {**stats, "documents": part.num_rows, "ok": part.num_rows - rejected, "rejected": rejected}
     data = _parquet(part, {**metadata, "shard": str(shard), "stats": json.dumps(stats)})

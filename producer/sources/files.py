@@ -258,7 +258,7 @@ def _keep_visible(subfolders: list[str]) -> bool:
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith((".", "_"))
+    return name.startswith((".", "_", "run="))  # an output within its input's folder is no input
 
 
 def _suggestion(path: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,4 +78,9 @@ def _document(row: dict[str, Any], where: str, options: ReadOptions) -> Document
         return Document(identity, fault=Fault("not_utf8", "the text is not UTF-8"))
     if text is None:
         return Document(identity, fault=Fault("missing_field", f"{options.text_column!r} is null"))
-    return text_document(identity, text, row if options.keep_fields else None)
+    return text_document(identity, text, {k: _finite(v) for k, v in row.items()} if options.keep_fields else None)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no word for NaN and infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -105,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("data", help="CoNLL-2003 file with tags")
     parser.add_argument("--every", type=int, default=6, help="take every n-th sentence")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     texts = read_texts([arguments.data])[:: arguments.every]

@@ -4,6 +4,7 @@
 
 - ``FAULT_BATCH_SECONDS``: how long each batch takes.
 - ``FAULT_ABORT_WORD``: a word whose presence in a batch kills the process by SIGABRT.
+- ``FAULT_REFUSE_WORD``: a word whose presence in a batch makes the engine refuse the batch.
 - ``FAULT_HANG_WORD``: a word whose presence in a batch hangs the engine for ever.
 - ``FAULT_DIE_AT``: ``sync``, ``rename``, ``done`` or ``ack``: the process is killed right after it wrote a part aside,
   committed it, told the ledger, or returned from the task; once for all processes that share ``FAULT_ONCE_FILE``.
@@ -35,7 +36,8 @@ class FaultyEngine(HashEngine):
     """HashEngine that is slow, dies or hangs as the environment says."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        super().__init__(manifest(token_budget=1024))
+        refused = tokenizer.token_to_id(os.environ.get("FAULT_REFUSE_WORD", ""))
+        super().__init__(manifest(token_budget=1024), poison=refused)
         self._abort = tokenizer.token_to_id(os.environ.get("FAULT_ABORT_WORD", ""))
         self._hang = tokenizer.token_to_id(os.environ.get("FAULT_HANG_WORD", ""))
 

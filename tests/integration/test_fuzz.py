@@ -41,6 +41,23 @@ def test_mutated_messages(mill: Harness) -> None:
     fuzz_messages(mill, seed=1, count=1500)
 
 
+def test_mutated_messages_after_the_server_was_away(mill: Harness) -> None:
+    run, plan = mill.submit(texts(64))
+    mill.worker()
+    mill.wait(run, plan)
+    mill.server.kill()
+    mill.server.start()
+    with mill.server.client() as client:
+        client.lpush(KEY_PREFIX + QUEUE, *fuzz.messages(random.Random(3), 200, mill.folder / "canary"))
+        deadline = time.monotonic() + 30
+        while client.llen(KEY_PREFIX + QUEUE):
+            assert time.monotonic() < deadline, mill.logs()
+            time.sleep(0.1)
+    assert mill.workers[0].is_alive
+    assert mill.workers[0].log.read_text().count("dropped: a message") > 100
+    assert not (mill.folder / "canary").exists()
+
+
 def test_mutated_ledger_entries(mill: Harness) -> None:
     fuzz_ledger(mill, seed=1, count=150)
 

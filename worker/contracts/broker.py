@@ -120,7 +120,7 @@ def redis_client(url: str, *, patient: bool = True) -> Redis:
         if scheme == "redis+socket":
             query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
             return Redis(
-                unix_socket_path=parts.path,
+                unix_socket_path=unquote(parts.path),
                 db=int(query.get("virtual_host", "0").strip("/")),
                 username=unquote(parts.username) if parts.username else None,
                 password=unquote(parts.password) if parts.password else None,

@@ -106,9 +106,10 @@ function step.probe(run, shard, token, trial)
   return 1
 end
 
--- hands a shard back untried: the attempt does not count
-function step.release(run, shard, token)
+-- hands a shard back untried, for a reason that people should see: the attempt does not count
+function step.release(run, shard, token, trouble)
   if not holds(run, shard, token) then return 0 end
+  if trouble ~= '' then redis.call('HSET', key(run), 'trouble', trouble) end
   redis.call('ZREM', key(run, 'leases'), shard)
   redis.call('HDEL', key(run, 'probes'), shard)
   redis.call('HINCRBY', key(run, 'attempts'), shard, -1)
@@ -130,6 +131,7 @@ function step.complete(run, shard, token, ok, rejected, tokens, computed, now)
     count(run, 'tokens', tokens)
     count(run, 'computed', computed)
     redis.call('HSET', key(run), 'finished', clock(now))
+    redis.call('HDEL', key(run), 'trouble')
     redis.call('HDEL', key(run), 'finish') -- a last step that came before this was not the last
   else
     count(run, 'duplicates', 1)

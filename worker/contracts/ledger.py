@@ -74,6 +74,7 @@ class Progress:
     started: float = 0.0
     finished: float = 0.0
     artifact: str = ""
+    trouble: str = ""
 
     @property
     def unfinished_documents(self) -> int:
@@ -155,9 +156,9 @@ class Ledger:
         """How often each trial crashed its worker."""
         return {int(index): int(n) for index, n in self._client.hgetall(self._key(run_id, "strikes")).items()}
 
-    def release(self, claim: Claim) -> bool:
-        """Hands a shard back; the attempt does not count."""
-        return bool(self._step("release", *_held(claim)))
+    def release(self, claim: Claim, trouble: str = "") -> bool:
+        """Hands a shard back; the attempt does not count. ``trouble`` is shown to people until a shard succeeds."""
+        return bool(self._step("release", *_held(claim), trouble))
 
     def bury(self, claim: Claim) -> None:
         """Takes a shard that must not be served out of the ledger; it is counted."""
@@ -215,6 +216,7 @@ class Ledger:
             started=int(header.get("started", 0)) / 1000,
             finished=int(header.get("finished", 0)) / 1000,
             artifact=header.get("artifact", ""),
+            trouble=header.get("trouble", ""),
         )
 
 

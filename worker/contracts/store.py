@@ -25,6 +25,8 @@ _ADVICE = {
     errno.EEXIST: "put a folder in the place of that file",
 }
 
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP)  # what file systems without hard links answer
+
 T = TypeVar("T")
 
 
@@ -63,7 +65,10 @@ def open_store(uri: str) -> tuple[Store, str]:
 
 
 class Disk:
-    """A local disk: written aside, synced, then renamed, or linked where nothing may be replaced."""
+    """A local disk: written aside, synced, then renamed, or linked where nothing may be replaced.
+
+    A file system without hard links is looked at before the renaming: see ``ObjectStore.create``.
+    """
 
     def read(self, path: str) -> bytes:
         with open(path, "rb") as stream:
@@ -79,6 +84,12 @@ class Disk:
                 os.link(aside, path)
             except FileExistsError:
                 return False
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                if os.path.exists(path):
+                    return False
+                os.replace(aside, path)
         return True
 
     def exists(self, path: str) -> bool:

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from worker.contracts.errors import ArtifactError, EngineError
+from worker.contracts.errors import ArtifactError
 from worker.contracts.manifest import Manifest
 from worker.engine import Batch
-from worker.engine.inputs import check_names, named_inputs
+from worker.engine.inputs import check_names, named_inputs, refusal
 from worker.engine.torch import load_script
 
 PACKAGES = ("mindietorch", "torch_aie")
@@ -73,7 +73,7 @@ class AieEngine:
                 logits = logits.to("cpu")
             answer: NDArray[np.float32] = logits.float().numpy()
         except RuntimeError as error:
-            raise EngineError(f"{self._package.__name__} on {self.device}: {str(error).splitlines()[0]}") from error
+            raise refusal(self._package.__name__, self.device, batch, error) from error
         finally:
             self._streams.append(stream)
         return answer

@@ -6,14 +6,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read on import; it would write to the home and to the network
+
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from worker.contracts.errors import ArtifactError, EngineError
+from worker.contracts.errors import ArtifactError
 from worker.contracts.manifest import Manifest
 from worker.engine import Batch
-from worker.engine.inputs import check_names, named_inputs
+from worker.engine.inputs import check_names, named_inputs, refusal
 
 _PROVIDERS = {
     "cpu": ("CPUExecutionProvider", "onnxruntime"),
@@ -45,7 +47,7 @@ class OnnxEngine:
         try:
             logits: NDArray[np.float32] = self._session.run(None, feeds)[0]
         except Exception as error:
-            raise EngineError(f"onnxruntime on {self.device}: {error}") from error
+            raise refusal("onnxruntime", self.device, batch, error) from error
         return logits
 
     def close(self) -> None:

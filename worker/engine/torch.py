@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from worker.contracts.errors import ArtifactError, EngineError
+from worker.contracts.errors import ArtifactError
 from worker.contracts.manifest import Manifest
 from worker.engine import Batch
-from worker.engine.inputs import check_names, named_inputs
+from worker.engine.inputs import check_names, named_inputs, refusal
 
 
 class TorchEngine:
@@ -43,7 +43,7 @@ class TorchEngine:
                 tensors = {name: torch.from_numpy(array).to(self.device) for name, array in feeds.items()}
                 logits: NDArray[np.float32] = self._module(**tensors).cpu().numpy()
         except RuntimeError as error:
-            raise EngineError(f"torch on {self.device}: {str(error).strip().splitlines()[-1]}") from error
+            raise refusal("torch", self.device, batch, error) from error
         return logits
 
     def close(self) -> None:

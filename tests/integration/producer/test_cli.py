@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet as pq
 
 from producer import cli
 
@@ -179,6 +183,14 @@ def test_doctor_knows_a_wrong_password_and_never_shows_it(nermill, broker):
 
 def test_wrong_usage_is_one_line_and_exit_code_2(nermill, broker, corpus, tmp_path):
     out, good = tmp_path / "out", ["--broker", broker]
+    mixed, parquet, half, planned = (tmp_path / name for name in ("mixed", "t.parquet", "half.jsonl.gz", "planned"))
+    mixed.mkdir()
+    (mixed / "bad.conll").write_text("Ada B-PER\nmet VBD O\n")
+    shutil.copy(corpus, mixed)
+    pq.write_table(pa.table({"body": ["Ada"]}), parquet)
+    half.write_bytes(gzip.compress(os.urandom(1000))[:500])
+    planned.mkdir()
+    (planned / "plan.json").write_text("{}")
     runs = tmp_path / "runs"
     (runs / "run=one").mkdir(parents=True)
     cases = {
@@ -198,6 +210,12 @@ def test_wrong_usage_is_one_line_and_exit_code_2(nermill, broker, corpus, tmp_pa
         r"nowhere: no model artifact": ["plan", corpus, "--model", "nowhere"],
         r"nobody://out: Protocol not known": ["submit", corpus, "--out", "nobody://out", *good],
         r"cannot be a folder": ["submit", corpus, "--out", corpus / "x", *good],
+        r"mixed formats": ["submit", mixed, "--out", out, *good],
+        r"no field 'text' \(found: body\); name the text with --text-column": ["submit", parquet, "--out", out, *good],
+        r"compressed data damaged or cut short": ["submit", half, "--out", out, *good],
+        r"bad.conll:2: 3 columns": ["submit", mixed / "bad.conll", "--out", out, *good],
+        r"a run's folder itself": ["submit", corpus, "--out", planned, *good],
+        r"nobody://in: Protocol not known": ["submit", "nobody://in", "--out", out, *good],
         r"--devices 'gpu': say auto": ["run", corpus, "--out", out, "--devices", "gpu"],
         r"a folder of runs, not a run; name one: .*/run=one": ["status", runs, *good],
         r"no run here": ["status", tmp_path, *good],

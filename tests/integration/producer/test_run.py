@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import threading
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet as pq
 
 from producer import run as runs
 from producer.planning import Request, make_plan
@@ -190,3 +193,21 @@ def test_conll_goes_in_and_out(broker, serving, tmp_path):
     with serving():
         runs.wait(run, plan, queue)
     assert "\n".join(conll_lines(run, plan, None)) == "Ada B-PER\nis O\n\nhere O\n"
+
+
+def test_every_format_ends_in_the_same_entities(broker, serving, tmp_path):
+    texts = ["Ada met Bob", "no one", "Carol \U0001f980 Dan"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "b.txt").write_text("\n".join(texts))
+    (tmp_path / "c.conll").write_text("\n".join("".join(f"{w} O\n" for w in text.split(" ")) for text in texts))
+    pq.write_table(pa.table({"text": texts}), tmp_path / "d.parquet")
+    (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    inputs = tuple(str(path) for path in sorted(tmp_path.iterdir()))
+    run, plan = make_plan(Request(inputs, str(tmp_path / "out"), read=ReadOptions(lines=True)))
+    assert [entry.format for entry in plan.inputs] == ["jsonl", "text", "conll", "parquet", "jsonl"]
+    queue = Queue(broker)
+    runs.send(run, plan, queue)
+    with serving():
+        runs.wait(run, plan, queue)
+    entities = [[e["text"] for e in shown.row["entities"]] for shown in read_rows(run, plan, None)]
+    assert entities == [["Ada", "Bob"], [], ["Carol", "Dan"]] * 5

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from producer.planning import Request, make_plan
+from producer.planning import Request, make_plan, nothing_half_written
 from producer.shards import ShardLimits
 from producer.sources import ReadOptions
 from worker.contracts.errors import StoreError, UsageError
@@ -78,6 +78,13 @@ def test_nothing_is_left_on_a_store_either(request_, tmp_path):
 
     fs = fsspec.filesystem("memory")
     assert not fs.exists("/store/bad") or fs.find("/store/bad") == []
+
+
+def test_a_run_that_somebody_else_planned_meanwhile_stays(request_):
+    run, _ = make_plan(request_)
+    with pytest.raises(KeyboardInterrupt), nothing_half_written(run):
+        raise KeyboardInterrupt
+    assert run.shards() == {0, 1, 2}
 
 
 def test_outputs_that_cannot_be(request_, tmp_path):

@@ -154,6 +154,7 @@ class TestText:
 
     def test_folder_of_texts_with_an_empty_and_a_latin1_file(self, write, tmp_path):
         write("docs/a.txt", "Ada"), write("docs/b.txt", ""), write("docs/c.txt", b"caf\xe9"), write("docs/.hidden", "x")
+        write("docs/run=abc/part-00000.parquet", "x")
         documents = read(tmp_path / "docs")
         assert [d.id.rsplit("/", 1)[-1] for d in documents] == ["a.txt", "b.txt", "c.txt"]
         assert faults(documents) == [None, "empty", "not_utf8"]
@@ -162,10 +163,11 @@ class TestText:
 class TestParquet:
     def test_columns_ids_and_fields(self, tmp_path):
         path = tmp_path / "a.parquet"
-        pq.write_table(pa.table({"key": [1, 2], "body": ["Ada", None], "n": [0.5, 1.5]}), path)
-        first, second = read(path, id_column="key", text_column="body", keep_fields=True)
+        pq.write_table(pa.table({"key": [1, 2, 3], "body": ["Ada", None, "Bob"], "n": [0.5, 1.5, float("nan")]}), path)
+        first, second, third = read(path, id_column="key", text_column="body", keep_fields=True)
         assert (first.id, first.text, first.fields) == ("1", "Ada", {"n": 0.5})
         assert (second.id, faults([second])) == ("2", ["missing_field"])
+        assert third.fields == {"n": None}
         refused(r"no field 'text' \(found: key, body, n\)", path)
         refused("column 'n' is double, not a string", path, text_column="n")
         refused("no column 'who'", path, id_column="who", text_column="body")

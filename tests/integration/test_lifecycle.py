@@ -1,0 +1,156 @@
+"""Cancel, resume and retry against real workers; ``_SUCCESS`` stands exactly where every shard has its part."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from producer.rejects import read_rejects, retry
+from producer.run import cancel, open_run, resume
+from producer.status import look
+from tests.harness import Harness, harness, rows, texts
+from worker.contracts.layout import SUCCESS_FILE, RunFolder
+from worker.contracts.plan import Plan
+
+DOCUMENTS = texts(640)
+
+
+@pytest.fixture
+def mill() -> Iterator[Harness]:
+    with tempfile.TemporaryDirectory(prefix="nm-") as folder, harness(Path(folder)) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[dict[str, Any]]:
+    """The table of an undisturbed run."""
+    with tempfile.TemporaryDirectory(prefix="nm-") as folder, harness(Path(folder)) as mill:
+        mill.worker()
+        run, plan = mill.submit(DOCUMENTS, documents_per_shard=32)
+        mill.wait(run, plan)
+        return rows(run)
+
+
+def submit(mill: Harness) -> tuple[RunFolder, Plan]:
+    return mill.submit(DOCUMENTS, documents_per_shard=32)
+
+
+def await_parts(run: RunFolder, count: int) -> None:
+    deadline = time.monotonic() + 30
+    while len(run.committed()) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def ask(mill: Harness, command: str, run: RunFolder) -> tuple[int, dict[str, Any]]:
+    """A ``nermill`` command's exit code and ``--json``."""
+    arguments = [sys.executable, "-m", "producer.cli", command, run.uri, "--broker", mill.server.url, "--json"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout)
+
+
+def test_a_cancelled_run_says_so_keeps_its_parts_and_is_taken_up_again(
+    mill: Harness, expected: list[dict[str, Any]]
+) -> None:
+    run, plan = submit(mill)
+    mill.worker(FAULT_BATCH_SECONDS="0.3", NERMILL_CONCURRENCY="2")
+    await_parts(run, 2)
+    code, told = ask(mill, "cancel", run)
+    assert (code, told["state"]) == (0, "cancelled")
+    status = mill.wait(run, plan.cancel(run))
+    assert status.state == "cancelled"
+    kept = run.committed()
+    assert 2 <= len(kept) < len(plan.shards)
+    time.sleep(1.5)
+    assert run.committed() == kept, "what had not started is not started any more"
+    assert not run.exists(SUCCESS_FILE)
+    code, told = ask(mill, "status", run)
+    assert (code, told["state"], told["shards"]["committed"]) == (3, "cancelled", len(kept))
+
+    written = {shard: Path(run.path(f"part-{shard:05d}.parquet")).stat().st_mtime_ns for shard in kept}
+    plan = resume(*open_run(run.uri), mill.queue())
+    assert not plan.cancelled
+    assert mill.wait(run, plan).state == "complete"
+    assert rows(run) == expected
+    assert written == {s: Path(run.path(f"part-{s:05d}.parquet")).stat().st_mtime_ns for s in kept}
+    assert ask(mill, "status", run)[0] == 0
+
+
+def test_cancelling_a_run_that_is_complete_changes_nothing(mill: Harness) -> None:
+    run, plan = submit(mill)
+    mill.worker()
+    mill.wait(run, plan)
+    assert not cancel(run, plan, mill.queue()).cancelled
+    assert look(*open_run(run.uri)).state == "complete"
+
+
+def test_success_is_said_when_every_shard_has_its_part_and_not_before(mill: Harness) -> None:
+    run, plan = submit(mill)
+    mill.worker(FAULT_BATCH_SECONDS="0.05")
+    mill.worker(FAULT_BATCH_SECONDS="0.05")
+    everything = {shard.index for shard in plan.shards}
+    deadline = time.monotonic() + 60
+    while not run.exists(SUCCESS_FILE):
+        assert time.monotonic() < deadline, mill.logs()
+        time.sleep(0.01)
+    assert run.committed() == everything
+
+
+def test_resume_may_be_said_at_any_time_any_number_of_times(mill: Harness, expected: list[dict[str, Any]]) -> None:
+    run, plan = submit(mill)
+    mill.worker(FAULT_BATCH_SECONDS="0.1")
+    while not run.exists(SUCCESS_FILE):
+        resume(*open_run(run.uri), mill.queue())
+        time.sleep(0.2)
+    mill.wait(run, plan)
+    resume(*open_run(run.uri), mill.queue())
+    assert rows(run) == expected
+    with mill.queue().ledger() as ledger:
+        progress = ledger.progress(plan.run_id)
+    assert (progress.ok, progress.duplicates, progress.redeliveries) == (len(DOCUMENTS), 0, 0)
+
+
+def test_a_part_that_was_taken_away_is_made_again(mill: Harness, expected: list[dict[str, Any]]) -> None:
+    run, plan = submit(mill)
+    mill.worker()
+    mill.wait(run, plan)
+    run.remove("part-00003.parquet")
+    mill.workers[0].kill()
+    resume(run, plan, mill.queue())
+    assert not run.exists(SUCCESS_FILE), "the run is not complete while a part is missing"
+    mill.worker()
+    mill.wait(run, plan)
+    assert run.exists(SUCCESS_FILE)
+    assert rows(run) == expected
+
+
+def test_rejects_are_tried_again_once_the_cause_is_gone(mill: Harness) -> None:
+    documents = texts(96)
+    documents[5] = documents[70] = "this one is poison"
+    documents[40] = ""
+    run, plan = mill.submit(documents, documents_per_shard=32)
+    refusing = mill.worker(FAULT_REFUSE_WORD="poison")
+    assert mill.wait(run, plan).rejected == 3
+    found = {row["doc_id"]: row["reason"] for row in read_rejects(run, plan)}
+    assert found == {"d5": "model_failure", "d40": "empty", "d70": "model_failure"}
+    refusing.terminate()
+
+    assert retry(run, plan, mill.queue()) == (2, 1)
+    assert not run.exists(SUCCESS_FILE)
+    assert run.committed() == {1}, "a shard whose documents are themselves at fault is left alone"
+    mill.worker()
+    status = mill.wait(run, plan)
+    assert (status.state, status.ok, status.rejected) == ("complete", 95, 1)
+    assert run.exists(SUCCESS_FILE)
+    assert [row["doc_id"] for row in read_rejects(run, plan)] == ["d40"]
+    assert [row["doc_id"] for row in rows(run)] == [f"d{n}" for n in range(96)]
+    assert retry(run, plan, mill.queue()) == (0, 1)

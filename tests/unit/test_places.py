@@ -1,0 +1,155 @@
+"""Where a worker may read and write, and how a run's files get there and away."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from worker.contracts import patience
+from worker.contracts.errors import StoreError
+from worker.contracts.layout import ASIDE_SECONDS, RunFolder
+from worker.contracts.schema import part_schema
+from worker.contracts.store import ObjectStore
+from worker.parts import Committed, commit
+from worker.settings import Settings, is_allowed
+
+
+@pytest.mark.parametrize("uri", ["{root}", "{root}/run=1", "{root}/a/../run=1", "file://{root}/run=1"])
+def test_what_lies_below_a_root_is_allowed(tmp_path: Path, uri: str) -> None:
+    root = tmp_path / "out"
+    root.mkdir()
+    assert is_allowed(uri.format(root=root), Settings(allowed_roots=str(root)).roots)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "{root}-other/run=1", "{root}/../other", "{root}/link/run=1", "file://{root}/../other", "file://{root}/link",
+        "local://{root}/link", "simplecache::file://{root}", "{root}/x::memory://y", "memory://x", "s3://bucket/ab",
+        "s3://bucket/a/../ab", "s3://other/a", "{root}\0", "/", "", "..",
+    ],
+)  # fmt: skip
+def test_what_lies_elsewhere_is_not(tmp_path: Path, uri: str) -> None:
+    root = tmp_path / "out"
+    root.mkdir()
+    (root / "link").symlink_to(tmp_path)
+    roots = Settings(allowed_roots=f"{root}:s3://bucket/a").roots
+    assert is_allowed("s3://bucket/a/run=1", roots)
+    assert not is_allowed(uri.format(root=root), roots)
+
+
+@pytest.mark.parametrize("kind", ["disk", "file URI", "memory"])
+def test_an_exclusive_write_leaves_what_is_there(tmp_path: Path, kind: str) -> None:
+    uris = {"disk": str(tmp_path), "file URI": f"file://{tmp_path}", "memory": f"memory://{uuid.uuid4().hex}"}
+    run = RunFolder(uris[kind])
+    assert run.write("x/part", b"first", exclusive=True)
+    assert not run.write("x/part", b"second", exclusive=True)
+    assert run.read("x/part") == b"first"
+    assert run.write("x/part", b"third")
+    assert run.read("x/part") == b"third"
+    assert run.list("x") == ["part"]
+    run.remove("x/part")
+    run.remove("x/part")
+    assert not run.exists("x/part")
+
+
+class Bucket:
+    """As much of an fsspec file system as a put needs; ``mode`` is what the put may be told."""
+
+    def __init__(self, *, takes_mode: bool) -> None:
+        self.files: dict[str, bytes] = {}
+        self.takes_mode = takes_mode
+        self.hidden = ""
+
+    def invalidate_cache(self, path: str) -> None: ...
+
+    def exists(self, path: str) -> bool:
+        return path in self.files and path != self.hidden
+
+    def pipe_file(self, path: str, value: bytes, **options: Any) -> None:
+        if options and not self.takes_mode:
+            raise TypeError("unexpected keyword argument 'mode'")
+        if options == {"mode": "create"} and path in self.files:
+            raise FileExistsError(path)
+        self.files[path] = value
+
+
+def test_a_store_with_conditional_puts_decides_a_race() -> None:
+    bucket = Bucket(takes_mode=True)
+    store = ObjectStore(bucket)
+    assert store.create("part", b"first")
+    bucket.hidden = "part"  # it came between the look and the put
+    assert not store.create("part", b"second")
+    assert bucket.files == {"part": b"first"}
+
+
+def test_a_store_without_them_is_looked_at_first() -> None:
+    store = ObjectStore(bucket := Bucket(takes_mode=False))
+    assert store.create("part", b"first")
+    assert not store.create("part", b"second")
+    assert bucket.files == {"part": b"first"}
+
+
+def test_a_call_that_hangs_is_given_up_and_its_slot_comes_back() -> None:
+    began = time.monotonic()
+    with pytest.raises(TimeoutError, match="no answer"):
+        patience.within(0.1, lambda: time.sleep(0.5))
+    assert time.monotonic() - began < 0.4
+    assert patience.within(1, lambda: 7) == 7
+    with pytest.raises(KeyError, match="own"):
+        patience.within(1, lambda: {}["own"])
+
+
+def test_a_fault_of_the_store_names_file_reason_and_remedy(tmp_path: Path) -> None:
+    (tmp_path / "rejects").touch()
+    with pytest.raises(StoreError, match=r"rejects/part: cannot write it \(File exists\); put a folder in the place"):
+        RunFolder(str(tmp_path)).write("rejects/part", b"")
+    with pytest.raises(StoreError, match=r"missing: cannot read it \(No such file or directory\)"):
+        RunFolder(str(tmp_path)).read("missing")
+
+
+def test_sweeping_takes_what_no_living_writer_can_own(tmp_path: Path) -> None:
+    run = RunFolder(str(tmp_path))
+    for folder in ("rejects", "_shards"):
+        (tmp_path / folder).mkdir()
+    aside = uuid.uuid4().hex
+    of_committed = [f".part-00000.parquet.{aside}", f"rejects/.part-00000.parquet.{aside}"]
+    young = [f".part-00001.parquet.{aside}", f".report.json.{aside}"]
+    old = [f".plan.json.{aside}", f"_shards/.shard-00001.arrow.{aside}"]
+    others = ["part-00000.parquet", ".hidden", ".part-00000.parquet.notes", "rejects/part-00000.parquet"]
+    for name in of_committed + young + old + others:
+        (tmp_path / name).touch()
+    before = time.time() - ASIDE_SECONDS - 10
+    for name in [*old, ".hidden"]:
+        os.utime(tmp_path / name, (before, before))
+    assert run.sweep() == len(of_committed + old)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == set(young + others)
+
+
+def test_a_disk_without_hard_links_is_looked_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(source: str, target: str) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", link)
+    run = RunFolder(str(tmp_path))
+    assert run.write("part", b"first", exclusive=True)
+    assert not run.write("part", b"second", exclusive=True)
+    assert run.read("part") == b"first"
+    assert run.list() == ["part"]
+
+
+def test_a_part_without_rejects_has_none_of_an_earlier_attempt(tmp_path: Path) -> None:
+    run = RunFolder(str(tmp_path))
+    run.write(run.reject_file(0), b"of an attempt that was killed before its part was there")
+    part = part_schema(keep_text=False, keep_fields=False).empty_table()
+    stats = {"tokens": 0, "computed_tokens": 0}
+    assert commit(run, 0, part, {}, attempts=2, metadata={}, stats=stats) == Committed(0, 0, 0, 0)
+    assert run.list("rejects") == []
+    assert run.committed() == {0}
