@@ -21,43 +21,41 @@ class Family:
     Attributes:
         prefix: Before every key of the encoder.
         sizes: Configuration key of each size that is not called as in BERT.
-        keys: Weight keys, ours from theirs; ``N`` stands for the layer's number.
+        keys: Weight keys, ours from theirs (several are joined); ``N`` stands for the layer's number.
         pads_positions: Whether positions count from ``pad_token_id + 1`` (RoBERTa).
     """
 
     prefix: str
     sizes: Mapping[str, str]
-    keys: Mapping[str, str]
+    keys: Mapping[str, tuple[str, ...]]
     pads_positions: bool = False
 
 
 _EMBEDDINGS = {
-    "words": "embeddings.word_embeddings",
-    "positions": "embeddings.position_embeddings",
-    "norm": "embeddings.LayerNorm",
+    "words": ("embeddings.word_embeddings",),
+    "positions": ("embeddings.position_embeddings",),
+    "norm": ("embeddings.LayerNorm",),
 }
+_BERT_LAYER = "encoder.layer.N."
 _BERT_KEYS = {
     **_EMBEDDINGS,
-    "types": "embeddings.token_type_embeddings",
-    "layers.N.query": "encoder.layer.N.attention.self.query",
-    "layers.N.key": "encoder.layer.N.attention.self.key",
-    "layers.N.value": "encoder.layer.N.attention.self.value",
-    "layers.N.attended": "encoder.layer.N.attention.output.dense",
-    "layers.N.attended_norm": "encoder.layer.N.attention.output.LayerNorm",
-    "layers.N.wide": "encoder.layer.N.intermediate.dense",
-    "layers.N.narrow": "encoder.layer.N.output.dense",
-    "layers.N.narrow_norm": "encoder.layer.N.output.LayerNorm",
+    "types": ("embeddings.token_type_embeddings",),
+    "layers.N.qkv": tuple(f"{_BERT_LAYER}attention.self.{name}" for name in ("query", "key", "value")),
+    "layers.N.attended": (f"{_BERT_LAYER}attention.output.dense",),
+    "layers.N.attended_norm": (f"{_BERT_LAYER}attention.output.LayerNorm",),
+    "layers.N.wide": (f"{_BERT_LAYER}intermediate.dense",),
+    "layers.N.narrow": (f"{_BERT_LAYER}output.dense",),
+    "layers.N.narrow_norm": (f"{_BERT_LAYER}output.LayerNorm",),
 }
+_DISTILBERT_LAYER = "transformer.layer.N."
 _DISTILBERT_KEYS = {
     **_EMBEDDINGS,
-    "layers.N.query": "transformer.layer.N.attention.q_lin",
-    "layers.N.key": "transformer.layer.N.attention.k_lin",
-    "layers.N.value": "transformer.layer.N.attention.v_lin",
-    "layers.N.attended": "transformer.layer.N.attention.out_lin",
-    "layers.N.attended_norm": "transformer.layer.N.sa_layer_norm",
-    "layers.N.wide": "transformer.layer.N.ffn.lin1",
-    "layers.N.narrow": "transformer.layer.N.ffn.lin2",
-    "layers.N.narrow_norm": "transformer.layer.N.output_layer_norm",
+    "layers.N.qkv": tuple(f"{_DISTILBERT_LAYER}attention.{name}_lin" for name in ("q", "k", "v")),
+    "layers.N.attended": (f"{_DISTILBERT_LAYER}attention.out_lin",),
+    "layers.N.attended_norm": (f"{_DISTILBERT_LAYER}sa_layer_norm",),
+    "layers.N.wide": (f"{_DISTILBERT_LAYER}ffn.lin1",),
+    "layers.N.narrow": (f"{_DISTILBERT_LAYER}ffn.lin2",),
+    "layers.N.narrow_norm": (f"{_DISTILBERT_LAYER}output_layer_norm",),
 }
 _DISTILBERT_SIZES = {
     "hidden_size": "dim",
@@ -73,7 +71,7 @@ FAMILIES: dict[str, Family] = {
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
     "camembert": _ROBERTA,
-    "electra": Family("electra.", {}, {**_BERT_KEYS, "project": "embeddings_project"}),
+    "electra": Family("electra.", {}, {**_BERT_KEYS, "project": ("embeddings_project",)}),
     "distilbert": Family("distilbert.", _DISTILBERT_SIZES, _DISTILBERT_KEYS),
 }
 
@@ -121,6 +119,8 @@ def architecture(config: Mapping[str, Any], where: str) -> Architecture:
 def translate(weights: dict[str, Tensor], model_type: str, layers: int, where: str) -> dict[str, Tensor]:
     """Renames a checkpoint's weights to ours, joins query, key and value, and makes them float32.
 
+    Each tensor is copied once: one that is not keeps the whole file that it came from in memory.
+
     Args:
         weights: As stored; emptied on the way, so that memory holds each tensor once.
         model_type: Key of ``FAMILIES``.
@@ -136,40 +136,44 @@ def translate(weights: dict[str, Tensor], model_type: str, layers: int, where: s
     def take(key: str, part: str) -> Tensor:
         for spelling in (part, {"weight": "gamma", "bias": "beta"}[part]):  # checkpoints of 2018 say gamma and beta
             if (tensor := weights.pop(f"{key}.{spelling}", None)) is not None:
-                return tensor.to(torch.float32, copy=True)  # one that is not copied keeps its whole file mapped
+                return tensor
         raise UsageError(f"{where}: weight {key}.{part} is missing; is this the model that config.json describes?")
 
-    keys = {ours: family.prefix + theirs for ours, theirs in family.keys.items()} | {"classifier": "classifier"}
-    if f"{keys.get('project')}.weight" not in weights:
-        keys.pop("project", None)
-    for pattern, theirs in keys.items():
+    keys = {ours: tuple(family.prefix + name for name in theirs) for ours, theirs in family.keys.items()}
+    keys["classifier"] = ("classifier",)
+    if "project" in keys and f"{keys['project'][0]}.weight" not in weights:
+        del keys["project"]
+    for pattern, names in keys.items():
         for number in range(layers) if "N" in pattern.split(".") else (0,):
-            ours, key = (re.sub(r"\bN\b", str(number), name) for name in (pattern, theirs))
-            is_embedding = ours in ("words", "positions", "types")
-            is_linear = not is_embedding and not ours.endswith("norm")
-            weight = take(key, "weight")
-            translated[f"{ours}.weight"] = weight.T.contiguous() if is_linear else weight
-            if not is_embedding:
-                translated[f"{ours}.bias"] = take(key, "bias")
-    for number in range(layers):
-        for part in ("weight", "bias"):
-            joined = [translated.pop(f"layers.{number}.{name}.{part}") for name in ("query", "key", "value")]
-            translated[f"layers.{number}.qkv.{part}"] = torch.cat(joined, -1)
+            ours, *theirs = (re.sub(r"\bN\b", str(number), name) for name in (pattern, *names))
+            parts = [take(key, "weight") for key in theirs]
+            if _is_linear(ours):
+                translated[f"{ours}.weight"] = torch.cat([part.T for part in parts], -1).float().contiguous()
+            else:
+                translated[f"{ours}.weight"] = parts[0].to(torch.float32, copy=True)
+            if ours not in _TABLES:
+                translated[f"{ours}.bias"] = torch.cat([take(key, "bias") for key in theirs]).float()
     return translated
 
 
 def untranslate(weights: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
     """The way back for BERT: our names to a checkpoint's."""
-    ours = dict(weights)
-    for number in range(layers):
-        for part in ("weight", "bias"):
-            parts = ours.pop(f"layers.{number}.qkv.{part}").chunk(3, -1)
-            ours |= {f"layers.{number}.{n}.{part}": t for n, t in zip(("query", "key", "value"), parts, strict=True)}
-    result = {}
-    for name, tensor in ours.items():
-        key, part = name.rsplit(".", 1)
-        theirs = _BERT_KEYS.get(re.sub(r"\d+", "N", key))
-        full = key if theirs is None else "bert." + theirs.replace("N.", f"{key.split('.')[1]}." if "." in key else "")
-        is_linear = part == "weight" and tensor.ndim == 2 and key not in ("words", "positions", "types")
-        result[f"{full}.{part}"] = tensor.T.contiguous() if is_linear else tensor.contiguous()
+    keys = {ours: tuple("bert." + name for name in theirs) for ours, theirs in _BERT_KEYS.items()}
+    keys["classifier"] = ("classifier",)
+    result: dict[str, Tensor] = {}
+    for pattern, names in keys.items():
+        for number in range(layers) if "N" in pattern.split(".") else (0,):
+            ours, *theirs = (re.sub(r"\bN\b", str(number), name) for name in (pattern, *names))
+            for part in ("weight", "bias"):
+                if (tensor := weights.get(f"{ours}.{part}")) is not None:
+                    pieces = tensor.chunk(len(theirs), -1)
+                    turned = (piece.T if part == "weight" and _is_linear(ours) else piece for piece in pieces)
+                    result |= {f"{key}.{part}": t.contiguous() for key, t in zip(theirs, turned, strict=True)}
     return result
+
+
+_TABLES = ("words", "positions", "types")
+
+
+def _is_linear(name: str) -> bool:
+    return name not in _TABLES and not name.endswith("norm")

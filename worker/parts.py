@@ -72,13 +72,15 @@ def read_committed(run: RunFolder, shard: int) -> Committed:
     name = part_name(shard)
     try:
         schema = pq.read_schema(pa.BufferReader(run.read(name)))
-        return _committed(json.loads(metadata_of(schema)["stats"]))
+        stats = json.loads(metadata_of(schema)["stats"])
+        return _committed(*stats if isinstance(stats, list) else [stats])
     except (pa.ArrowInvalid, KeyError, ValueError) as error:
         raise StoreError(f"{run.path(name)}: damaged part ({error}); remove it and nermill resume") from None
 
 
-def _committed(stats: dict[str, Any]) -> Committed:
-    return Committed(stats["ok"], stats["rejected"], stats["tokens"], stats["computed_tokens"])
+def _committed(*stats: dict[str, Any]) -> Committed:
+    """Sums over the shards of a part; a compacted one has many."""
+    return Committed(*(sum(s[name] for s in stats) for name in ("ok", "rejected", "tokens", "computed_tokens")))
 
 
 def _rejects(part: pa.Table, faults: dict[int, Fault], attempts: int) -> pa.Table:

@@ -30,8 +30,11 @@ def status(
     from producer.status import Tally, look
 
     folder, plan = open_run(run)
-    queue = _queue_if_any(broker)
     tally = Tally(folder)
+    current = look(folder, plan, None, tally)
+    if current.state == "complete":
+        return report_status(current, as_json=json)
+    queue = _queue_if_any(broker)
     current = look(folder, plan, queue, tally)
     if watch:
         with watching() as show:

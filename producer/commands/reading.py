@@ -10,6 +10,7 @@ import typer
 from producer.commands import options as o
 from producer.queue import DEFAULT_BROKER
 from worker.contracts.errors import UsageError
+from worker.contracts.layout import REPORT_HTML
 
 
 def evaluate(
@@ -41,7 +42,7 @@ def evaluate(
     else:
         if "f1" in report:
             print(score_line(report))
-        print(f"{report['throughput']['documents_per_second']:,.1f} documents/s; report: {folder.path('report.html')}")
+        print(f"{report['throughput']['documents_per_second']:,.1f} documents/s; report: {folder.uri}/{REPORT_HTML}")
     for line in missed:
         say(line)
     return 4 if missed else 0

@@ -171,10 +171,10 @@ def test_a_store_that_fails_or_hangs(
     assert store_rows(store, plan) == expected
 
 
-def test_a_store_that_fails_every_third_time(mill: Harness, store: Path) -> None:
+def test_a_store_that_fails_every_tenth_time(mill: Harness, store: Path) -> None:
     documents = texts(160)
     _, plan = mill.submit(documents, documents_per_shard=16, out="faulty://bucket")
-    (store / ".fault").write_text("500 0.3")
+    (store / ".fault").write_text("500 0.1")
     store_worker(mill)
     deadline = time.monotonic() + 90
     folder = store / "bucket" / f"run={plan.run_id}"

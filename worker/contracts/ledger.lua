@@ -154,6 +154,7 @@ function step.forget(run, shard)
   for i, field in ipairs({'ok', 'rejected', 'tokens', 'computed'}) do count(run, field, -numbers[i]) end
   redis.call('HDEL', key(run, 'results'), shard)
   redis.call('HDEL', key(run, 'attempts'), shard)
+  redis.call('DEL', key(run, 'strikes')) -- by document, for all shards: a suspect elsewhere is found anew
   return 1
 end
 

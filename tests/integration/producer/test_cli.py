@@ -91,8 +91,12 @@ def test_submit_without_wait_leaves_at_once_and_submits_once(nermill, broker, co
 
 
 def test_status_without_a_broker_counts_the_parts(nermill, finished):
-    code, out, err = nermill("status", finished, "--broker", "redis://localhost:1", "--json")
-    assert (code, json.loads(out)["state"]) == (3, "complete")
+    arguments = ("status", finished, "--broker", "redis://localhost:1", "--json")
+    code, out, err = nermill(*arguments)
+    assert (code, json.loads(out)["state"], err) == (3, "complete", "")
+    (Path(finished) / "part-00000.parquet").unlink()
+    code, out, err = nermill(*arguments)
+    assert (code, json.loads(out)["state"]) == (3, "incomplete")
     assert "counting the parts alone" in err
 
 
