@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -33,7 +34,7 @@ class Producer:
 
     Args:
         out: Folder or URI that holds runs.
-        broker: Broker URL.
+        broker: Broker URL; None takes ``NERMILL_BROKER_URL``, else the local default.
         model: Artifact, by name or path, that must tag the documents; None leaves it to the workers.
         options: How documents are tagged.
         limits: When a shard is full.
@@ -49,7 +50,7 @@ class Producer:
         self,
         out: str,
         *,
-        broker: str = DEFAULT_BROKER,
+        broker: str | None = None,
         model: str | None = None,
         options: Options | None = None,
         limits: ShardLimits | None = None,
@@ -58,7 +59,7 @@ class Producer:
     ) -> None:
         self._out, self._model, self._linger, self._high_water = out, model, linger, high_water
         self._options, self._limits = options or Options(), limits or ShardLimits()
-        self._queue = Queue(broker)
+        self._queue = Queue(broker or os.environ.get("NERMILL_BROKER_URL", DEFAULT_BROKER))
         self._stream: Stream | None = None
 
     def __enter__(self) -> Producer:
