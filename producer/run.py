@@ -130,9 +130,7 @@ def wait(run: RunFolder, plan: Plan, queue: Queue, on_status: OnStatus = ignore)
             return status
         idle = not working and status.state not in ("complete", "cancelled")
         if idle and status.progress.buried:
-            raise StoreError(
-                f"{run.uri}: the workers refuse this folder; allow it with NERMILL_ALLOWED_ROOTS, then resume"
-            )
+            raise StoreError(f"{run.uri}: the workers refuse it ({status.progress.trouble}); then nermill resume")
         if idle and lost and answered == began:
             send(run, plan, queue)
         lost = idle

@@ -95,7 +95,7 @@ class Mill:
             self._mill(claim)
             self._faults.pop(key, None)
         except (MessageError, UsageError) as error:
-            self._ledger.bury(claim)
+            self._ledger.bury(claim, str(error))
             self.metrics.refused()
             log.warning("run %s shard %d refused: %s", claim.run_id, claim.shard.index, error)
         except LeaseLostError:

@@ -191,6 +191,20 @@ def test_an_entry_that_makes_no_sense_is_refused_once(ledger: Ledger, client: Re
         ledger.claim("art", LEASE)
     assert ledger.claim("art", LEASE) is None
     assert ledger.progress("r").buried == 1
+    assert "does not fit" in ledger.progress("r").trouble
+
+
+def test_sending_again_mends_what_was_buried(ledger: Ledger, client: Redis) -> None:
+    begin(ledger, 1)
+    client.hset(ledger._key("r", "shards"), "0", "nonsense")
+    with pytest.raises(MessageError, match="does not fit"):
+        ledger.claim("art", LEASE)
+    assert ledger.send("r", [shard(0)]) == 1
+    assert (ledger.progress("r").buried, ledger.progress("r").trouble) == (0, "")
+    claim = ledger.claim("art", LEASE)
+    assert claim is not None
+    assert claim.shard == shard(0)
+    assert ledger.progress("r").submitted == 10
 
 
 class LedgerMachine(RuleBasedStateMachine):

@@ -16,10 +16,11 @@ import psutil
 import pytest
 
 from producer.queue import Queue
+from producer.run import send
 from tests.doubles.tls import make_certificate, tls_proxy
 from tests.harness import DOUBLE, Harness, harness, rows, texts
 from worker.contracts.broker import redacted
-from worker.contracts.errors import BrokerError
+from worker.contracts.errors import BrokerError, StoreError
 
 PASSWORD = "s3cret-pass"
 RIGHTS = "~nermill:* &nermill:* +@all -@admin -@dangerous +info"  # as SECURITY.md has them
@@ -102,6 +103,22 @@ def test_no_password_is_seen_from_outside(mill: Harness, user_url: str) -> None:
         )
         assert asked.stdout + asked.stderr
         assert PASSWORD not in asked.stdout + asked.stderr
+
+
+def test_a_link_in_a_runs_folder_leads_nowhere(mill: Harness) -> None:
+    outside = mill.folder / "outside"
+    outside.mkdir()
+    run, plan = mill.plan(["Ada met Charles in London.", ""])
+    Path(run.path("rejects")).symlink_to(outside)
+    send(run, plan, mill.queue())
+    mill.worker()
+    with pytest.raises(StoreError, match="outside the allowed roots; allow it with NERMILL_ALLOWED_ROOTS"):
+        mill.wait(run, plan)
+    assert not list(outside.iterdir())
+    assert not run.committed()
+    Path(run.path("rejects")).unlink()
+    send(run, plan, mill.queue())
+    assert mill.wait(run, plan).rejected == 1
 
 
 def test_a_worker_whose_server_goes_away_tells_no_password(mill: Harness, user_url: str) -> None:

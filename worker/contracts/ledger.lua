@@ -51,10 +51,10 @@ end
 function step.send(run, ...)
   local added, given = 0, {...}
   if redis.call('HGET', key(run), 'state') == 'cancelled' then return 0 end
-  redis.call('HDEL', key(run), 'finish')
+  redis.call('HDEL', key(run), 'finish', 'buried', 'trouble')
   for i = 1, #given, 2 do
     local shard, spec = given[i], given[i + 1]
-    if redis.call('HSETNX', key(run, 'shards'), shard, spec) == 1 then
+    if redis.call('HSET', key(run, 'shards'), shard, spec) == 1 then
       count(run, 'submitted', tonumber(spec:match('^%d+')))
     end
     if redis.call('HEXISTS', key(run, 'results'), shard) == 0 and not redis.call('ZSCORE', key(run, 'leases'), shard) then
@@ -180,8 +180,9 @@ function step.cancel(run)
   return 1
 end
 
--- a shard whose entry makes no sense: nobody is sent it again
-function step.bury(run, shard)
+-- a shard that must not be served, for a reason that people should see: nobody is given it until it is sent again
+function step.bury(run, shard, trouble)
+  redis.call('HSET', key(run), 'trouble', trouble)
   redis.call('ZREM', key(run, 'leases'), shard)
   redis.call('ZREM', key(run, 'pending'), shard)
   count(run, 'buried', 1)

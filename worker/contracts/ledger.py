@@ -140,8 +140,8 @@ class Ledger:
             return None
         try:
             return _parse_claim(entry)
-        except MessageError:
-            self._step("bury", *entry[:2])
+        except MessageError as error:
+            self._step("bury", *entry[:2], str(error))
             raise
 
     def renew(self, claim: Claim, lease_seconds: float, now: float | None = None) -> bool:
@@ -160,9 +160,9 @@ class Ledger:
         """Hands a shard back; the attempt does not count. ``trouble`` is shown to people until a shard succeeds."""
         return bool(self._step("release", *_held(claim), trouble))
 
-    def bury(self, claim: Claim) -> None:
-        """Takes a shard that must not be served out of the ledger; it is counted."""
-        self._step("bury", claim.run_id, claim.shard.index)
+    def bury(self, claim: Claim, trouble: str) -> None:
+        """Takes a shard that must not be served out of the ledger, until it is sent again; it is counted."""
+        self._step("bury", claim.run_id, claim.shard.index, trouble)
 
     def complete(
         self, claim: Claim, *, ok: int, rejected: int, tokens: int, computed: int, now: float | None = None

@@ -1,0 +1,36 @@
+"""The real worker application around an engine without a model: ``celery -A tests.benchmarks.app worker``.
+
+- ``BENCH_RATE``: windows a second of a paced engine; 0, the default, for the null engine.
+- ``BENCH_COSTS``: a table of costs that paces the engine shape by shape instead.
+- ``BENCH_SHAPES``: the shapes that are compiled for it, as in ``nermill-build compile --shapes``.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import worker.pipeline
+from model_build.shapes import load_costs, parse_shapes
+from tests.benchmarks.engines import NullEngine, PacedEngine, by_shape, windows_per_second
+from worker.contracts.manifest import load_manifest
+from worker.engine import Engine
+
+RATE = float(os.environ.get("BENCH_RATE", "0"))
+
+
+def load_engine(artifact: Path, device: str = "cpu", threads: int = 0) -> Engine:
+    """The engine that the environment describes; everything else is the artifact's."""
+    manifest = load_manifest(artifact)
+    if table := os.environ.get("BENCH_COSTS"):
+        shapes = parse_shapes(os.environ["BENCH_SHAPES"], manifest.max_length, manifest.backend)
+        return PacedEngine(replace(manifest, shapes=shapes), by_shape(load_costs(table).seconds))
+    return PacedEngine(manifest, windows_per_second(RATE)) if RATE else NullEngine(manifest)
+
+
+worker.pipeline.load_engine = load_engine  # before worker.app loads anything
+
+import worker.app  # noqa: E402
+
+app = worker.app.app

@@ -1,0 +1,68 @@
+"""Engines without a model, so that everything but the accelerator is measured: a simulation, and never a result."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worker.contracts.manifest import Manifest
+from worker.engine import Batch
+
+ANSWERS = 1 << 16  # tokens of answers kept ready
+ENTITY_TOKENS = 0.17  # share of CoNLL-2003's words that are inside an entity
+
+Pace = Callable[[Batch], float]
+
+
+class NullEngine:
+    """Answers at once, with as many entities as news text has; see ``worker.engine.Engine``."""
+
+    device = "cpu"
+    in_flight = 2
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        numbers = np.random.default_rng(0)
+        self._answers = numbers.random((ANSWERS, len(manifest.labels)), np.float32)
+        self._answers[numbers.random(ANSWERS) > ENTITY_TOKENS, 0] = 5.0
+
+    def run(self, batch: Batch) -> NDArray[np.float32]:
+        """Logits of shape (rows, length, labels) that mean nothing."""
+        rows, length = batch.input_ids.shape
+        return np.resize(self._answers[: rows * length], (rows, length, self._answers.shape[1]))
+
+    def close(self) -> None:
+        """There is nothing to give back."""
+
+
+class PacedEngine(NullEngine):
+    """Answers after as long as a device would take: one batch at a time, the next one prepared meanwhile.
+
+    Args:
+        manifest: What the device was compiled for.
+        pace: Seconds that a batch takes.
+    """
+
+    def __init__(self, manifest: Manifest, pace: Pace) -> None:
+        super().__init__(manifest)
+        self._pace = pace
+        self._device = threading.Lock()
+
+    def run(self, batch: Batch) -> NDArray[np.float32]:
+        with self._device:
+            time.sleep(self._pace(batch))
+        return super().run(batch)
+
+
+def windows_per_second(rate: float) -> Pace:
+    """A device that takes ``rate`` windows a second, whatever their shape."""
+    return lambda batch: float(batch.segments.max(axis=1).sum()) / rate
+
+
+def by_shape(seconds: Mapping[tuple[int, int], float]) -> Pace:
+    """A device that takes each shape's own time."""
+    return lambda batch: seconds[batch.input_ids.shape[0], batch.input_ids.shape[1]]
