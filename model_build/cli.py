@@ -170,7 +170,6 @@ app = typer.Typer(
     help="From a checkpoint to a compiled model that can be trusted.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -187,7 +186,7 @@ for command, name, example in (
 def main() -> None:
     """Entry point of ``nermill-build``."""
     try:
-        code = app(standalone_mode=False, prog_name="nermill-build")
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False, prog_name="nermill-build")
     except NermillError as error:
         code = _fail(str(error), error.exit_code)
     except ModuleNotFoundError as error:

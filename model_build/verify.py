@@ -79,11 +79,14 @@ def verify(
 
 
 def report(artifact: Path, checks: Sequence[Check]) -> dict[str, Any]:
-    """The checks as one JSON object."""
+    """The checks as one JSON object; a value that is infinite or no number at all is null."""
     return {
         "artifact": str(artifact),
         "passed": all(check.passed for check in checks),
-        "checks": [{**asdict(check), "passed": check.passed} for check in checks],
+        "checks": [
+            {**asdict(check), "value": check.value if np.isfinite(check.value) else None, "passed": check.passed}
+            for check in checks
+        ],
     }
 
 

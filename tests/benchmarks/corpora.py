@@ -62,7 +62,8 @@ def read_corpora(data: Path, documents: int) -> dict[str, Corpus]:
     long = spread(whole, max(2, round(share * len(whole))))
     mix = list(chain.from_iterable(zip(long, *[iter(sentences)] * (len(sentences) // len(long)), strict=False)))
     tokenizer = Tokenizer.from_file(str(resolve_artifact("demo") / TOKENIZER_FILE))
-    return {name: _corpus(tokenizer, name, texts) for name, texts in (("sentences", sentences), ("long", long), ("mix", mix))}
+    kinds = {"sentences": sentences, "long": long, "mix": mix}
+    return {name: _corpus(tokenizer, name, texts) for name, texts in kinds.items()}
 
 
 def spread(texts: Sequence[str], count: int) -> list[str]:

@@ -25,7 +25,7 @@ from worker.contracts.manifest import TOKENIZER_FILE, resolve_artifact
 
 VOCABULARY = 28_996
 LABELS = ("O", "B-MISC", "I-MISC", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC")
-SHAPES = "1x512,8x128"
+SHAPES = "1x64,4x128"
 
 
 def write(folder: Path) -> tuple[Path, Path]:

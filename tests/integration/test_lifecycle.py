@@ -105,6 +105,24 @@ def test_success_is_said_when_every_shard_has_its_part_and_not_before(mill: Harn
     assert run.committed() == everything
 
 
+def test_a_dead_workers_shards_are_taken_up_within_its_lease_and_five_seconds(mill: Harness) -> None:
+    run, plan = mill.submit(texts(640), documents_per_shard=16)
+    doomed, _ = [mill.worker(FAULT_BATCH_SECONDS="0.3", NERMILL_CONCURRENCY="4") for _ in range(2)]
+    await_parts(run, 8)
+    key = f"nermill:run:{plan.run_id}"
+    with mill.server.client() as client:
+        held = {shard: client.hget(f"{key}:tokens", shard) for shard in client.zrange(f"{key}:leases", 0, -1)}
+        doomed.kill()
+        killed = time.monotonic()
+        while any(client.zscore(f"{key}:leases", s) and client.hget(f"{key}:tokens", s) == t for s, t in held.items()):
+            assert time.monotonic() < killed + mill.lease_seconds + 5, mill.logs()
+            time.sleep(0.05)
+    mill.wait(run, plan)
+    with mill.queue().ledger() as ledger:
+        assert ledger.progress(plan.run_id).redeliveries > 0
+    assert len(rows(run)) == 640
+
+
 def test_resume_may_be_said_at_any_time_any_number_of_times(mill: Harness, expected: list[dict[str, Any]]) -> None:
     run, plan = submit(mill)
     mill.worker(FAULT_BATCH_SECONDS="0.1")

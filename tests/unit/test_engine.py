@@ -12,7 +12,8 @@ import pytest
 
 from tests.doubles.engine import HashEngine, manifest
 from worker.contracts.errors import ArtifactError, EngineError
-from worker.contracts.manifest import Input
+from worker.contracts.manifest import Input, resolve_artifact
+from worker.engine import load_engine
 from worker.engine.golden import Golden, golden_difference, lay_rows, load_golden, run_alone, smallest_shape
 from worker.engine.inputs import check_names, named_inputs
 
@@ -65,6 +66,13 @@ def test_golden_answers_are_kept_and_compared(tmp_path: Path) -> None:
     assert golden_difference(engine, shifted) == pytest.approx(0.5, abs=1e-6)
     broken = Golden(golden.texts, windows, tuple(logits * np.nan for logits in golden.logits))
     assert golden_difference(engine, broken) == float("inf")
+
+
+def test_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "worker.engine.onnx", raising=False)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ArtifactError, match="needs onnxruntime, which is not installed; pip install"):
+        load_engine(resolve_artifact("demo"))
 
 
 def test_onnx_engine_imports_neither_torch_nor_transformers(root: Path) -> None:

@@ -77,6 +77,8 @@ def _providers(device: str, manifest: Manifest) -> list[Any]:
     kind, _, number = device.partition(":")
     if kind not in _PROVIDERS:
         raise ArtifactError(f"device {device!r}: write cpu, cuda:N or npu:N")
+    if kind != "cpu" and manifest.precision == "int8":
+        raise ArtifactError(f"{manifest.name}: its int8 graph runs on a CPU; for {device} compile fp16")
     provider, package = _PROVIDERS[kind]
     if provider not in onnxruntime.get_available_providers():
         raise ArtifactError(f"device {device}: this onnxruntime has no {provider}; pip install {package}")

@@ -21,7 +21,7 @@ from model_build.artifact import Order, compile_artifact
 from model_build.checkpoint import open_checkpoint
 from model_build.corpus import Text
 from model_build.export import example_inputs
-from model_build.verify import Check, verify
+from model_build.verify import Check, report, verify
 from model_build.wrap import Encoder, PlainEncoder
 from worker.contracts.errors import ArtifactError, UsageError
 from worker.contracts.manifest import file_sha256
@@ -87,7 +87,9 @@ def test_fp32_minimum_in_half_precision_is_caught(
     constant = torch.tensor(torch.finfo(torch.float32).min).half()  # -inf, as a compiler that goes to fp16 makes it
     monkeypatch.setattr(Encoder, "masked", constant)
     replace_model(art, bert, Encoder, torch.float16)
-    assert "golden logits" in failed(verify(art, threads=1))
+    checks = verify(art, threads=1)
+    assert "golden logits" in failed(checks)
+    assert "NaN" not in json.dumps(report(art, checks))
 
 
 def test_leaking_segments_are_caught(bert: Path, compiled: Compiled, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import zstandard
 from tests.unit.evaluation.runs import Doc, make_run, write_part
 from worker.contracts.errors import UsageError
 from worker.contracts.layout import RunFolder, part_name
-from worker.contracts.manifest import Input, Manifest, file_sha256, load_manifest
+from worker.contracts.manifest import TOKENIZER_FILE, Input, Manifest, file_sha256, load_manifest
 from worker.evaluation import below_floors, evaluate
 
 WORDS = ["Anna", "flew", "to", "Rome"]
@@ -203,6 +203,7 @@ def artifact_that_knows_people(folder: Path) -> Manifest:
     """An artifact whose only label is PER, with compiled shapes; nothing that could run."""
     folder.mkdir()
     (folder / "model.onnx").write_bytes(b"no graph")
+    (folder / TOKENIZER_FILE).write_bytes(b"{}")
     Manifest(
         name="people",
         backend="onnx",
@@ -221,7 +222,7 @@ def artifact_that_knows_people(folder: Path) -> Manifest:
         pad_id=0,
         source={"name": "made by hand"},
         libraries={},
-        files={"model.onnx": file_sha256(folder / "model.onnx")},
+        files={name: file_sha256(folder / name) for name in ("model.onnx", TOKENIZER_FILE)},
         tolerance=0.0,
     ).write(folder)
     return load_manifest(folder)

@@ -1,0 +1,143 @@
+"""The host's own ceiling: the whole mill around engines that cost nothing, or exactly what a device would."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from model_build.shapes import best_shapes, load_costs, packing
+from producer.shards import ShardLimits
+from producer.status import Status
+from tests.benchmarks.corpora import Corpus
+from tests.benchmarks.engines import NullEngine
+from tests.harness import Harness, Worker, harness
+from worker.contracts.document import Document
+from worker.contracts.manifest import TOKENIZER_FILE, load_manifest, resolve_artifact
+from worker.contracts.plan import Options
+from worker.contracts.shard import shard_table
+from worker.pipeline import Pipeline
+
+APP = "tests.benchmarks.app"
+COSTS = "310p3-bert-base"
+COMPILED = 4  # shapes of the simulated 310P3
+SENTENCES_PER_SECOND = 500.0
+PACED_SHARD = 64  # documents: a device's last shard is an eighth of a second
+DEVICES = (1, 2, 4, 8)
+
+
+def repeated(texts: Sequence[str], count: int) -> list[str]:
+    """``count`` documents, the texts again and again."""
+    return [texts[number % len(texts)] for number in range(count)]
+
+
+def tokenizer_rate(texts: Sequence[str], part: int = 4096) -> float:
+    """Documents a second of ``encode_batch`` alone, on all cores."""
+    tokenizer = Tokenizer.from_file(str(resolve_artifact("demo") / TOKENIZER_FILE))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    begun = time.perf_counter()
+    for at in range(0, len(texts), part):
+        tokenizer.encode_batch(texts[at : at + part], add_special_tokens=False)
+    return len(texts) / (time.perf_counter() - begun)
+
+
+def null_over_tokenizer(texts: Sequence[str], rounds: int) -> list[dict[str, float]]:
+    """The mill on the null engine, by one worker process and by one a core, beside the tokenizer, round by round."""
+    cores = len(os.sched_getaffinity(0))
+    found: list[dict[str, float]] = [{} for _ in range(rounds)]
+    with _mill() as mill:
+        for processes in sorted({1, cores}):
+            _start(mill, processes)
+            mill_rate(mill, texts[: len(texts) // 4])
+            for entry in found:
+                before = tokenizer_rate(texts)
+                rate = mill_rate(mill, texts).documents_per_second
+                alone = (before + tokenizer_rate(texts)) / 2
+                entry[f"documents_per_second_{processes}"] = rate
+                entry[f"tokenizer_per_second_{processes}"] = alone
+                entry[f"ratio_{processes}"] = rate / alone
+    for entry in found:
+        entry["ratio"] = entry[f"ratio_{cores}"]
+    return found
+
+
+def paced_scaling(texts: Sequence[str], seconds: float, rounds: int) -> dict[int, list[float]]:
+    """Share of ``n`` devices' 500 sentences/s that the mill reaches, by ``n``, round by round."""
+    found: dict[int, list[float]] = {}
+    with _mill() as mill:
+        for devices in DEVICES:
+            _start(mill, devices, BENCH_RATE=str(SENTENCES_PER_SECOND))
+            goal = devices * SENTENCES_PER_SECOND
+            documents = repeated(texts, round(goal * seconds))
+            reached = [mill_rate(mill, documents, PACED_SHARD) for _ in range(rounds)]
+            found[devices] = [status.documents_per_second / goal for status in reached]
+    return found
+
+
+def paced_310p3(corpus: Corpus, seconds: float, rounds: int) -> dict[str, Any]:
+    """One simulated 310P3 by its published figures: the share of the time for which it is kept busy."""
+    costs = load_costs(COSTS)
+    shapes = best_shapes(corpus.lengths, costs, COMPILED)
+    ideal = packing(corpus.lengths, costs, shapes, waiting=len(corpus.lengths))
+    rate = len(corpus.texts) / ideal.seconds
+    with _mill() as mill:
+        _start(mill, 1, BENCH_COSTS=COSTS, BENCH_SHAPES=",".join(f"{rows}x{length}" for rows, length in shapes))
+        documents = repeated(corpus.texts, round(rate * seconds))
+        reached = [mill_rate(mill, documents).documents_per_second / rate for _ in range(rounds)]
+    return {"simulation": costs.source, "ideal_documents_per_second": rate, "shapes": shapes, "busy": reached}
+
+
+def mill_rate(mill: Harness, texts: Sequence[str], documents_per_shard: int | None = None) -> Status:
+    """Sends a run over the texts and follows it to its end."""
+    size = documents_per_shard or ShardLimits().documents
+    out = tempfile.mkdtemp(dir=mill.out)
+    run, plan = mill.submit(list(texts), documents_per_shard=size, out=out)
+    return mill.wait(run, plan, timeout=600)
+
+
+def padding(corpus: Corpus, layout: str) -> float:
+    """Padding share of the corpus in shards through the worker's pool, rows packed or lengths sorted (``plain``)."""
+    artifact = resolve_artifact("demo")
+    manifest = replace(load_manifest(artifact), layout=layout)  # type: ignore[arg-type]
+    pipeline = Pipeline(NullEngine(manifest), Tokenizer.from_file(str(artifact / TOKENIZER_FILE)))
+    documents = iter(Document(str(number), text) for number, text in enumerate(corpus.texts))
+    shards = []
+    while group := list(islice(documents, ShardLimits().documents)):
+        shards.append(shard_table(group))
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            stats = [annotated.stats for annotated in threads.map(lambda s: pipeline.annotate(s, Options()), shards)]
+    finally:
+        pipeline.close()
+    return 1 - sum(s.tokens for s in stats) / sum(s.computed_tokens for s in stats)
+
+
+@contextmanager
+def _mill() -> Iterator[Harness]:
+    with tempfile.TemporaryDirectory(prefix="mill-") as folder, harness(Path(folder), lease_seconds=60.0) as mill:
+        yield mill
+
+
+def _start(mill: Harness, processes: int, **environment: str) -> None:
+    """Brings the mill to so many workers, all of them ready."""
+    while len(mill.workers) < processes:
+        mill.worker(APP, **environment)
+    deadline = time.monotonic() + 120
+    while not all(map(_is_ready, mill.workers)):
+        if time.monotonic() > deadline or not all(worker.is_alive for worker in mill.workers):
+            raise SystemExit(f"a worker does not come up\n{mill.logs()}")
+        time.sleep(0.1)
+
+
+def _is_ready(worker: Worker) -> bool:
+    return "ready:" in worker.log.read_text(errors="replace")
