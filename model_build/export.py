@@ -14,6 +14,7 @@ from model_build.wrap import Encoder
 from worker.contracts.errors import UsageError
 
 OPSET = 18
+INLINE_BYTES = 500_000_000
 
 
 def example_inputs(model: Encoder, dtype: torch.dtype, shape: tuple[int, int] = (2, 16)) -> tuple[Tensor, ...]:
@@ -33,7 +34,8 @@ def example_inputs(model: Encoder, dtype: torch.dtype, shape: tuple[int, int] = 
 def to_onnx(model: Encoder, path: Path, dtype: torch.dtype) -> None:
     """Writes an ONNX graph with free rows and length; parameters keep their names.
 
-    Weights over 2 GB go into a file beside it, as the format wants.
+    Weights over INLINE_BYTES go into a file beside it: the format allows 2 GB in one, and writing them apart
+    needs no copy in memory.
 
     Raises:
         UsageError: this torch is too old for the exporter.
@@ -57,7 +59,8 @@ def to_onnx(model: Encoder, path: Path, dtype: torch.dtype) -> None:
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces with the paths of this machine
         node.doc_string = None
-    program.save(path)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    program.save(path, external_data=size > INLINE_BYTES)
 
 
 def to_torchscript(model: Encoder, path: Path, dtype: torch.dtype) -> None:

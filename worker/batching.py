@@ -69,7 +69,12 @@ def cost(shape: Shape) -> float:
     waiting for its memory, so no batch counts for less.
     """
     rows, length = shape
-    return max(rows * length, 350) * (1 + length / (6 * 768))
+    return float(costs(np.array(rows), np.array(length)))
+
+
+def costs(rows: Int, length: Int) -> NDArray[np.float64]:
+    """``cost`` of many shapes at once."""
+    return np.asarray(np.maximum(rows * length, 350) * (1 + length / (6 * 768)))
 
 
 def free_shapes(oldest: int, budget: int) -> list[Shape]:
@@ -90,14 +95,18 @@ def trim(placement: Placement, lengths: Int) -> Placement:
 def place_similar(lengths: Int, budget: int) -> Placement:
     """A batch of similar lengths, one window a row, of at most ``budget`` padded tokens (but at least one window).
 
-    The oldest window is in it; its neighbours in length fill it up, shorter ones first since they cost no width.
+    Sorted by length, every batch is a stretch that begins with its longest window; among those that hold the
+    oldest one, the stretch with the most real tokens for its cost is taken.
     """
     order = np.argsort(-lengths, kind="stable")
-    first = int(np.flatnonzero(order == 0)[0])
-    stop = min(first + max(1, budget // int(lengths[0])), len(order))
-    while first > 0 and (stop - first + 1) * lengths[order[first - 1]] <= budget:
-        first -= 1
-    window = order[first:stop]
+    falling = lengths[order]
+    oldest = int(np.flatnonzero(order == 0)[0])
+    begin = np.arange(oldest + 1)
+    end = np.minimum(begin + np.maximum(1, budget // falling[begin]), len(order))
+    begin, end = begin[end > oldest], end[end > oldest]
+    tokens = np.concatenate([np.zeros(1, np.int64), np.cumsum(falling)])
+    best = int(((tokens[end] - tokens[begin]) / costs(end - begin, falling[begin])).argmax())
+    window = order[begin[best] : end[best]]
     row = np.arange(len(window))
     return Placement(len(window), int(lengths[window].max()), window, row, np.zeros_like(row))
 

@@ -6,10 +6,8 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ from worker.contracts.shard import shard_table
 from worker.pipeline import Pipeline
 
 APP = "tests.benchmarks.app"
-COSTS = "310p3-bert-base"
+COSTS = "310p3-bert-large"
 COMPILED = 4  # shapes of the simulated 310P3
 SENTENCES_PER_SECOND = 500.0
 PACED_SHARD = 64  # documents: a device's last shard is an eighth of a second
@@ -106,20 +104,16 @@ def mill_rate(mill: Harness, texts: Sequence[str], documents_per_shard: int | No
 
 
 def padding(corpus: Corpus, layout: str) -> float:
-    """Padding share of the corpus in shards through the worker's pool, rows packed or lengths sorted (``plain``)."""
+    """Padding share of a corpus that waits as a whole, rows packed (``packed``) or lengths sorted (``plain``)."""
     artifact = resolve_artifact("demo")
     manifest = replace(load_manifest(artifact), layout=layout)  # type: ignore[arg-type]
     pipeline = Pipeline(NullEngine(manifest), Tokenizer.from_file(str(artifact / TOKENIZER_FILE)))
-    documents = iter(Document(str(number), text) for number, text in enumerate(corpus.texts))
-    shards = []
-    while group := list(islice(documents, ShardLimits().documents)):
-        shards.append(shard_table(group))
+    documents = [Document(str(number), text) for number, text in enumerate(corpus.texts)]
     try:
-        with ThreadPoolExecutor(8) as threads:
-            stats = [annotated.stats for annotated in threads.map(lambda s: pipeline.annotate(s, Options()), shards)]
+        stats = pipeline.annotate(shard_table(documents), Options()).stats
     finally:
         pipeline.close()
-    return 1 - sum(s.tokens for s in stats) / sum(s.computed_tokens for s in stats)
+    return 1 - stats.tokens / stats.computed_tokens
 
 
 @contextmanager
