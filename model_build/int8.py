@@ -7,6 +7,7 @@ gets coarser numbers, and other tags. One scale a token costs no more time and l
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -45,17 +46,18 @@ def quantize(weight: Float, axis: int, limit: int) -> tuple[NDArray[np.int8], Fl
 
 def quantize_onnx(path: Path) -> None:
     """Rewrites a float32 graph in place: products with a weight and the word table become int8."""
-    model = onnx.load(path)
-    path.with_name(path.name + ".data").unlink(missing_ok=True)
+    model = onnx.load(path, load_external_data=False)  # weights in a file beside it are read one by one
     graph = model.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
     nodes: list[NodeProto] = []
     stored: list[TensorProto] = [numpy_helper.from_array(np.asarray(v), k) for k, v in _CONSTANTS.items()]
 
+    def read(tensor: TensorProto) -> NDArray[Any]:
+        array: NDArray[Any] = numpy_helper.to_array(tensor, str(path.parent))
+        return array
+
     def store(name: str, axis: int, limit: int) -> None:
-        weight = weights.pop(name)
-        values, scale = quantize(numpy_helper.to_array(weight), axis, limit)
-        weight.ClearField("raw_data")  # a large model is in memory twice already
+        values, scale = quantize(read(weights.pop(name)), axis, limit)
         stored.append(numpy_helper.from_array(values, f"{name}.int8"))
         stored.append(numpy_helper.from_array(scale, f"{name}.scale"))
 
@@ -72,9 +74,11 @@ def quantize_onnx(path: Path) -> None:
             nodes.append(node)
     del graph.node[:], graph.initializer[:], graph.value_info[:]
     graph.node.extend(nodes)
-    graph.initializer.extend([*weights.values(), *stored])
+    graph.initializer.extend([numpy_helper.from_array(read(tensor), name) for name, tensor in weights.items()])
+    graph.initializer.extend(stored)
     model.opset_import.append(helper.make_operatorsetid("com.microsoft", 1))
     onnx.save(model, path)
+    path.with_name(f"{path.name}.data").unlink(missing_ok=True)
 
 
 def _product(node: NodeProto) -> list[NodeProto]:

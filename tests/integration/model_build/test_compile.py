@@ -20,7 +20,7 @@ from model_build.verify import run_packed
 from model_build.wrap import MASKED
 from tests.checkpoints import FAMILIES, LABELS, MAX_LENGTH, vocabulary
 from worker.contracts.errors import ArtifactError, EngineError
-from worker.contracts.manifest import load_manifest
+from worker.contracts.manifest import Precision, load_manifest
 from worker.engine import load_engine
 from worker.engine.golden import lay_rows, run_alone
 
@@ -112,6 +112,18 @@ def test_parameters_keep_their_names(compiled: Callable[..., Path]) -> None:
     names = {tensor.name for tensor in graph.initializer}
     assert {"words.weight", "layers.1.qkv.weight", "layers.0.narrow_norm.bias", "classifier.bias"} <= names
     assert str(Path(__file__).parents[3]).encode() not in (compiled("onnx") / "model.onnx").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("precision", "files"), [("fp32", {"model.onnx", "model.onnx.data"}), ("int8", {"model.onnx"})]
+)
+def test_large_weights_lie_beside_the_graph(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision, files: set[str]
+) -> None:
+    monkeypatch.setattr("model_build.export.INLINE_BYTES", 0)
+    manifest = compile_artifact(str(bert), tmp_path / "art", Order("onnx", precision=precision))
+    assert manifest.files.keys() == files | {"golden.json", "tokenizer.json"}
+    assert {path.name for path in (tmp_path / "art").iterdir()} == manifest.files.keys() | {"manifest.json"}
 
 
 def test_tokenizer_comes_without_truncation(compiled: Callable[..., Path]) -> None:
