@@ -20,7 +20,7 @@ from model_build.wrap import Encoder, Linear
 from worker.contracts.errors import UsageError
 
 # Processors without VNNI add two products in 16 bits, and 2 × 255 × 64 is the most that fits: with weights in ±64
-# an artifact gives the same answers on all of them. It costs 20 tags of CoNLL valid's 51,362, and no F1.
+# an artifact gives the same answers on all of them. It costs about 20 tags of CoNLL valid's 51,362, and no F1.
 WEIGHT_RANGE = 64
 TABLE_RANGE = 127  # embedding rows are looked up, not multiplied in 8 bits
 TOKEN_RANGE = 127

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import wraps
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args
 
 from producer.commands import options as o
 from worker.contracts.errors import UsageError
@@ -81,5 +81,6 @@ def _check(flag: str, value: str | None, allowed: tuple[str | None, ...]) -> Non
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    # Request is known to type checkers alone: importing it would bring in pyarrow
-    return get_type_hints(function, localns={"Request": Any}, include_extras=True)
+    # Request is known to type checkers alone: importing it would bring in pyarrow. Not get_type_hints, which
+    # on Python 3.10 wraps a parameter with default None in an Optional that hides its Annotated.
+    return inspect.get_annotations(function, eval_str=True, locals={"Request": Any})

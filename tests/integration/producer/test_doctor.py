@@ -77,6 +77,7 @@ def test_a_server_that_evicts_is_named(broker, tmp_path):
 
 
 def test_all_is_well_with_a_worker(broker, listening, tmp_path):
+    pytest.importorskip("onnxruntime")
     found = findings(broker, tmp_path)
     assert {name for name, finding in found.items() if not finding.ok} == set()
 
