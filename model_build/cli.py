@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from worker.contracts.errors import NermillError, UsageError
+from worker.contracts.console import exit_code
+from worker.contracts.errors import UsageError
 from worker.contracts.manifest import load_manifest, resolve_artifact
 
-INTERRUPTED = 3
 BEYOND_TOLERANCE = 4
 
 Artifact = Annotated[str, typer.Argument(help="The artifact's folder, or demo: the bundled model.", show_default=False)]
@@ -185,27 +185,14 @@ for command, name, example in (
 
 def main() -> None:
     """Entry point of ``nermill-build``."""
+    sys.exit(exit_code("nermill-build", _command, typer.Abort))
+
+
+def _command() -> int | None:
     try:
-        code = app(sys.argv[1:] or ["--help"], standalone_mode=False, prog_name="nermill-build")
-    except NermillError as error:
-        code = _fail(str(error), error.exit_code)
+        code: int | None = app(sys.argv[1:] or ["--help"], standalone_mode=False, prog_name="nermill-build")
     except ModuleNotFoundError as error:
-        code = _fail(f"{error.name} is not installed; pip install 'nermill[build]'", UsageError.exit_code)
-    except BrokenPipeError:
-        sys.stderr.close()  # whoever read us has seen enough
-        code = 0
-    except (KeyboardInterrupt, typer.Abort):
-        code = INTERRUPTED
-    except Exception as error:
-        format_message = getattr(error, "format_message", None)  # the parser's errors, whichever click typer carries
-        if format_message is None:
-            raise
-        code = _fail(f"{' '.join(format_message().split())} See nermill-build --help.", UsageError.exit_code)
-    sys.exit(code or 0)
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"nermill-build: {message}", file=sys.stderr)
+        raise UsageError(f"{error.name} is not installed; pip install 'nermill[build]'") from None
     return code
 
 

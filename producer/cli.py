@@ -5,15 +5,13 @@ from __future__ import annotations
 import io
 import signal
 import sys
+from functools import partial
 from typing import Annotated
 
 import typer
 
 from producer.commands import following, reading, submitting
-from worker.contracts.errors import NermillError, UsageError
-
-INTERRUPTED = 3  # not complete; nermill resume goes on
-SHELL_INTERRUPTED = 130
+from worker.contracts.console import exit_code
 
 app = typer.Typer(
     name="nermill",
@@ -55,26 +53,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that knows no Unicode
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # whatever was started is stopped in order
-    try:
-        code = app(standalone_mode=False, prog_name="nermill")
-    except NermillError as error:
-        code = _fail(str(error), error.exit_code)
-    except BrokenPipeError:
-        sys.stderr.close()  # whoever read us has seen enough
-        code = 0
-    except (KeyboardInterrupt, typer.Abort):
-        code = SHELL_INTERRUPTED
-    except Exception as error:
-        format_message = getattr(error, "format_message", None)  # the parser's errors, whichever click typer carries
-        if format_message is None:
-            raise
-        code = _fail(f"{' '.join(format_message().split())} See nermill --help.", UsageError.exit_code)
-    sys.exit(INTERRUPTED if code == SHELL_INTERRUPTED else code or 0)
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"nermill: {message}", file=sys.stderr)
-    return code
+    sys.exit(exit_code("nermill", partial(app, standalone_mode=False, prog_name="nermill"), typer.Abort))
 
 
 if __name__ == "__main__":

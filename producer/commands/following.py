@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from producer.commands import options as o
-from producer.commands.outcome import ensure_evaluated, report_status, told_how_to_resume
+from producer.commands.outcome import go_on, report_status
 from producer.queue import DEFAULT_BROKER, HIGH_WATER
 from worker.contracts.errors import BrokerError
 
@@ -55,18 +55,11 @@ def resume(
 ) -> int:
     """Send again what has no part; safe at any time, any number of times."""
     from producer import run as runs
-    from producer.progress import paused, watching
     from producer.queue import Queue
-    from producer.status import look
 
     folder, plan = runs.open_run(run)
     queue = Queue(broker)
-    with told_how_to_resume(folder.uri), watching() as show:
-        plan = runs.resume(folder, plan, queue, high_water, paused(show))
-        if wait and runs.wait(folder, plan, queue, show).state == "complete":
-            ensure_evaluated(folder, plan)
-    code = report_status(look(folder, plan, queue), as_json=json)
-    return code if wait else 0
+    return go_on(folder, plan, queue, high_water, wait=wait, as_json=json)
 
 
 def cancel(run: o.Run, broker: o.Broker = DEFAULT_BROKER, json: o.Json = False) -> int:

@@ -10,6 +10,7 @@ from worker.contracts.errors import NermillError
 from worker.contracts.layout import REPORT_JSON
 
 if TYPE_CHECKING:
+    from producer.queue import Queue
     from producer.status import Status
     from worker.contracts.layout import RunFolder
     from worker.contracts.plan import Plan
@@ -35,6 +36,20 @@ def ensure_evaluated(run: RunFolder, plan: Plan) -> None:
     from worker.evaluation import evaluate, write_report
 
     write_report(run, evaluate(run))
+
+
+def go_on(run: RunFolder, plan: Plan, queue: Queue, high_water: int, *, wait: bool, as_json: bool) -> int:
+    """Sends what has no part, follows it where asked, and reports; returns the exit code."""
+    from producer import run as runs
+    from producer.progress import paused, watching
+    from producer.status import look
+
+    with told_how_to_resume(run.uri), watching() as show:
+        plan = runs.resume(run, plan, queue, high_water, paused(show))
+        if wait and runs.wait(run, plan, queue, show).state == "complete":
+            ensure_evaluated(run, plan)
+    code = report_status(look(run, plan, queue), as_json=as_json)
+    return code if wait else 0
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from producer.commands import options as o
-from producer.commands.outcome import ensure_evaluated, report_status, told_how_to_resume
+from producer.commands.outcome import ensure_evaluated, go_on, report_status, told_how_to_resume
 from producer.commands.request import takes_request
 from producer.commands.streaming import stream
 from producer.queue import DEFAULT_BROKER, HIGH_WATER
@@ -87,20 +87,13 @@ def submit(
 
     With - as the input, JSON lines are tagged as they come, until the end of input or Ctrl-C.
     """
-    from producer import run as runs
     from producer.planning import make_plan
-    from producer.progress import paused, reading, watching
+    from producer.progress import reading
     from producer.queue import Queue
-    from producer.status import look
 
     queue = Queue(broker)
     if follow or (request.inputs == ("-",) and request.read.format in (None, "jsonl")):
         return stream(request, queue, linger, high_water, follow=follow, ack=ack, wait=wait, as_json=json)
     with reading() as on_documents:
         folder, plan = make_plan(request, on_documents)
-    with told_how_to_resume(folder.uri), watching() as show:
-        plan = runs.resume(folder, plan, queue, high_water, paused(show))
-        if wait and runs.wait(folder, plan, queue, show).state == "complete":
-            ensure_evaluated(folder, plan)
-    code = report_status(look(folder, plan, queue), as_json=json)
-    return code if wait else 0
+    return go_on(folder, plan, queue, high_water, wait=wait, as_json=json)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,12 +14,6 @@ from tests.harness import Harness, harness, rows, texts
 from worker.contracts.layout import SUCCESS_FILE
 
 DOCUMENTS = texts(600)
-
-
-@pytest.fixture
-def mill() -> Iterator[Harness]:
-    with tempfile.TemporaryDirectory(prefix="nm-") as folder, harness(Path(folder)) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import random
 import socket
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.request import urlopen
 
-import pytest
 from tokenizers import Tokenizer
 
 from tests import fuzz
 from tests.doubles.engine import HashEngine, manifest
-from tests.harness import Harness, harness, rows, texts
+from tests.harness import Harness, rows, texts
 from worker.contracts.layout import part_name
 from worker.contracts.ledger import Ledger
 from worker.contracts.manifest import TOKENIZER_FILE, resolve_artifact
@@ -29,12 +26,6 @@ from worker.pipeline import Pipeline
 from worker.settings import Settings
 
 SECRET = "the content of another's file"
-
-
-@pytest.fixture
-def mill() -> Iterator[Harness]:
-    with tempfile.TemporaryDirectory(prefix="nm-") as folder, harness(Path(folder)) as made:
-        yield made
 
 
 def test_mutated_messages(mill: Harness) -> None:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,6 @@ from worker.contracts.layout import SUCCESS_FILE, RunFolder
 from worker.contracts.plan import Plan
 
 DOCUMENTS = texts(640)
-
-
-@pytest.fixture
-def mill() -> Iterator[Harness]:
-    with tempfile.TemporaryDirectory(prefix="nm-") as folder, harness(Path(folder)) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

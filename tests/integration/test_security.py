@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,18 +17,12 @@ import pytest
 from producer.queue import Queue
 from producer.run import send
 from tests.doubles.tls import make_certificate, tls_proxy
-from tests.harness import DOUBLE, Harness, harness, rows, texts
+from tests.harness import DOUBLE, Harness, rows, texts
 from worker.contracts.broker import redacted
 from worker.contracts.errors import BrokerError, StoreError
 
 PASSWORD = "s3cret-pass"
 RIGHTS = "~nermill:* &nermill:* +@all -@admin -@dangerous +info"  # as SECURITY.md has them
-
-
-@pytest.fixture
-def mill() -> Iterator[Harness]:
-    with tempfile.TemporaryDirectory(prefix="nm-") as folder, harness(Path(folder)) as made:
-        yield made
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from urllib.request import urlopen
 import pytest
 from kombu import Connection, Exchange, Producer, Queue
 
-from tests.harness import REAL, Harness, harness, rows, texts
+from tests.harness import REAL, Harness, rows, texts
 from worker.contracts.broker import TRANSPORT_OPTIONS
 from worker.contracts.manifest import resolve_artifact
 from worker.contracts.message import QUEUE, TASK
@@ -82,12 +82,6 @@ def test_a_changed_byte_is_refused(artifact: Path) -> None:
     done = run("--model", str(artifact), "--dry-run")
     assert done.returncode == 2
     assert "model.onnx: changed since it was built" in done.stderr
-
-
-@pytest.fixture
-def mill() -> Iterator[Harness]:
-    with tempfile.TemporaryDirectory(prefix="nm-") as folder, harness(Path(folder)) as made:
-        yield made
 
 
 @contextmanager

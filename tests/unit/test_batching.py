@@ -50,10 +50,12 @@ def test_free_shapes_keep_to_the_budget(layout: str, lengths: np.ndarray, budget
 
 @given(LENGTHS, SHAPES)
 def test_a_whole_pool_is_served(lengths: np.ndarray, shapes: tuple[tuple[int, int], ...]) -> None:
-    waiting = lengths
+    waiting, served = lengths, 0
     while len(waiting):
         taken = place(waiting, manifest(shapes)).window
         waiting = np.delete(waiting, taken)
+        served += len(taken)
+    assert served == len(lengths)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,45 @@
+"""How every command ends: one line for the person, the documented exit code, and no traceback for a user's mistake."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from worker.contracts.errors import NermillError, UsageError
+
+INTERRUPTED = 3  # not complete; it can be gone on with
+_SHELL_INTERRUPTED = 130  # what the parser answers after Ctrl-C
+
+
+def exit_code(program: str, command: Callable[[], int | None], aborted: type[Exception]) -> int:
+    """Runs a command line and says how it ended.
+
+    Args:
+        program: Its name, before each message.
+        command: Parses and runs; returns an exit code, or None for 0.
+        aborted: What the parser makes of Ctrl-C.
+
+    Raises:
+        Exception: a bug of ours, with its traceback.
+    """
+    try:
+        code = command() or 0
+    except NermillError as error:
+        return _fail(program, str(error), error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read us has seen enough
+        return 0
+    except (KeyboardInterrupt, aborted):
+        return INTERRUPTED
+    except Exception as error:
+        format_message = getattr(error, "format_message", None)  # the parser's errors, whichever click typer carries
+        if format_message is None:
+            raise
+        message = " ".join(format_message().split())
+        return _fail(program, f"{message} See {program} --help.", UsageError.exit_code)
+    return INTERRUPTED if code == _SHELL_INTERRUPTED else code
+
+
+def _fail(program: str, message: str, code: int) -> int:
+    print(f"{program}: {message}", file=sys.stderr)
+    return code
