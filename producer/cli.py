@@ -18,7 +18,6 @@ app = typer.Typer(
     help="A mill for named entities: documents go in through a queue, workers tag them, tables come out.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -53,7 +52,11 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that knows no Unicode
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # whatever was started is stopped in order
-    sys.exit(exit_code("nermill", partial(app, standalone_mode=False, prog_name="nermill"), typer.Abort))
+    sys.exit(
+        exit_code(
+            "nermill", partial(app, sys.argv[1:] or ["--help"], standalone_mode=False, prog_name="nermill"), typer.Abort
+        )
+    )
 
 
 if __name__ == "__main__":
