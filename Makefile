@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench acceptance clean
+.PHONY: help demo test lint bench acceptance ascend-stack transformers4 clean
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 # Nothing is written outside this folder but pip's cache.
@@ -17,6 +17,9 @@ FIND_PYTHON = for python in $(or $(PYTHON),python3.11 python3.12 python3.13 pyth
 
 DEMO := .venv-demo
 VENV := .venv
+ASCEND := .venv-ascend
+TRANSFORMERS4 := .venv-transformers4
+OLD_TRANSFORMERS := 4.48.3
 PINS := pyproject.toml constraints.txt
 SAMPLE := model_build/demo/sample/wikigold.conll
 READ := import glob, pyarrow.parquet as p; t = p.read_table(sorted(glob.glob("out/demo/run=*/part-*.parquet"))); \
@@ -28,6 +31,8 @@ help:
 	@echo "make lint        ruff, mypy, import contracts"
 	@echo "make acceptance  kills, restarts and resumes, at length"
 	@echo "make bench       throughput on this machine"
+	@echo "make ascend-stack   the builder on Python 3.10 and torch 2.1 (make PYTHON=/path/to/python3.10 ascend-stack)"
+	@echo "make transformers4  the builder's tests on transformers 4"
 	@echo "make clean       removes environments, caches and outputs"
 
 demo: $(DEMO)/.made
@@ -52,9 +57,29 @@ acceptance: $(VENV)/.made
 bench: $(VENV)/.made
 	$(VENV)/bin/python -m tests.benchmarks
 
+# What Ascend hosts have. Gigabytes, since PyPI's torch 2.1.0 brings CUDA along; not part of `make test`.
+ascend-stack: $(ASCEND)/.made
+	rm -rf build/ascend
+	$(ASCEND)/bin/python -m model_build.demo.recover --out build/ascend/checkpoint
+	$(ASCEND)/bin/nermill-build compile build/ascend/checkpoint --out build/ascend/artifact --backend torch
+	$(ASCEND)/bin/nermill-build verify build/ascend/artifact --checkpoint build/ascend/checkpoint
+
+# The builder against transformers 4 as well: `make test` has 5.
+transformers4: $(TRANSFORMERS4)/.made
+	$(TRANSFORMERS4)/bin/python -m pytest tests/unit/model_build tests/integration/model_build
+
 clean:
-	rm -rf $(DEMO) $(VENV) .cache out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(DEMO) $(VENV) $(ASCEND) $(TRANSFORMERS4) .cache out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find producer worker model_build tests -name __pycache__ -type d -exec rm -rf {} +
+
+$(ASCEND)/.made: $(PINS)
+	python="$$(command -v $(or $(PYTHON),python3.10))"; rm -rf $(ASCEND); "$$python" -m venv $(ASCEND)
+	$(ASCEND)/bin/python -m pip install --quiet --use-pep517 torch==2.1.0 transformers==$(OLD_TRANSFORMERS) 'numpy<2' onnx safetensors -e .
+	touch $@
+
+$(TRANSFORMERS4)/.made: $(PINS)
+	@$(call MAKE_VENV,$(TRANSFORMERS4),dev,build)
+	$(TRANSFORMERS4)/bin/python -m pip install --quiet transformers==$(OLD_TRANSFORMERS)
 
 $(DEMO)/.made: $(PINS)
 	@$(call MAKE_VENV,$(DEMO),worker$(COMMA)embedded)

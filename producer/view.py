@@ -62,6 +62,15 @@ def score_line(scores: dict[str, Any]) -> str:
     return f"F1 {scores['f1']:.4f} (precision {scores['precision']:.4f}, recall {scores['recall']:.4f}){strict}"
 
 
+def comparison_line(comparison: dict[str, Any]) -> str:
+    """The difference of two runs in one line, the other one's gain first."""
+    f1 = comparison.get("f1")
+    low, high = f1["difference_interval"] if f1 else (0.0, 0.0)
+    scored = f"F1 {f1['other']:.4f}, {f1['difference']:+.4f} (95 % {low:+.4f} to {high:+.4f}); " if f1 else ""
+    tags = f"{comparison['documents_with_other_tags']:,} of {comparison['documents']:,} documents have other tags"
+    return f"{scored}{tags}; throughput x {comparison['throughput']['ratio']:.2f}"
+
+
 def print_result_hint(run: str) -> None:
     """Where the table is, and a line that reads it with what is installed already."""
     pattern = f"{run}/part-*.parquet"

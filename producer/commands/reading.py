@@ -19,8 +19,14 @@ def evaluate(
         Path | None, typer.Option("--gold", help="CoNLL file with gold tags; default: the run's own.")
     ] = None,
     min_f1: Annotated[float | None, typer.Option("--min-f1", min=0, max=1, help="Exit with 4 below this F1.")] = None,
+    min_accuracy: Annotated[
+        float | None, typer.Option("--min-accuracy", min=0, max=1, help="Exit with 4 below this word accuracy.")
+    ] = None,
     min_documents_per_second: Annotated[
         float | None, typer.Option("--min-documents-per-second", min=0, help="Exit with 4 below this throughput.")
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option("--compare", help="Another run over the same documents, to tell the difference.")
     ] = None,
     partial: Annotated[bool, typer.Option("--partial", help="Evaluate what is there of an unfinished run.")] = False,
     json: o.Json = False,
@@ -28,22 +34,25 @@ def evaluate(
     """Score a run against gold tags and measure its throughput; writes report.json and report.html."""
     from producer.progress import say
     from producer.run import open_run
-    from producer.view import print_json, score_line
+    from producer.view import comparison_line, print_json, score_line
     from worker.evaluation import evaluate as evaluated
     from worker.evaluation import write_report
     from worker.evaluation.floors import below_floors
 
     folder, _ = open_run(run)
-    report = evaluated(folder, gold=gold, partial=partial)
-    missed = below_floors(report, f1=min_f1, documents_per_second=min_documents_per_second)
+    other = open_run(compare)[0] if compare else None
+    report = evaluated(folder, gold=gold, partial=partial, compare=other)
+    missed = below_floors(report, f1=min_f1, accuracy=min_accuracy, documents_per_second=min_documents_per_second)
     write_report(folder, report)
     if json:
         print_json(report)
     else:
         if "f1" in report:
             print(score_line(report))
+        if other is not None:
+            print(f"beside {other.uri}: {comparison_line(report['compare'])}")
         print(f"{report['throughput']['documents_per_second']:,.1f} documents/s; report: {folder.uri}/{REPORT_HTML}")
-    for line in missed:
+    for line in [*report["warnings"], *missed]:
         say(line)
     return 4 if missed else 0
 

@@ -120,9 +120,14 @@ def test_evaluate_scores_and_holds_floors(nermill, broker, serving, tmp_path):
     assert body["scores"]["precision"] == pytest.approx(0.5)
     code, out, _ = nermill("evaluate", body["run"], "--json")
     assert (code, json.loads(out)["recall"]) == (0, 1.0)
-    code, _, err = nermill("evaluate", body["run"], "--min-f1", "0.9")
-    assert code == 4
-    assert "below the floor" in err
+    for floor in ("--min-f1", "--min-accuracy"):
+        code, _, err = nermill("evaluate", body["run"], floor, "0.9")
+        assert code == 4
+        assert "below the floor" in err
+    code, out, _ = nermill("evaluate", body["run"], "--compare", body["run"])
+    assert code == 0
+    assert "+0.0000" in out
+    assert "0 of 2 documents have other tags" in out
 
 
 def test_compact_says_what_it_did(nermill, finished):
