@@ -72,9 +72,9 @@ def cost(shape: Shape) -> float:
     return float(costs(np.array(rows), np.array(length)))
 
 
-def costs(rows: Int, length: Int) -> NDArray[np.float64]:
-    """``cost`` of many shapes at once."""
-    return np.asarray(np.maximum(rows * length, 350) * (1 + length / (6 * 768)))
+def costs(rows: Int, length: Int, least: int = 350) -> NDArray[np.float64]:
+    """``cost`` of many shapes at once; no batch counts for less than ``least`` tokens."""
+    return np.asarray(np.maximum(rows * length, least) * (1 + length / (6 * 768)))
 
 
 def free_shapes(oldest: int, budget: int) -> list[Shape]:
@@ -95,17 +95,20 @@ def trim(placement: Placement, lengths: Int) -> Placement:
 def place_similar(lengths: Int, budget: int) -> Placement:
     """A batch of similar lengths, one window a row, of at most ``budget`` padded tokens (but at least one window).
 
-    Sorted by length, every batch is a stretch that begins with its longest window; among those that hold the
-    oldest one, the stretch with the most real tokens for its cost is taken.
+    Sorted by length, every batch is a stretch that begins with its longest window and ends with the budget, or
+    where windows are a twentieth shorter; among those that hold the oldest one, the stretch with the most real
+    tokens for its cost is taken. Shapes are free on a CPU, which keeps busy with few tokens.
     """
     order = np.argsort(-lengths, kind="stable")
     falling = lengths[order]
     oldest = int(np.flatnonzero(order == 0)[0])
     begin = np.arange(oldest + 1)
     end = np.minimum(begin + np.maximum(1, budget // falling[begin]), len(order))
+    alike = np.minimum(end, np.searchsorted(-falling, -0.95 * falling[begin], side="right"))
+    begin, end = np.tile(begin, 2), np.concatenate([end, alike])
     begin, end = begin[end > oldest], end[end > oldest]
     tokens = np.concatenate([np.zeros(1, np.int64), np.cumsum(falling)])
-    best = int(((tokens[end] - tokens[begin]) / costs(end - begin, falling[begin])).argmax())
+    best = int(((tokens[end] - tokens[begin]) / costs(end - begin, falling[begin], least=128)).argmax())
     window = order[begin[best] : end[best]]
     row = np.arange(len(window))
     return Placement(len(window), int(lengths[window].max()), window, row, np.zeros_like(row))
