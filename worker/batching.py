@@ -22,6 +22,8 @@ Int = NDArray[np.int64]
 Shape = tuple[int, int]
 
 ROUND_LENGTHS = (64, 128, 256, 512)
+ACCELERATOR_LEAST = 350  # tokens of a batch under which an accelerator waits for its memory
+CPU_LEAST = 128  # the same for a CPU, which keeps busy with few
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +67,13 @@ def cost(shape: Shape) -> float:
     """Relative time of one call of a shape: its tokens, plus attention, which grows with the square of a row.
 
     A token of a BERT of width H costs 24 H² FLOP a layer in matrix products and 4 H FLOP times the row's length in
-    attention: a share of length ÷ 6 H, taken here for H = 768. Batches under some 350 tokens leave an accelerator
-    waiting for its memory, so no batch counts for less.
+    attention: a share of length ÷ 6 H, taken here for H = 768. No batch counts for less than ACCELERATOR_LEAST tokens.
     """
     rows, length = shape
     return float(costs(np.array(rows), np.array(length)))
 
 
-def costs(rows: Int, length: Int, least: int = 350) -> NDArray[np.float64]:
+def costs(rows: Int, length: Int, least: int = ACCELERATOR_LEAST) -> NDArray[np.float64]:
     """``cost`` of many shapes at once; no batch counts for less than ``least`` tokens."""
     return np.asarray(np.maximum(rows * length, least) * (1 + length / (6 * 768)))
 
@@ -97,7 +98,7 @@ def place_similar(lengths: Int, budget: int) -> Placement:
 
     Sorted by length, every batch is a stretch that begins with its longest window and ends with the budget, or
     where windows are a twentieth shorter; among those that hold the oldest one, the stretch with the most real
-    tokens for its cost is taken. Shapes are free on a CPU, which keeps busy with few tokens.
+    tokens for its cost is taken.
     """
     order = np.argsort(-lengths, kind="stable")
     falling = lengths[order]
@@ -108,7 +109,7 @@ def place_similar(lengths: Int, budget: int) -> Placement:
     begin, end = np.tile(begin, 2), np.concatenate([end, alike])
     begin, end = begin[end > oldest], end[end > oldest]
     tokens = np.concatenate([np.zeros(1, np.int64), np.cumsum(falling)])
-    best = int(((tokens[end] - tokens[begin]) / costs(end - begin, falling[begin], least=128)).argmax())
+    best = int(((tokens[end] - tokens[begin]) / costs(end - begin, falling[begin], least=CPU_LEAST)).argmax())
     window = order[begin[best] : end[best]]
     row = np.arange(len(window))
     return Placement(len(window), int(lengths[window].max()), window, row, np.zeros_like(row))

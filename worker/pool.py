@@ -231,7 +231,7 @@ def _settle(job: Job, windows: int) -> None:
 
 
 def alone(work: Work) -> list[Work]:
-    """The batch's windows one by one, in the smallest shape that the batch itself had."""
+    """The batch's windows one by one, each in the shape that the batch had."""
     placement = work.placement
     zero = np.zeros(1, np.int64)
     return [
