@@ -9,7 +9,9 @@ budget of padded tokens. Which of the two, the artifact says.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -56,11 +58,30 @@ def place(lengths: Int, manifest: Manifest) -> Placement:
         shapes = free_shapes(int(lengths[0]), manifest.token_budget)
     else:
         return place_similar(lengths, manifest.token_budget)
-    choose = pack if manifest.layout == "packed" else place_one_a_row
-    placements = [choose(lengths, shape) for shape in shapes]
-    if not manifest.shapes:
-        placements = [trim(placement, lengths) for placement in placements]
-    return max(placements, key=lambda p: (int(lengths[p.window].sum()) / cost((p.rows, p.length)), -p.rows * p.length))
+    choose = _Packer(lengths).pack if manifest.layout == "packed" else partial(place_one_a_row, lengths)
+    return _cheapest(shapes, lengths, choose, is_free=not manifest.shapes)
+
+
+def _cheapest(
+    shapes: Sequence[Shape], lengths: Int, choose: Callable[[Shape], Placement], *, is_free: bool
+) -> Placement:
+    """The placement with the most real tokens for its cost; of equals, the smallest.
+
+    Shapes are tried in the order of what they would be worth if full, until no further one can win.
+    """
+    worth = {shape: shape[0] * shape[1] / cost(shape) for shape in shapes}
+    best: Placement | None = None
+    best_score = (0.0, 0)
+    for shape in sorted(shapes, key=lambda shape: -worth[shape]):
+        if best is not None and best_score[0] > worth[shape]:
+            break
+        placement = trim(choose(shape), lengths) if is_free else choose(shape)
+        used = (placement.rows, placement.length)
+        score = (int(lengths[placement.window].sum()) / cost(used), -used[0] * used[1])
+        if best is None or score > best_score:
+            best, best_score = placement, score
+    assert best is not None, "the pipeline cuts windows to the longest shape"
+    return best
 
 
 def cost(shape: Shape) -> float:
@@ -127,57 +148,52 @@ def place_one_a_row(lengths: Int, shape: Shape) -> Placement:
 
 def pack(lengths: Int, shape: Shape) -> Placement:
     """Packs windows into the rows of a fixed shape; each row takes the longest that still fits, again and again."""
-    rows, length = shape
-    waiting = _Waiting(lengths)
-    window: list[int] = []
-    row: list[int] = []
-    column: list[int] = []
-    for number in range(rows):
-        filled = 0
-        while True:
-            chosen = waiting.pop(0) if not window else waiting.pop_longest(length - filled)
-            if chosen is None:
-                break
-            window.append(chosen)
-            row.append(number)
-            column.append(filled)
-            filled += int(lengths[chosen])
-        if not filled:
-            break
-    return Placement(rows, length, np.array(window, np.int64), np.array(row, np.int64), np.array(column, np.int64))
+    return _Packer(lengths).pack(shape)
 
 
-class _Waiting:
-    """Waiting windows by length, oldest first within a length; a pop costs a bisection over distinct lengths."""
+class _Packer:
+    """Waiting windows as a histogram of their lengths, so that trying a shape costs nothing per waiting window."""
 
     def __init__(self, lengths: Int) -> None:
-        order = np.argsort(lengths, kind="stable")[::-1]  # reversed, so that pop() gives the oldest of a length
-        self._lengths = lengths
-        self._by_length: dict[int, list[int]] = {}
-        for window, size in zip(order.tolist(), lengths[order].tolist(), strict=True):
-            self._by_length.setdefault(size, []).append(window)
-        self._distinct = sorted(self._by_length)
+        small = lengths.astype(np.min_scalar_type(int(lengths.max())))  # 16 bits are sorted by radix
+        self._oldest = int(lengths[0])
+        self._by_length = np.argsort(small, kind="stable")  # oldest first within a length
+        counts = np.bincount(lengths)
+        self._first = np.cumsum(counts) - counts
+        self._distinct = np.flatnonzero(counts).tolist()
+        self._counts = dict(zip(self._distinct, counts[self._distinct].tolist(), strict=True))
 
-    def pop(self, window: int) -> int:
-        """Takes one window out."""
-        size = int(self._lengths[window])
-        self._by_length[size].remove(window)
-        self._drop_if_empty(size)
-        return window
+    def pack(self, shape: Shape) -> Placement:
+        """Fills the rows of a shape, the first one from the oldest window on."""
+        rows, length = shape
+        left, distinct = self._counts.copy(), self._distinct.copy()
+        sizes: list[int] = []
+        ends: list[int] = []  # of each row, in ``sizes``
+        for _ in range(rows):
+            free, before = length, len(sizes)
+            while distinct and distinct[0] <= free:
+                at = bisect_right(distinct, free) - 1
+                size = distinct[at] if sizes else self._oldest
+                sizes.append(size)
+                free -= size
+                left[size] -= 1
+                if not left[size]:
+                    distinct.remove(size)
+            if len(sizes) == before:
+                break
+            ends.append(len(sizes))
+        return self._placement(shape, np.array(sizes, np.int64), np.array(ends, np.int64))
 
-    def pop_longest(self, limit: int) -> int | None:
-        """Takes out the oldest among the longest windows of at most ``limit`` tokens."""
-        at = bisect_right(self._distinct, limit) - 1
-        if at < 0:
-            return None
-        size = self._distinct[at]
-        window = self._by_length[size].pop()
-        self._drop_if_empty(size)
-        return window
-
-    def _drop_if_empty(self, size: int) -> None:
-        if not self._by_length[size]:
-            self._distinct.remove(size)
+    def _placement(self, shape: Shape, size: Int, end: Int) -> Placement:
+        count = np.diff(end, prepend=0)
+        before = np.cumsum(size) - size
+        column = before - np.repeat(before[end - count], count)
+        by_size = np.argsort(size, kind="stable")
+        nth = np.empty_like(size)  # of its length in this batch
+        nth[by_size] = np.arange(len(size)) - np.searchsorted(size[by_size], size[by_size])
+        return Placement(
+            *shape, self._by_length[self._first[size] + nth], np.repeat(np.arange(len(end)), count), column
+        )
 
 
 def spread(starts: Int, counts: Int) -> Int:
