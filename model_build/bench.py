@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +42,7 @@ def bench(artifact: Path, device: str = "cpu", threads: int = 0, repeats: int = 
         peak = _peak_gflops(engine, threads, (largest, sizes.hidden, sizes.intermediate), repeats)
         return {
             "kind": "measured",
-            "source": f"nermill-build bench on {device}, median of {repeats}",
+            "source": f"nermill-build bench on {_machine(device)}, median of {repeats}",
             "artifact": manifest.name,
             "artifact_sha256": manifest.sha256,
             "backend": manifest.backend,
@@ -51,6 +54,14 @@ def bench(artifact: Path, device: str = "cpu", threads: int = 0, repeats: int = 
         }
     finally:
         engine.close()
+
+
+def _machine(device: str) -> str:
+    """The device, and for a CPU which one and how much of it."""
+    if device != "cpu":
+        return device
+    models = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE)
+    return f"{len(os.sched_getaffinity(0))} cores of {models[0] if models else platform.machine()}"
 
 
 def _shapes(engine: Engine) -> list[tuple[int, int]]:

@@ -34,7 +34,8 @@ for command, example in (
     (reading.doctor, "nermill doctor --broker redis://queue:6379/0 --devices npu:0,npu:1"),
     (reading.show, "nermill show tagged/run=3f2a91c07b55 --limit 5"),
 ):
-    app.command(epilog=f"Example: {example}")(command)
+    summary = (command.__doc__ or "").partition("\n")[0]
+    app.command(short_help=summary, epilog=f"Example: {example}")(command)  # else click cuts it short
 
 
 @app.callback(invoke_without_command=True)

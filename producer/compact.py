@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ import pyarrow as pa
 from pyarrow import parquet as pq
 
 from producer.sources.files import filesystem
-from producer.status import open_file, part_size, part_stats
+from producer.status import open_file, part_stats
 from worker.contracts.errors import StoreError, UsageError
 from worker.contracts.layout import (
     PLAN_FILE,
@@ -27,6 +28,7 @@ from worker.contracts.layout import (
 from worker.contracts.plan import Plan, Shard, read_plan
 from worker.contracts.schema import METADATA_PREFIX
 from worker.contracts.shard import encode_shard, read_shard
+from worker.contracts.store import telling
 
 TARGET_BYTES = 128 << 20
 ASIDE = "_compact"
@@ -37,8 +39,13 @@ def compact(run: RunFolder, plan: Plan, target_bytes: int = TARGET_BYTES) -> Pla
     """Joins consecutive parts, with their documents and rejects, until each has about the target size.
 
     On a local disk the new folder takes the old one's place in one step: a reader opens files of one state, or
-    finds that a file it had listed is gone. A store has no such step; there ``_SUCCESS`` is away during the swap, and a
-    swap that was interrupted is taken up by the next call.
+    finds that a file it had listed is gone.
+
+    A store has no such step. There the new files get names that no file of the run ever had, ``plan.json`` moves
+    from the old to the new ones in one put, and ``_SUCCESS`` is away while both are there. So whoever goes by
+    ``plan.json``, as nermill does, and whoever lists the folder and then finds ``_SUCCESS``, reads each document
+    once, or finds that a file it had listed is gone. An interrupted swap is taken up by the next call, and by
+    ``nermill resume``.
 
     Args:
         run: A complete run.
@@ -52,9 +59,9 @@ def compact(run: RunFolder, plan: Plan, target_bytes: int = TARGET_BYTES) -> Pla
         UsageError: the run is not complete.
         StoreError: the store refuses.
     """
+    if taken_up := take_up(run):
+        return taken_up
     aside = _aside(run)
-    if not run.is_local and aside.exists(PLAN_FILE):
-        return _swap_on_store(run, aside)
     missing = {shard.index for shard in plan.shards} - run.committed()
     if missing or plan.is_open or not plan.shards:
         raise UsageError(f"{run.uri}: the run is not complete; nermill resume it first")
@@ -63,13 +70,30 @@ def compact(run: RunFolder, plan: Plan, target_bytes: int = TARGET_BYTES) -> Pla
         return plan
     if run.is_local:
         shutil.rmtree(aside.uri, ignore_errors=True)
-    shards = tuple(_join(run, aside, index, group) for index, group in enumerate(groups))
+    else:
+        _remove(aside, _files(aside))  # of a call that was ended before its plan
+    first = 0 if run.is_local else max(run.committed() | run.shards()) + 1
+    shards = tuple(_join(run, aside, index, group) for index, group in enumerate(groups, first))
     compacted = replace(plan, shards=shards, details={**plan.details, "compacted": True})
     compacted.write(aside)
     if run.is_local:
         _swap_folders(run, aside)
     else:
-        _swap_on_store(run, aside)
+        _swap_on_store(run, aside, compacted)
+    return compacted
+
+
+def take_up(run: RunFolder) -> Plan | None:
+    """Ends a swap on a store that was interrupted; the run's new plan, or None where there was no such swap.
+
+    Raises:
+        StoreError: the store refuses.
+    """
+    aside = _aside(run)
+    if run.is_local or not aside.exists(PLAN_FILE):
+        return None
+    compacted = read_plan(aside)
+    _swap_on_store(run, aside, compacted)
     return compacted
 
 
@@ -82,15 +106,31 @@ def _aside(run: RunFolder) -> RunFolder:
 
 def _groups(run: RunFolder, plan: Plan, target: int) -> Iterator[list[Shard]]:
     group: list[Shard] = []
-    size = 0
+    size, split = 0, False
     for shard in plan.shards:
-        cost = part_size(run, shard.index)
-        if group and size + cost > target:
+        cost, came_split = _measure(run, part_name(shard.index))
+        if group and (size + cost > target or came_split != split):
             yield group
             group, size = [], 0
         group.append(shard)
         size += cost
+        split = came_split
     yield group
+
+
+def _measure(run: RunFolder, part: str) -> tuple[int, bool]:
+    """Bytes of a part, and whether its documents came as words: texts and words never share a shard."""
+    with _intact(run, part), open_file(run, part) as stream:
+        words = pq.read_table(stream, columns=["words"])["words"]
+        return int(stream.seek(0, os.SEEK_END)), words.null_count < len(words)
+
+
+@contextmanager
+def _intact(run: RunFolder, part: str) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowInvalid, OSError) as error:
+        raise StoreError(f"{run.path(part)}: damaged ({error}); remove it and nermill resume") from None
 
 
 def _join(run: RunFolder, aside: RunFolder, index: int, group: list[Shard]) -> Shard:
@@ -111,17 +151,14 @@ def _joined(run: RunFolder, names: list[str], metadata: dict[str, str]) -> bytes
     """The tables of several files in one, a row group each, with the first one's metadata and what is new."""
     sink = pa.BufferOutputStream()
     writer: Any = None
-    try:
-        for name in names:
-            with open_file(run, name) as stream:
-                table = pq.read_table(stream)
-            if writer is None:
-                added = {(METADATA_PREFIX + key).encode(): value.encode() for key, value in metadata.items()}
-                schema = table.schema.with_metadata({**(table.schema.metadata or {}), **added})
-                writer = pq.ParquetWriter(sink, schema, compression="zstd")
-            writer.write_table(table.replace_schema_metadata(schema.metadata))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise StoreError(f"{run.path(name)}: damaged ({error}); remove it and nermill resume") from None
+    for name in names:
+        with _intact(run, name), open_file(run, name) as stream:
+            table = pq.read_table(stream)
+        if writer is None:
+            added = {(METADATA_PREFIX + key).encode(): value.encode() for key, value in metadata.items()}
+            schema = table.schema.with_metadata({**(table.schema.metadata or {}), **added})
+            writer = pq.ParquetWriter(sink, schema, compression="zstd")
+        writer.write_table(table.replace_schema_metadata(schema.metadata))
     writer.close()
     return bytes(sink.getvalue())
 
@@ -148,20 +185,39 @@ def _swap_folders(run: RunFolder, aside: RunFolder) -> None:
     shutil.rmtree(new)
 
 
-def _swap_on_store(run: RunFolder, aside: RunFolder) -> Plan:
-    """Puts the new files in their places; the plan set aside says what is to be done, so it goes last."""
-    plan = read_plan(aside)
+def _swap_on_store(run: RunFolder, aside: RunFolder, compacted: Plan) -> None:
+    """Puts the new files beside the old ones, moves the plan, takes the old ones away; each step may be repeated.
+
+    The plan that lies aside says that there is something to do: the files beside it stay as long as it does.
+    """
     fs, root = filesystem(run.uri)
     run.remove(SUCCESS_FILE)
-    for folder in ("", SHARD_FOLDER, REJECT_FOLDER):
-        new = {name for name in aside.list(folder) if name.endswith((".parquet", ".arrow"))}
-        kept = {name for name in run.list(folder) if name.endswith((".parquet", ".arrow"))}
-        for name in sorted(new):
-            path = f"{folder}/{name}".lstrip("/")
+    shards = {shard.index for shard in compacted.shards}
+    new = {name(shard) for shard in shards for name in (part_name, run.shard_file, run.reject_file)}
+    there = _files(aside)
+    for path in sorted(new & there):
+        with telling("write", run.path(path)):
             fs.copy(f"{root}/{ASIDE}/{path}", f"{root}/{path}")
-        for name in sorted(kept - new):
-            run.remove(f"{folder}/{name}".lstrip("/"))
-    plan.write(run)
+    compacted.write(run)
+    _remove(run, _files(run) - new)
     run.write(SUCCESS_FILE, b"")
-    fs.rm(f"{root}/{ASIDE}", recursive=True)
-    return plan
+    aside.remove(PLAN_FILE)
+    _remove(aside, there)
+
+
+def _files(folder: RunFolder) -> set[str]:
+    """Names of the parts, rejects and shards that are there."""
+    return {
+        f"{prefix}{name}"
+        for prefix in ("", f"{SHARD_FOLDER}/", f"{REJECT_FOLDER}/")
+        for name in folder.list(prefix)
+        if name.endswith((".parquet", ".arrow"))
+    }
+
+
+def _remove(folder: RunFolder, names: set[str]) -> None:
+    """Removes files of a store, a thousand in one request where it has that."""
+    fs, root = filesystem(folder.uri)
+    with telling("remove files in", root):
+        if names:
+            fs.rm([f"{root}/{name}" for name in sorted(names)])

@@ -40,11 +40,13 @@ def examine(broker: str, model: str, devices: str, out: str | None) -> Iterator[
     manifest, finding = _model(model)
     yield finding
     if queue is not None:
-        yield from _workers(queue, manifest, model)
+        yield _workers(queue, manifest, model)
     if manifest is not None:
         yield _runtime(manifest)
+    if devices == "auto" and manifest is not None and manifest.backend == "aie":
+        devices = "npu:0"  # no other device runs it
     for device in devices.split(","):
-        yield _device(device.strip(), manifest)
+        yield _device(device.strip())
     yield _output(out or ".")
 
 
@@ -70,6 +72,8 @@ def _broker_remedy(message: str) -> str:
         return "put the right password into NERMILL_BROKER_URL: redis://:PASSWORD@HOST:6379/0"
     if "too old" in lowered:
         return "upgrade the server: Redis 6.2 or newer, or Valkey"
+    if "cluster" in lowered:
+        return "point NERMILL_BROKER_URL at a Redis or Valkey without cluster mode (cluster-enabled no), or at Sentinel"
     return "valkey-server --maxmemory-policy noeviction, or point NERMILL_BROKER_URL at the one that runs"
 
 
@@ -77,7 +81,7 @@ def _embedded_server() -> Finding:
     from producer.broker import find_server_binary
 
     try:
-        return Finding("embedded", True, f"nermill run will start {find_server_binary()}")
+        return Finding("embedded", True, f"nermill run starts {find_server_binary().name} for itself")
     except NermillError as error:
         return Finding("embedded", False, str(error).partition(";")[0], "pip install 'nermill[embedded]'")
 
@@ -93,21 +97,28 @@ def _model(model: str) -> tuple[Manifest | None, Finding]:
     return manifest, Finding("model", True, detail)
 
 
-def _workers(queue: Queue, manifest: Manifest | None, model: str) -> Iterator[Finding]:
-    listening = queue.listening_workers()
-    waiting = [p for p in queue.progress_of_runs() if p.waiting and not p.leased]
-    foreign = {p.artifact for p in waiting if p.artifact and (manifest is None or p.artifact != manifest.sha256)}
-    if not listening and not any(p.leased for p in queue.progress_of_runs()):
-        mend = f"nermill-worker --model {model} --broker {redacted(queue.url)}"
-        yield Finding("workers", False, "no worker listens at this broker", mend)
-    elif foreign:
-        names = ", ".join(sorted(sha[:12] for sha in foreign))
-        detail = f"{len(waiting)} runs wait for another artifact (sha256 {names}...) than the workers serve"
-        yield Finding(
-            "workers", False, detail, "nermill-worker --model THAT_ARTIFACT, or submit with --model of the workers"
-        )
-    else:
-        yield Finding("workers", True, f"{max(1, listening)} connections of workers listen")
+def _workers(queue: Queue, manifest: Manifest | None, model: str) -> Finding:
+    start = f"nermill-worker --model {model} --broker {redacted(queue.url)}"
+    try:
+        workers = queue.workers()
+        wanted = {progress.artifact for progress in queue.progress_of_runs() if progress.waiting}
+    except NermillError as error:
+        return Finding("workers", False, str(error), _broker_remedy(str(error)))
+    if not workers:
+        return Finding("workers", False, "no worker listens at this broker", start)
+    served = {worker.artifact: f"{worker.model} ({worker.artifact[:12]})" for worker in workers}
+    told = f"{len(workers):,} on {', '.join(sorted({worker.device for worker in workers}))}"
+    told = f"{told}: {', '.join(sorted(served.values()))}"
+    if manifest is not None and manifest.sha256 not in served:
+        detail = f"none serves {model} ({manifest.sha256[:12]}); {told}"
+        return Finding("workers", False, detail, f"{start}; or name with --model the artifact that they serve")
+    if strange := wanted - served.keys() - {""}:
+        names = ", ".join(sorted(sha[:12] for sha in strange))
+        detail = f"runs wait for another artifact (sha256 {names}) than the workers serve; {told}"
+        return Finding("workers", False, detail, "nermill-worker --model THAT_ARTIFACT")
+    if others := sorted(served[sha] for sha in wanted & served.keys() if manifest is None or sha != manifest.sha256):
+        told = f"{told}; runs wait for {', '.join(others)}"
+    return Finding("workers", True, told)
 
 
 def _runtime(manifest: Manifest) -> Finding:
@@ -118,7 +129,7 @@ def _runtime(manifest: Manifest) -> Finding:
     return Finding("runtime", False, f"{module} is not installed, backend {manifest.backend} needs it here", mend)
 
 
-def _device(device: str, manifest: Manifest | None) -> Finding:
+def _device(device: str) -> Finding:
     if device in ("auto", "cpu"):
         return Finding("device", True, f"{device}: {len(os.sched_getaffinity(0))} cores")
     match = _DEVICE.fullmatch(device)
@@ -143,14 +154,10 @@ def _output(out: str) -> Finding:
     probe = f".nermill-{uuid.uuid4().hex}"
     try:
         root = normalised(out)
-        if not is_remote(root):
-            check_writable(root)
-        if is_remote(root) or os.path.isdir(root):
-            folder = RunFolder(root)
-            folder.write(probe, b"")
-            folder.remove(probe)
+        folder = RunFolder(root if is_remote(root) else check_writable(root))
+        folder.write(probe, b"")
+        folder.remove(probe)
     except NermillError as error:
-        return Finding(
-            "output", False, str(error).partition(";")[0], "name a folder or URI that you may write with --out"
-        )
+        detail = str(error).partition(";")[0].replace(f"/{probe}", "")
+        return Finding("output", False, detail, "name a folder or URI that you may write with --out")
     return Finding("output", True, f"{root} can be written")

@@ -34,8 +34,9 @@ class Estimate:
         exists: Whether it was planned before, so that submitting resumes it.
         counts: Documents by token length; one more than EDGES, the last for what is longer.
         tokens_from: How lengths were found.
+        tokens_by_length: Their tokens, likewise.
         long: Documents above the model's length.
-        duplicates: Documents whose id was there before, and the first few such ids.
+        duplicates: Documents whose id was there before, and the ids of the first few.
         seconds: Expected device seconds, where a bench table is known.
     """
 
@@ -51,6 +52,7 @@ class Estimate:
     max_length: int = 0
     long: int = 0
     counts: list[int] = field(default_factory=lambda: [0] * (len(EDGES) + 1))
+    tokens_by_length: list[int] = field(default_factory=lambda: [0] * (len(EDGES) + 1))
     tokens_from: str = "an estimate of 4 bytes a token"
     duplicates: int = 0
     duplicate_ids: list[str] = field(default_factory=list)
@@ -90,7 +92,8 @@ def estimate(
 
     Args:
         request: As for ``make_plan``; ``out`` may be empty.
-        costs: What ``nermill-build bench --json`` wrote; default: ``bench.json`` in the artifact's folder.
+        costs: What ``nermill-build bench --json`` wrote; default: ``bench.json`` in the artifact's folder, where it
+            was measured on this very artifact.
         on_documents: Told now and then how many documents were read.
 
     Raises:
@@ -108,6 +111,7 @@ def estimate(
             check_writable(out)
         found.run = f"{out}/run={run_id}"
         found.exists = RunFolder(found.run).exists(PLAN_FILE)
+    table = _table(costs, artifact, model["sha256"])
     lengths = _Lengths(artifact)
     found.max_length = load_manifest(artifact).max_length if artifact else 0
     found.inputs = [
@@ -121,8 +125,26 @@ def estimate(
         on_documents(found.documents)
     found.tokens_from = lengths.told
     found.duplicates, found.duplicate_ids = _duplicates(hashes, sources, request)
-    found.seconds, found.seconds_from = _seconds(found.tokens, costs, artifact)
+    if table is not None:
+        found.seconds, found.seconds_from = table.seconds(found.tokens_by_length), table.source
     return found
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """What a device takes for a token, by the length of a shape's rows: the cheapest shape that holds it."""
+
+    source: str
+    token_seconds: dict[int, float]
+
+    def seconds(self, tokens_by_length: list[int]) -> float:
+        """Device seconds of so many tokens of documents by length; what is longer than any shape goes in windows."""
+        ends = [*EDGES, EDGES[-1] + 1]
+        return sum(tokens * self._token(end) for tokens, end in zip(tokens_by_length, ends, strict=True))
+
+    def _token(self, length: int) -> float:
+        longest = max(self.token_seconds)
+        return min(seconds for n, seconds in self.token_seconds.items() if n >= min(length, longest))
 
 
 class _Lengths:
@@ -169,7 +191,9 @@ def _count(found: Estimate, group: list[Document], lengths: _Lengths) -> None:
     found.documents += len(group)
     found.rejected += len(group) - len(texts)
     for length in lengths.of(texts):
-        found.counts[bisect_left(EDGES, length)] += 1
+        at = bisect_left(EDGES, length)
+        found.counts[at] += 1
+        found.tokens_by_length[at] += length
         found.tokens += length
         found.longest = max(found.longest, length)
         found.long += bool(found.max_length) and length > found.max_length
@@ -179,35 +203,35 @@ def _duplicates(hashes: array[int], sources: list[Source], request: Request) -> 
     import numpy as np
 
     values = np.frombuffer(hashes, dtype=np.int64)
-    values = np.sort(values)
-    again = values[1:][values[1:] == values[:-1]]
+    order = np.argsort(values, kind="stable")
+    sorted_ = values[order]
+    again = np.sort(order[1:][sorted_[1:] == sorted_[:-1]])
     if not again.size:
         return 0, []
-    repeated, seen = set(again.tolist()), set()
-
-    def named() -> Iterator[str]:
-        for document in _documents(sources, request):
-            if hash(document.id) in repeated:
-                if document.id in seen:
-                    yield document.id
-                seen.add(document.id)
-
-    return int(again.size), sorted(set(islice(named(), _NAMED_DUPLICATES)))
+    named = set(again[:_NAMED_DUPLICATES].tolist())
+    read = islice(_documents(sources, request), max(named) + 1)
+    return int(again.size), sorted({document.id for at, document in enumerate(read) if at in named})
 
 
-def _seconds(tokens: int, costs: Path | None, artifact: Path | None) -> tuple[float | None, str]:
-    table = costs or (artifact / BENCH_FILE if artifact else None)
-    if table is None or (costs is None and not table.exists()):
-        return None, ""
+def _table(costs: Path | None, artifact: Path | None, sha256: str) -> _Costs | None:
+    path = costs or (artifact / BENCH_FILE if artifact else None)
+    if path is None or (costs is None and not path.exists()):
+        return None
     try:
-        body = json.loads(table.read_text("utf-8"))
-        fastest = max(float(shape["tokens_per_second"]) for shape in body["shapes"] if "tokens_per_second" in shape)
-        return tokens / fastest, f"{body['kind']}: {body['source']}"
+        body = json.loads(path.read_text("utf-8"))
+        if costs is None and body["artifact_sha256"] != sha256:
+            return None  # measured before the artifact was built again
+        token_seconds: dict[int, float] = {}
+        for shape in body["shapes"]:
+            if "seconds" in shape:
+                each = float(shape["seconds"]) / (shape["rows"] * shape["length"])
+                token_seconds[shape["length"]] = min(each, token_seconds.get(shape["length"], each))
+        if not token_seconds:
+            raise ValueError("no shape with seconds")
+        return _Costs(f"{body['kind']}: {body['source']}", token_seconds)
     except OSError as error:
         raise UsageError(
-            f"{table}: cannot be read ({error.strerror}); nermill-build bench ART --json writes one"
+            f"{path}: cannot be read ({error.strerror}); nermill-build bench ART --json writes one"
         ) from None
     except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise UsageError(
-            f"{table}: not a table of costs ({error}); nermill-build bench ART --json writes one"
-        ) from None
+        raise UsageError(f"{path}: not a table of costs ({error}); nermill-build bench ART --json writes one") from None

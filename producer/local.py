@@ -43,7 +43,7 @@ class LocalWorker:
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in stop
         self._process = subprocess.Popen(
             [sys.executable, "-m", "worker.launch", "--model", model, "--devices", devices, "--broker", broker],
-            env={**os.environ, "NERMILL_ALLOWED_ROOTS": root},
+            env={**os.environ, "NERMILL_ALLOWED_ROOTS": root, "NERMILL_LOG_FORMAT": "text"},
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,

@@ -9,16 +9,17 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
-from producer.shards import ShardLimits, write_shards
+from producer.shards import ShardLimits, cut, write_shard, write_shards
 from producer.sources import ReadOptions, Source, open_sources
 from producer.sources.files import filesystem, is_remote
 from worker.contracts.document import Document
-from worker.contracts.errors import UsageError
+from worker.contracts.errors import StoreError, UsageError
 from worker.contracts.layout import PLAN_FILE, SHARD_FOLDER, RunFolder
 from worker.contracts.manifest import load_manifest, resolve_artifact
-from worker.contracts.plan import Input, Options, Plan, read_plan
+from worker.contracts.plan import Input, Options, Plan, Shard, read_plan
+from worker.contracts.shard import read_shard
 
 RUN_ID_LENGTH = 12
 
@@ -42,7 +43,7 @@ class Request:
 
 
 def make_plan(request: Request, on_documents: Callable[[int], None] = lambda _: None) -> tuple[RunFolder, Plan]:
-    """Plans a run, or finds the one that the same request made before.
+    """Plans a run, or finds the one that the same request made before, and mends its shards.
 
     Args:
         request: What to plan.
@@ -60,12 +61,12 @@ def make_plan(request: Request, on_documents: Callable[[int], None] = lambda _: 
     run = RunFolder(f"{out}/run={run_id}")
     if not is_remote(out):
         check_writable(out)
+    reading = _Reading(sources, request.read, on_documents)
     if run.exists(PLAN_FILE):
-        return run, read_plan(run)
+        return run, _mended(run, read_plan(run), reading, request.limits)
     with nothing_half_written(run):
         for stale in run.list(SHARD_FOLDER):
             run.remove(f"{SHARD_FOLDER}/{stale}")
-        reading = _Reading(sources, request.read, on_documents)
         shards = tuple(write_shards(run, reading.documents(), request.limits))
         plan = Plan(
             run_id=run_id,
@@ -82,6 +83,30 @@ def make_plan(request: Request, on_documents: Callable[[int], None] = lambda _: 
         )
         plan.write(run)
     return run, plan
+
+
+def _mended(run: RunFolder, plan: Plan, reading: _Reading, limits: ShardLimits) -> Plan:
+    """A run's plan; shards without a part whose documents are gone or damaged are written anew from the input."""
+    committed = run.committed()
+    broken = {shard.index for shard in plan.shards if shard.index not in committed and not _is_whole(run, shard)}
+    if not broken or plan.details.get("compacted"):
+        return plan
+    groups = zip(plan.shards, cut(reading.documents(), limits), strict=True)
+    shards = tuple(
+        write_shard(run, shard.index, shard.first, group) if shard.index in broken else shard for shard, group in groups
+    )
+    if shards != plan.shards:  # another version of Arrow writes other bytes
+        plan = replace(plan, shards=shards)
+        plan.write(run)
+    return plan
+
+
+def _is_whole(run: RunFolder, shard: Shard) -> bool:
+    try:
+        read_shard(run, shard.index, shard.sha256)
+    except (StoreError, UsageError):
+        return False
+    return True
 
 
 class _Reading:
@@ -133,8 +158,11 @@ def normalised(out: str) -> str:
     return out
 
 
-def check_writable(out: str) -> None:
+def check_writable(out: str) -> str:
     """Looks before the work starts whether a local output can be made and written.
+
+    Returns:
+        The folder that is there already: the output, or the nearest around it.
 
     Raises:
         UsageError: it cannot.
@@ -146,6 +174,7 @@ def check_writable(out: str) -> None:
         raise UsageError(f"{out}: cannot be a folder, {existing} is a file; name another --out")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"{out}: cannot be written (permission denied in {existing}); name another --out")
+    return existing
 
 
 @contextmanager

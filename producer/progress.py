@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING
 
 from producer.run import OnStatus
 from producer.status import Status
+from worker.contracts.ledger import WorkerProcess
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 LINE_SECONDS = 10.0
+LABEL_WIDTH = 10
+_BAR_WIDTH = 50
 _SHOWN_WORKERS = 8
 
 
@@ -60,10 +63,10 @@ def reading() -> Iterator[Callable[[int], None]]:
 
 
 def facts(status: Status) -> list[str]:
-    """How far a run is, the most important first."""
+    """How far a run is, in a line, the most important first."""
     found = [f"{status.finished_documents:,}/{status.total:,} documents"]
-    if status.progress.trouble:
-        return [*found, status.progress.trouble]
+    if status.trouble:
+        return [*found, status.trouble]
     if not status.committed:
         return [*found, "the first are at work" if status.progress.leased else "waiting for a worker"]
     found.append(f"{status.documents_per_second:,.0f} documents/s")
@@ -72,6 +75,55 @@ def facts(status: Status) -> list[str]:
     if status.state == "running" and status.eta_seconds is not None:
         found.append(f"{duration(status.eta_seconds)} left")
     return found
+
+
+def rows(status: Status) -> list[tuple[str, str]]:
+    """How far a run is, as names and values."""
+    progress = status.progress
+    is_open = ", the stream is open" if progress.state == "open" else ""
+    found = [
+        ("shards", f"{status.committed:,} of {status.planned:,} committed{is_open}"),
+        ("documents", f"{status.ok:,} ok, {status.rejected:,} rejected, of {status.total:,}"),
+    ]
+    if status.state != "complete" and (progress.waiting or progress.leased):
+        waiting = "shard waits" if progress.waiting == 1 else "shards wait"
+        found.append(("queue", f"{progress.waiting:,} {waiting}, {progress.leased:,} at work"))
+    if trouble := status.trouble or _nobody_listens(status):
+        found.append(("trouble", trouble))
+    if status.committed:
+        speed = f"{status.documents_per_second:,.0f} documents/s, {status.tokens_per_second:,.0f} tokens/s"
+        found.append(("speed", f"{speed}, padding {status.padding_share:.1%}, {duration(status.seconds)}"))
+    if status.state == "running" and status.eta_seconds is not None:
+        found.append(("left", duration(status.eta_seconds)))
+    workers = {name: (entry["device"], entry["documents"]) for name, entry in status.workers.items()}
+    if status.state == "running":
+        idle = {worker.name: (worker.device, 0) for worker in _able(status)}
+        workers = dict(sorted((idle | workers).items()))
+    found += [
+        ("worker", f"{name} on {device}: {counted(documents, 'document')}")
+        for name, (device, documents) in list(workers.items())[:_SHOWN_WORKERS]
+    ]
+    if len(workers) > _SHOWN_WORKERS:
+        found.append(("", f"and {len(workers) - _SHOWN_WORKERS:,} more, which --json lists"))
+    return found
+
+
+def _able(status: Status) -> list[WorkerProcess]:
+    """The workers that may take shards of the run."""
+    return [worker for worker in status.listening if status.progress.artifact in ("", worker.artifact)]
+
+
+def _nobody_listens(status: Status) -> str:
+    """That no worker is there at all, which is no trouble yet while one starts."""
+    progress = status.progress
+    if status.state != "running" or not progress.waiting or progress.leased or status.listening:
+        return ""
+    return "no worker listens at the broker; start one: nermill-worker"
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 document``, ``2,000 documents``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:
@@ -106,26 +158,19 @@ def _picture() -> Iterator[OnStatus]:
 
 
 def _painted(status: Status) -> RenderableType:
-    from rich.console import Group
     from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text
 
-    first = Table.grid(expand=True, padding=(0, 1))
-    first.add_column(ratio=1)
-    first.add_column(no_wrap=True)
-    first.add_row(ProgressBar(max(1, status.total), status.finished_documents), Text(", ".join(facts(status))))
-    more = [f"{status.progress.waiting:,} shards wait, {status.progress.leased:,} at work"]
-    if status.committed:
-        more.append(f"{status.tokens_per_second:,.0f} tokens/s, padding {status.padding_share:.1%}")
-    lines = [Text(", ".join(more), style="dim")]
-    lines += [
-        Text(
-            f"{entry['device']}: {entry['documents']:,} documents ({name})",
-            style="dim",
-            overflow="ellipsis",
-            no_wrap=True,
-        )
-        for name, entry in list(status.workers.items())[:_SHOWN_WORKERS]
-    ]
-    return Group(first, *lines)
+    # Lines end before the terminal does: else the ^C of Ctrl-C would begin a new one and leave a piece behind.
+    bar = Table.grid(padding=(0, 1))
+    bar.add_row(
+        ProgressBar(max(1, status.total), status.finished_documents, width=_BAR_WIDTH),
+        f"{status.finished_documents / max(1, status.total):.0%}",
+    )
+    table = Table.grid(padding=(0, 1))
+    table.add_column(style="dim", width=LABEL_WIDTH)
+    table.add_row(status.state, bar)
+    for name, value in rows(status):
+        table.add_row(name, Text(value, style="yellow" if name == "trouble" else ""))
+    return table

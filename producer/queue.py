@@ -10,7 +10,7 @@ from typing import Any
 
 from worker.contracts.broker import celery_app, check_broker, redacted
 from worker.contracts.errors import BrokerError
-from worker.contracts.ledger import Ledger, Progress
+from worker.contracts.ledger import Ledger, Progress, WorkerProcess
 from worker.contracts.message import KEY_PREFIX, QUEUE, TASK, bell
 
 DEFAULT_BROKER = "redis://localhost:6379/0"
@@ -59,10 +59,8 @@ class Queue:
 
     def drop(self, run_id: str) -> None:
         """Makes the server forget a run."""
-        with self.ledger():
-            keys = list(self._client.scan_iter(f"{KEY_PREFIX}run:{run_id}*"))
-            self._client.zrem(f"{KEY_PREFIX}runs", run_id)
-            self._client.delete(f"{KEY_PREFIX}run:{run_id}", *keys)
+        with self.ledger() as ledger:
+            ledger.drop(run_id)
 
     def hold_stream(self, run_id: str, seconds: float) -> None:
         """Says that the stream of an open run has a producer, for so long."""
@@ -97,15 +95,10 @@ class Queue:
             except ResponseError:
                 return None
 
-    def listening_workers(self) -> int:
-        """Connections that wait for bells; 0 also where the server does not tell."""
-        from redis.exceptions import ResponseError
-
-        with self.ledger():
-            try:
-                return sum(client["cmd"] == "brpop" for client in self._client.client_list())
-            except ResponseError:
-                return 0
+    def workers(self) -> list[WorkerProcess]:
+        """Worker processes that live."""
+        with self.ledger() as ledger:
+            return ledger.workers()
 
     def progress_of_runs(self) -> list[Progress]:
         """The ledger's view of each run that workers look at."""

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from producer.queue import HIGH_WATER, Queue
 from producer.recovery import recover
-from producer.status import Status, Tally, look
+from producer.sources.files import suggestion
+from producer.status import Status, Tally, artifact_of_parts, look
 from worker.contracts.errors import BrokerError, StoreError, UsageError
 from worker.contracts.layout import PLAN_FILE, SUCCESS_FILE, RunFolder
 from worker.contracts.ledger import Ledger, Progress
@@ -16,9 +17,10 @@ from worker.contracts.plan import Plan, Shard, read_plan
 
 MAX_WAITING_SHARDS = 100_000  # about 120 MB in the broker
 BROKER_PATIENCE = 120.0  # seconds without a broker before a waiting producer gives up
-SETTLE_SECONDS = 30.0  # for the worker's last step: _SUCCESS and evaluation
+SETTLE_SECONDS = 30.0  # for a worker to begin the run's last step: _SUCCESS and evaluation
 _BATCH = 64  # shards sent between two looks at the high-water mark
 _POLL_SECONDS = (0.1, 1.0)
+_LONGEST_PAUSE = 5.0  # after a look that lasted: of a slow store, or over a network that was cut
 
 OnStatus = Callable[[Status], None]
 
@@ -37,6 +39,8 @@ def open_run(uri: str) -> tuple[RunFolder, Plan]:
     if not run.exists(PLAN_FILE) and (inside := [name for name in run.list() if name.startswith("run=")]):
         names = ", ".join(f"{run.uri}/{name}" for name in inside[:5])
         raise UsageError(f"{run.uri}: a folder of runs, not a run; name one: {names}")
+    if not run.exists(PLAN_FILE) and (meant := suggestion(run.uri)):
+        raise UsageError(f"{run.uri}: no run here{meant}")
     return run, read_plan(run)
 
 
@@ -83,6 +87,10 @@ def send(run: RunFolder, plan: Plan, queue: Queue, high_water: int = HIGH_WATER,
 def resume(run: RunFolder, plan: Plan, queue: Queue, high_water: int = HIGH_WATER, on_wait: OnStatus = ignore) -> Plan:
     """Sends again what has no part; a cancelled run is taken up again, an abandoned stream is closed."""
     run.sweep()
+    if not run.is_local:
+        from producer.compact import take_up
+
+        plan = take_up(run) or plan
     if plan.is_open:
         plan = recover(run, plan, queue)
     if plan.cancelled:
@@ -123,24 +131,29 @@ def wait(run: RunFolder, plan: Plan, queue: Queue, on_status: OnStatus = ignore)
         working = _is_busy(status.progress)
         if status.state == "complete":
             complete_since = complete_since or began
-            if not working or began - complete_since > SETTLE_SECONDS:
+            is_settled = began - complete_since > SETTLE_SECONDS
+            if not working or (is_settled and not status.progress.leased):
                 finish(run, plan, queue)
                 return look(run, plan, None, tally)
+            if is_settled and answered == began:  # the last step lasts, or its worker died and nobody else looks
+                with queue.ledger() as ledger:
+                    ledger.reap()
         if status.state == "cancelled" and not status.progress.leased:
             return status
         idle = not working and status.state not in ("complete", "cancelled")
         if idle and status.progress.buried:
-            raise StoreError(f"{run.uri}: the workers refuse it ({status.progress.trouble}); then nermill resume")
+            trouble = status.progress.trouble
+            raise StoreError(f"{run.uri}: the workers refuse it ({trouble}); once mended: nermill resume {run.uri}")
         if idle and lost and answered == began:
             send(run, plan, queue)
         lost = idle
         pause = min(_POLL_SECONDS[1], pause * 1.2)
-        time.sleep(max(pause, 5 * (time.monotonic() - began)))
+        time.sleep(max(pause, min(_LONGEST_PAUSE, 5 * (time.monotonic() - began))))
 
 
 def finish(run: RunFolder, plan: Plan, queue: Queue | None = None) -> bool:
     """Marks a run whose parts are all there; False where some are missing."""
-    if plan.is_open or {shard.index for shard in plan.shards} - run.committed():
+    if plan.is_open or {shard.index for shard in plan.shards} != run.committed():  # more: see producer.compact
         return False
     run.write(SUCCESS_FILE, b"", exclusive=True)
     if queue is not None:
@@ -160,9 +173,10 @@ def cancel(run: RunFolder, plan: Plan, queue: Queue) -> Plan:
 
 
 def open_ledger(ledger: Ledger, run: RunFolder, plan: Plan) -> None:
-    """Makes a run known to the ledger, or known again."""
+    """Makes a run known to the ledger, or known again: bound to the artifact of its parts, if it has any."""
     state = "open" if plan.is_open else "closed"
-    ledger.open(plan.run_id, run.uri, plan.options, artifact=plan.model["sha256"], state=state)
+    artifact = plan.model["sha256"] or artifact_of_parts(run)
+    ledger.open(plan.run_id, run.uri, plan.options, artifact=artifact, state=state)
 
 
 def send_shards(queue: Queue, plan: Plan, shards: Iterable[Shard]) -> int:
@@ -187,4 +201,6 @@ def _is_busy(progress: Progress) -> bool:
 def _check_documents(run: RunFolder, shards: list[Shard]) -> None:
     gone = {shard.index for shard in shards} - run.shards() if shards else set()
     if gone:
-        raise UsageError(f"{run.path(run.shard_file(min(gone)))}: these documents are gone; submit the input again")
+        raise UsageError(
+            f"{run.path(run.shard_file(min(gone)))}: these documents are gone; submit the same input again"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from worker.contracts.document import Document
 from worker.contracts.layout import RunFolder
@@ -11,6 +12,8 @@ from worker.contracts.plan import Shard
 from worker.contracts.shard import encode_shard, shard_table
 
 BYTES_PER_TOKEN = 4
+
+Kind = Literal["text", "words"] | None
 
 
 @dataclass(frozen=True)
@@ -29,21 +32,35 @@ class ShardLimits:
 
 
 def cut(documents: Iterable[Document], limits: ShardLimits) -> Iterator[list[Document]]:
-    """Groups consecutive documents; only one group is in memory at a time."""
+    """Groups consecutive documents of one kind, texts or words; only one group is in memory at a time."""
     group: list[Document] = []
     characters = tokens = 0
+    kind: Kind = None
     for document in documents:
         text = document_text(document)
         size, cost = len(text), estimated_tokens(text)
-        full = len(group) >= limits.documents
+        full = len(group) >= limits.documents or differ(kind, kind_of(document))
         if group and (full or characters + size > limits.characters or tokens + cost > limits.tokens):
             yield group
-            group, characters, tokens = [], 0, 0
+            group, characters, tokens, kind = [], 0, 0, None
         group.append(document)
         characters += size
         tokens += cost
+        kind = kind or kind_of(document)
     if group:
         yield group
+
+
+def kind_of(document: Document) -> Kind:
+    """What a document came as; None for one that cannot be tagged, which goes with either kind."""
+    if document.fault is not None:
+        return None
+    return "text" if document.words is None else "words"
+
+
+def differ(one: Kind, other: Kind) -> bool:
+    """Whether documents of these kinds may not share a shard: a worker tokenizes a shard as a whole."""
+    return one is not None and other is not None and one != other
 
 
 def write_shard(run: RunFolder, index: int, first: int, documents: list[Document]) -> Shard:

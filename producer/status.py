@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from producer.queue import Queue
 from producer.sources.files import filesystem
 from worker.contracts.errors import StoreError
 from worker.contracts.layout import REPORT_JSON, RunFolder, part_name
-from worker.contracts.ledger import Progress
+from worker.contracts.ledger import Progress, WorkerProcess
 from worker.contracts.plan import Plan
 from worker.contracts.schema import metadata_of
 
@@ -32,6 +32,7 @@ class Status:
         progress: The ledger's view; state ``unknown`` without a broker or for a run it does not know.
         seconds: Those in which some worker held a shard.
         workers: Device and documents of each worker that committed a part.
+        listening: Worker processes that live at the broker.
     """
 
     run: str
@@ -47,6 +48,7 @@ class Status:
     seconds: float
     progress: Progress = field(default_factory=Progress)
     workers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    listening: tuple[WorkerProcess, ...] = ()
     scores: dict[str, Any] | None = None
 
     @property
@@ -69,6 +71,20 @@ class Status:
     def eta_seconds(self) -> float | None:
         rate = self.documents_per_second
         return (self.total - self.finished_documents) / rate if rate else None
+
+    @property
+    def trouble(self) -> str:
+        """Why the run does not go on, and what to do about it; empty where nothing is known to be wrong."""
+        wanted = self.progress.artifact
+        served = {worker.artifact: f"{worker.model} ({worker.artifact[:12]})" for worker in self.listening}
+        is_stuck = self.progress.waiting and not self.progress.leased
+        if is_stuck and served and wanted and wanted not in served:
+            return (
+                f"no worker serves the artifact that the run asks for, {wanted[:12]}; those at the broker serve "
+                f"{', '.join(sorted(served.values()))}. Start one with nermill-worker --model THAT_ARTIFACT, or cancel "
+                "the run and submit its documents with --model"
+            )
+        return self.progress.trouble
 
     @property
     def exit_code(self) -> int:
@@ -94,6 +110,8 @@ class Status:
             "padding_share": round(self.padding_share, 4),
             "eta_seconds": None if self.eta_seconds is None else round(self.eta_seconds, 1),
             "workers": self.workers,
+            "listening": [worker.name for worker in self.listening],
+            "trouble": self.trouble,
         }
         if self.scores is not None:
             body["scores"] = self.scores
@@ -107,9 +125,9 @@ class Tally:
         self._run = run
         self._stats: dict[int, list[dict[str, Any]]] = {}
 
-    def update(self) -> set[int]:
-        """Looks for parts that are new or gone; returns the committed shards."""
-        committed = self._run.committed()
+    def update(self, planned: set[int]) -> set[int]:
+        """Looks for parts that are new or gone; returns the planned shards that are committed."""
+        committed = planned & self._run.committed()
         for shard in self._stats.keys() - committed:
             del self._stats[shard]
         new = sorted(committed - self._stats.keys())
@@ -156,12 +174,12 @@ def look(run: RunFolder, plan: Plan, queue: Queue | None = None, tally: Tally | 
         BrokerError: the queue does not answer.
     """
     tally = tally or Tally(run)
-    progress = Progress()
+    progress, listening = Progress(), tuple[WorkerProcess, ...]()
     if queue is not None:
         with queue.ledger() as ledger:
-            progress = ledger.progress(plan.run_id)
-    committed = tally.update()
+            progress, listening = ledger.progress(plan.run_id), tuple(ledger.workers())
     planned = run.shards() if plan.is_open else {shard.index for shard in plan.shards}
+    committed = tally.update(planned)
     busy = bool(progress.waiting or progress.leased)
     state: State
     if not plan.is_open and planned <= committed:
@@ -179,7 +197,7 @@ def look(run: RunFolder, plan: Plan, queue: Queue | None = None, tally: Tally | 
         run_id=plan.run_id,
         state=state,
         planned=len(planned),
-        committed=len(planned & committed),
+        committed=len(committed),
         total=max(progress.submitted, tally.sum("documents")) if plan.is_open else plan.documents,
         ok=tally.sum("ok"),
         rejected=tally.sum("rejected"),
@@ -188,6 +206,7 @@ def look(run: RunFolder, plan: Plan, queue: Queue | None = None, tally: Tally | 
         seconds=seconds,
         progress=progress,
         workers=tally.workers(),
+        listening=listening,
         scores=scores_of(run),
     )
 
@@ -206,22 +225,36 @@ def part_stats(run: RunFolder, shard: int) -> list[dict[str, Any]]:
     Raises:
         StoreError: the part cannot be read.
     """
+    with _footer(run, shard) as metadata:
+        stats = json.loads(metadata["stats"])
+        return stats if isinstance(stats, list) else [stats]
+
+
+def artifact_of_parts(run: RunFolder) -> str:
+    """sha256 of the artifact that made the run's parts; empty where there is none yet.
+
+    Raises:
+        StoreError: the part cannot be read.
+    """
+    committed = run.committed()
+    if not committed:
+        return ""
+    with _footer(run, min(committed)) as metadata:
+        return metadata["artifact_sha256"]
+
+
+@contextmanager
+def _footer(run: RunFolder, shard: int) -> Iterator[dict[str, str]]:
+    """Our metadata of a committed part; what goes wrong inside is the part's damage."""
     import pyarrow as pa
     from pyarrow import parquet as pq
 
     name = part_name(shard)
     try:
         with open_file(run, name) as stream:
-            stats = json.loads(metadata_of(pq.read_schema(stream))["stats"])
-            return stats if isinstance(stats, list) else [stats]
+            yield metadata_of(pq.read_schema(stream))
     except (pa.ArrowInvalid, OSError, KeyError, ValueError) as error:
         raise StoreError(f"{run.path(name)}: damaged part ({error}); remove it and nermill resume") from None
-
-
-def part_size(run: RunFolder, shard: int) -> int:
-    """Bytes of a committed part."""
-    with open_file(run, part_name(shard)) as stream:
-        return int(stream.seek(0, os.SEEK_END))
 
 
 def open_file(run: RunFolder, name: str) -> Any:

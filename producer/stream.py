@@ -14,7 +14,7 @@ from producer.planning import check_writable, model_identity, normalised, utc_no
 from producer.queue import HIGH_WATER, Queue
 from producer.recovery import closed
 from producer.run import is_above, open_ledger, send_shards
-from producer.shards import ShardLimits, document_text, estimated_tokens, write_shard
+from producer.shards import Kind, ShardLimits, differ, document_text, estimated_tokens, kind_of, write_shard
 from producer.sources.files import BLOCK, MAX_LINE_BYTES, is_remote
 from worker.contracts.document import Document
 from worker.contracts.errors import BrokerError, NermillError
@@ -34,6 +34,7 @@ class _Waiting:
     documents: list[Document] = field(default_factory=list)
     characters: int = 0
     tokens: int = 0
+    kind: Kind = None
     since: float = 0.0
 
 
@@ -114,8 +115,12 @@ class Stream:
         size, cost = len(text), estimated_tokens(text)
         with self.lock:
             self._check()
-            waiting, limits = self._waiting, self._limits
-            if waiting.characters + size > limits.characters or waiting.tokens + cost > limits.tokens:
+            waiting, limits, kind = self._waiting, self._limits, kind_of(document)
+            if (
+                differ(waiting.kind, kind)
+                or waiting.characters + size > limits.characters
+                or waiting.tokens + cost > limits.tokens
+            ):
                 self.flush()
                 waiting = self._waiting
             waiting.since = waiting.since or time.monotonic()
@@ -123,6 +128,7 @@ class Stream:
             waiting.documents.append(document)
             waiting.characters += size
             waiting.tokens += cost
+            waiting.kind = waiting.kind or kind
             is_full = len(waiting.documents) >= limits.documents
             if is_full:
                 self.flush()

@@ -10,7 +10,7 @@ import sys
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from producer.progress import duration
+from producer.progress import LABEL_WIDTH, counted, duration, rows
 from producer.show import Shown
 from producer.status import Status
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 LABEL_STYLES = {"PER": "bold green", "ORG": "bold cyan", "LOC": "bold yellow", "MISC": "bold magenta"}
 OTHER_LABEL_STYLE = "bold blue"
 _UNLIMITED = 1 << 20
+_LONGEST_BAR = 60
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
 
 
@@ -33,27 +34,9 @@ def print_json(body: Any) -> None:
 
 def print_status(status: Status) -> None:
     """A run's status as a small table on standard output."""
-    rows = [
-        ("run", f"{status.run} ({status.state})"),
-        ("shards", f"{status.committed:,} of {status.planned:,} committed"),
-        ("documents", f"{status.ok:,} ok, {status.rejected:,} rejected, of {status.total:,}"),
-    ]
-    if status.state != "complete" and (status.progress.waiting or status.progress.leased):
-        rows.append(("queue", f"{status.progress.waiting:,} shards wait, {status.progress.leased:,} at work"))
-    if status.progress.trouble:
-        rows.append(("trouble", status.progress.trouble))
-    if status.committed:
-        speed = f"{status.documents_per_second:,.0f} documents/s, {status.tokens_per_second:,.0f} tokens/s"
-        rows.append(("speed", f"{speed}, padding {status.padding_share:.1%}, {duration(status.seconds)}"))
-    if status.state == "running" and status.eta_seconds is not None:
-        rows.append(("left", duration(status.eta_seconds)))
-    rows += [
-        ("worker", f"{name} on {entry['device']}: {entry['documents']:,} documents")
-        for name, entry in status.workers.items()
-    ]
+    print_rows([("run", f"{nearest(status.run)} ({status.state})"), *rows(status)])
     if status.scores is not None:
-        rows.append(("scores", score_line(status.scores)))
-    print_rows(rows)
+        print_rows([("scores", score_line(status.scores))])
 
 
 def score_line(scores: dict[str, Any]) -> str:
@@ -73,64 +56,91 @@ def comparison_line(comparison: dict[str, Any]) -> str:
 
 def print_result_hint(run: str) -> None:
     """Where the table is, and a line that reads it with what is installed already."""
-    pattern = f"{run}/part-*.parquet"
+    pattern = f"{nearest(run)}/part-*.parquet"
     print_rows([("table", pattern)])
     if "://" not in run:
-        pattern = min(pattern, os.path.relpath(pattern), key=len)
         table = f"p.read_table(sorted(glob.glob('{pattern}')))"
         code = f"import glob, pyarrow.parquet as p; print({table}.slice(0, 3).to_pylist())"
-        print(f'{"read it":<10} python -c "{code}"')
+        print(f'{"read it":<{LABEL_WIDTH}} python -c "{code}"')
+
+
+def nearest(run: str) -> str:
+    """A run's name as it is shortest from here."""
+    return run if "://" in run else min(run, os.path.relpath(run), key=len)
 
 
 def print_estimate(found: Estimate) -> None:
     """A dry run's result with its histogram, on standard output."""
     documents = found.documents - found.rejected
-    rows = (
-        [("run", found.run + (" (planned before: submitting resumes it)" if found.exists else ""))] if found.run else []
-    )
-    rows += [
-        ("documents", f"{found.documents:,} ({found.rejected:,} of them will be rejected), shards: {found.shards:,}"),
-        ("tokens", f"{found.tokens:,}, longest {found.longest:,} (by {found.tokens_from})"),
+    known = " (planned before: submitting resumes it)" if found.exists else ""
+    table = [("run", nearest(found.run) + known)] if found.run else []
+    rejected = f"; {found.rejected:,} will be rejected" if found.rejected else ""
+    table += [
+        ("documents", f"{found.documents:,} in {counted(found.shards, 'shard')}{rejected}"),
+        ("tokens", f"{found.tokens:,}; the longest document has {found.longest:,} (by {found.tokens_from})"),
     ]
     if found.max_length:
         share = found.long / documents if documents else 0.0
-        rows.append(
-            ("long", f"{found.long:,} documents ({share:.1%}) above the model's {found.max_length} tokens: in windows")
-        )
+        told = f"{counted(found.long, 'document')} ({share:.1%}) above the model's {found.max_length} tokens"
+        table.append(("long", f"{told}, tagged in windows" if found.long else told))
     if found.duplicates:
-        rows.append(("ids", f"{found.duplicates:,} documents repeat an id: {', '.join(found.duplicate_ids)}"))
+        told = f"{counted(found.duplicates, 'document')} with an id that came before"
+        table.append(("ids", f"{told}: {', '.join(found.duplicate_ids)}"))
     if found.seconds is not None:
-        rows.append(("time", f"{duration(found.seconds)} of one device ({found.seconds_from})"))
-    print_rows(rows)
-    most = max(found.counts)
-    for entry in found.histogram:
-        label = f"{entry['from']:,}-{entry['to']:,}" if entry["to"] else f"{entry['from']:,}+"
-        if entry["documents"]:
-            print(f"{label:>12} {'█' * round(40 * entry['documents'] / most):<40} {entry['documents']:,}")
+        table.append(("time", f"{duration(found.seconds)} of one device ({found.seconds_from})"))
+    elif found.max_length:
+        table.append(("time", "unknown: nermill-build bench MODEL --json > MODEL/bench.json measures the device"))
+    print_rows(table)
+    _print_histogram(found)
+
+
+def _print_histogram(found: Estimate) -> None:
+    filled = [at for at, documents in enumerate(found.counts) if documents]
+    if not filled:
+        return
+    most, width = max(found.counts), min(_LONGEST_BAR, max(10, _columns(80) - 40))
+    print(f"\n{'tokens':>14} {'':<{width}} documents")
+    for entry in found.histogram[filled[0] : filled[-1] + 1]:
+        label = f"{entry['from']:,} to {entry['to']:,}" if entry["to"] else f"{entry['from']:,} or more"
+        bar = "█" * round(width * entry["documents"] / most) or ("▏" if entry["documents"] else "")
+        print(f"{label:>14} {bar:<{width}} {entry['documents']:>9,} {entry['documents'] / sum(found.counts):>7.1%}")
 
 
 def print_finding(finding: Finding) -> None:
     """One thing that doctor looked at, and what to do about it."""
-    print_rows([(finding.name, f"{'ok   ' if finding.ok else 'FAILS'} {finding.detail}")])
+    mark, style = ("ok", "green") if finding.ok else ("FAILS", "bold red")
+    _print_filled(f"{finding.name:<{LABEL_WIDTH}} ", finding.detail, f"{mark:<6}", style)
     if finding.mend:
-        print_rows([("", f"      mend it: {finding.mend}")])
+        _print_filled(" " * (LABEL_WIDTH + 1), finding.mend, "mend: ", "bold")
 
 
-def print_rows(rows: list[tuple[str, str]]) -> None:
+def print_rows(table: list[tuple[str, str]]) -> None:
     """Names and values as two columns, wrapped at words on a terminal."""
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _UNLIMITED
-    for name, value in rows:
-        lead = f"{name:<10} "
-        print(
-            textwrap.fill(
-                value,
-                width,
-                initial_indent=lead,
-                subsequent_indent=" " * len(lead),
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
-        )
+    for name, value in table:
+        _print_filled(f"{name:<{LABEL_WIDTH}} ", value)
+
+
+def _print_filled(name: str, value: str, mark: str = "", style: str = "") -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    lead = len(name) + len(mark)
+    filled = textwrap.fill(
+        value,
+        _columns(_UNLIMITED),
+        initial_indent=name + mark,
+        subsequent_indent=" " * lead,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    line = Text(filled)
+    line.stylize("dim", 0, len(name))
+    line.stylize(style, len(name), lead)
+    Console(highlight=False).print(line, soft_wrap=True)
+
+
+def _columns(otherwise: int) -> int:
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else otherwise
 
 
 def visible(text: str) -> str:
@@ -153,3 +163,5 @@ def print_marked(shown: Shown, console: Console) -> None:
         else:
             line.append(piece, style="default not dim")
     console.print(line, soft_wrap=not console.is_terminal)
+    if console.is_terminal:
+        console.print()  # where lines wrap, it takes more than their ends to see where a document does

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,28 +33,31 @@ REAL = "worker.app"
 
 
 class Server:
-    """A Valkey with an append-only file, on a socket, that can be killed and started again."""
+    """A Valkey with an append-only file, on a socket, that can be killed and started again.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: Empty folder; its path must be short enough for a socket.
+        options: More of the server's command line, such as a port.
+        password: What it asks for; empty for none.
+        within: A command in front of the server's, such as one that enters another host.
+    """
+
+    def __init__(
+        self, folder: Path, options: Sequence[str] = (), password: str = "", within: Sequence[str] = ()
+    ) -> None:
         self.folder = folder
         self.socket = folder / "s"
-        self.url = f"redis+socket://{self.socket}"
+        self.url = f"redis+socket://{f':{password}@' if password else ''}{self.socket}"
+        self._options = [*options, *(["--requirepass", password] if password else [])]
+        self._within = within
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
 
     def start(self) -> None:
-        options = [
-            "--port",
-            "0",
-            "--unixsocket",
-            str(self.socket),
-            "--unixsocketperm",
-            "700",
-            "--dir",
-            str(self.folder),
-        ]
-        durable = ["--save", "", "--appendonly", "yes", "--appendfsync", "everysec"]
-        self._process = subprocess.Popen([find_server_binary(), *options, *durable], stdout=subprocess.DEVNULL)
+        socket = ["--port", "0", "--unixsocket", str(self.socket), "--unixsocketperm", "700"]
+        durable = ["--dir", str(self.folder), "--save", "", "--appendonly", "yes", "--appendfsync", "everysec"]
+        command = [*self._within, str(find_server_binary()), *socket, *durable, *self._options]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         with self.client() as client:
             deadline = time.monotonic() + 20
             while True:
@@ -68,6 +71,10 @@ class Server:
     def client(self) -> Redis:
         return redis_client(self.url)
 
+    def signal(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
     def kill(self) -> None:
         assert self._process is not None
         self._process.kill()
@@ -77,9 +84,9 @@ class Server:
 class Worker:
     """One Celery worker process, as ``nermill-worker`` starts it, that can be stopped, killed and started again."""
 
-    def __init__(self, app: str, environment: dict[str, str], log: Path) -> None:
-        self._command = [sys.executable, "-m", "celery", "-A", app, "worker", "--pool", "threads", "--loglevel", "INFO"]
-        self._command += ["--without-gossip", "--without-mingle", "--without-heartbeat"]
+    def __init__(self, app: str, environment: dict[str, str], log: Path, within: Sequence[str] = ()) -> None:
+        celery = [sys.executable, "-m", "celery", "-A", app, "worker", "--pool", "threads", "--loglevel", "INFO"]
+        self._command = [*within, *celery, "--without-gossip", "--without-mingle", "--without-heartbeat"]
         self._environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         self.log = log
         self.starts = 0
@@ -93,6 +100,14 @@ class Worker:
     @property
     def is_alive(self) -> bool:
         return self.process.poll() is None
+
+    def await_ready(self, timeout: float = 60) -> None:
+        """Waits until it has loaded its model and listens for bells."""
+        deadline = time.monotonic() + timeout
+        while " ready: " not in (told := self.log.read_text()):
+            assert self.is_alive, told
+            assert time.monotonic() < deadline, told
+            time.sleep(0.05)
 
     def signal(self, number: signal.Signals) -> None:
         if self.is_alive:
@@ -114,34 +129,39 @@ class Harness:
     Args:
         folder: Empty folder; its path must be short enough for a socket.
         lease_seconds: Lease of every worker.
+        server: Options of the Server.
     """
 
-    def __init__(self, folder: Path, lease_seconds: float = 3.0) -> None:
+    def __init__(self, folder: Path, lease_seconds: float = 3.0, **server: Any) -> None:
         self.folder = folder
         self.out = folder / "out"
         self.out.mkdir()
         self.lease_seconds = lease_seconds
         (folder / "server").mkdir()
-        self.server = Server(folder / "server")
+        self.server = Server(folder / "server", **server)
         self.workers: list[Worker] = []
 
-    def worker(self, app: str = DOUBLE, **environment: str) -> Worker:
-        """Starts a worker; upper-case keywords become variables of its environment."""
+    def worker(self, app: str = DOUBLE, *, within: Sequence[str] = (), **environment: str) -> Worker:
+        """Starts a worker, perhaps on another host; upper-case keywords become variables of its environment."""
         settings = {
             "NERMILL_BROKER_URL": self.server.url,
             "NERMILL_LEASE_SECONDS": str(self.lease_seconds),
             "NERMILL_ALLOWED_ROOTS": str(self.out),
         }
         log = self.folder / f"worker-{len(self.workers)}.log"
-        self.workers.append(Worker(app, settings | environment, log))
+        self.workers.append(Worker(app, settings | environment, log, within))
         return self.workers[-1]
 
     def plan(self, texts: list[str], *, documents_per_shard: int = 64, out: str = "") -> tuple[RunFolder, Plan]:
         """Plans a run over texts, with ids d0, d1, …"""
+        limits = ShardLimits(documents=documents_per_shard)
+        return make_plan(Request((str(self.source(texts)),), out or str(self.out), limits=limits))
+
+    def source(self, texts: list[str]) -> Path:
+        """Texts as an input file."""
         source = self.folder / "documents.jsonl"
         source.write_text("".join(json.dumps({"id": f"d{n}", "text": t}) + "\n" for n, t in enumerate(texts)), "utf-8")
-        limits = ShardLimits(documents=documents_per_shard)
-        return make_plan(Request((str(source),), out or str(self.out), limits=limits))
+        return source
 
     def queue(self) -> Queue:
         return Queue(self.server.url)
@@ -151,6 +171,34 @@ class Harness:
         run, plan = self.plan(texts, **options)
         send(run, plan, self.queue())
         return run, plan
+
+    def submitting(self, texts: list[str], *, url: str = "", within: Sequence[str] = ()) -> subprocess.Popen[str]:
+        """``nermill submit --wait`` as a process, perhaps on another host or by another way to the broker."""
+        command = [sys.executable, "-m", "producer.cli", "submit", str(self.source(texts)), "--out", str(self.out)]
+        with (self.folder / "producer.log").open("wb") as log:
+            return subprocess.Popen(
+                [*within, *command, "--shard-documents", "64", "--wait", "--json"],
+                env={**os.environ, "NERMILL_BROKER_URL": url or self.server.url},
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+
+    def run_at_work(self) -> RunFolder:
+        """The run that is being submitted, once all of it was sent and its first part is there."""
+        self.until(lambda: "documents" in (self.folder / "producer.log").read_text())
+        self.until(lambda: any(self.out.glob("run=*/part-*.parquet")))
+        (run,) = self.out.glob("run=*")
+        return RunFolder(str(run))
+
+    def until(self, happened: Callable[[], bool], timeout: float = 120) -> float:
+        """Waits for something; returns how many seconds it took."""
+        began = time.monotonic()
+        while not happened():
+            assert time.monotonic() < began + timeout, self.logs()
+            time.sleep(0.02)
+        return time.monotonic() - began
 
     def wait(self, run: RunFolder, plan: Plan, timeout: float = 90) -> Status:
         """Waits for a run's end; the logs of the workers are shown where it does not come."""
@@ -163,7 +211,7 @@ class Harness:
         return wait(run, plan, self.queue(), check)
 
     def logs(self) -> str:
-        return "\n".join(f"--- {w.log.name}\n{w.log.read_text()[-4000:]}" for w in self.workers)
+        return "\n".join(f"--- {log.name}\n{log.read_text()[-4000:]}" for log in sorted(self.folder.glob("*.log")))
 
     def close(self) -> None:
         for worker in self.workers:

@@ -5,27 +5,43 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery import Celery
-from celery.signals import worker_init, worker_process_init, worker_ready, worker_shutdown, worker_shutting_down
+from celery.signals import (
+    setup_logging,
+    worker_init,
+    worker_process_init,
+    worker_ready,
+    worker_shutdown,
+    worker_shutting_down,
+)
+from redis.exceptions import RedisError
 
+from worker import logs, tracing
 from worker.contracts.broker import celery_app, redis_client
 from worker.contracts.errors import MessageError, NermillError
 from worker.contracts.ledger import Ledger
 from worker.contracts.manifest import resolve_artifact
-from worker.contracts.message import KEY_PREFIX, QUEUE, TASK, bell
-from worker.doorkeeper import doorkeeper
+from worker.contracts.message import KEY_PREFIX, QUEUE, TASK
+from worker.doorkeeper import doorkeeper, fresh_bell
+from worker.heartbeat import beat
 from worker.metrics import Metrics, serve
 from worker.mill import Mill
 from worker.settings import Settings, read_settings
 
+if TYPE_CHECKING:
+    from redis import Redis
+
 log = logging.getLogger("nermill.worker")
 
+BROKER_SECONDS = 10.0  # between two looks at the broker
 MAX_BELLS = 256  # rung at once for work that waits unheard
 CHATTY_LOGGERS = ("celery.worker.strategy", "celery.app.trace")  # two lines a bell
 
@@ -33,14 +49,25 @@ CHATTY_LOGGERS = ("celery.worker.strategy", "celery.app.trace")  # two lines a b
 def _configure() -> tuple[Settings, Celery]:
     try:
         settings = read_settings(os.environ)
+        logs.configure(settings.log_format, device=settings.device_name, worker=settings.worker_name)
+        tracing.start_from(os.environ, settings.worker_name, settings.device_name)
         app = celery_app(settings.broker_url)
     except NermillError as error:
-        raise SystemExit(f"nermill-worker: {error}") from None
+        logs.complain(error)
+        raise SystemExit(error.exit_code) from None
     app.conf.update(worker_concurrency=settings.concurrency, worker_pool="threads")
     return settings, app
 
 
 settings, app = _configure()
+
+
+@setup_logging.connect  # type: ignore[untyped-decorator]
+def _configure_logging(loglevel: int, **_: Any) -> None:
+    """Celery leaves the logs, and what is printed, alone where somebody answers this."""
+    logging.getLogger().setLevel(loglevel)
+    for name in CHATTY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 @dataclass
@@ -49,6 +76,7 @@ class Process:
 
     mill: Mill
     stop: threading.Event
+    leaving: threading.Event
 
 
 _process: Process | None = None
@@ -59,7 +87,7 @@ def tag(version: int) -> None:
     """Answers one bell; the doorkeeper has looked at its version."""
     assert _process is not None
     _process.mill.metrics.rung()
-    _process.mill.answer_bell()
+    _process.mill.work(_process.leaving)
 
 
 def _refuse(error: MessageError) -> None:
@@ -82,27 +110,44 @@ def _start(**_: Any) -> None:
     global _process
     from worker.pipeline import load_pipeline
 
-    for name in CHATTY_LOGGERS:
-        logging.getLogger(name).setLevel(logging.WARNING)
+    def ring(waiting: int) -> None:
+        queue = KEY_PREFIX + QUEUE
+        if not client.llen(queue):  # all in one round trip: whoever rings has leases to renew
+            client.lpush(queue, *(json.dumps(fresh_bell()) for _ in range(min(waiting, MAX_BELLS))))
+
     try:
         pipeline = load_pipeline(resolve_artifact(settings.model), settings.device, settings.threads)
         client = redis_client(settings.broker_url)
-    except NermillError as error:
-        raise SystemExit(f"nermill-worker: {error}") from None
+        metrics = Metrics()
+        mill = Mill(pipeline, Ledger(client), settings, ring, metrics)
+        metrics.observe(pipeline, lambda: len(mill.held), mill.complaint, settings.device_name)
+        if settings.metrics_port:
+            serve(metrics, settings.metrics_port, mill.complaint)
+    except NermillError as error:  # the device or the port may be free next time
+        logs.complain(error)
+        raise SystemExit(1) from None
+    stop = threading.Event()
+    _process = Process(mill, stop, leaving=threading.Event())
+    loops: dict[str, Callable[[], None]] = {
+        "keep": lambda: mill.keep(stop),
+        "watch": lambda: mill.watch(stop),
+        "beat": lambda: beat(os.environ, mill.complaint, stop),
+        "broker": lambda: _watch_broker(client, metrics, stop),
+    }
+    for name, loop in loops.items():
+        threading.Thread(target=loop, name=name, daemon=True).start()
 
-    def ring(waiting: int) -> None:
-        if not client.llen(KEY_PREFIX + QUEUE):
-            for _ in range(min(waiting, MAX_BELLS)):
-                app.send_task(TASK, kwargs=bell(), queue=QUEUE)
 
-    metrics = Metrics()
-    mill = Mill(pipeline, Ledger(client), settings, ring, metrics)
-    metrics.observe(pipeline, lambda: len(mill.held), settings.device_name, settings.worker_name)
-    if settings.metrics_port:
-        serve(metrics, settings.metrics_port, mill.complaint)
-    _process = Process(mill, threading.Event())
-    for loop in (mill.keep, mill.watch):
-        threading.Thread(target=loop, args=(_process.stop,), name=loop.__name__, daemon=True).start()
+def _watch_broker(client: Redis, metrics: Metrics, stop: threading.Event) -> None:
+    """Looks at the memory of the broker, which refuses work when it is full, until ``stop``."""
+    while True:
+        try:
+            memory = client.info("memory")
+            metrics.broker(memory["used_memory"], memory["maxmemory"] or memory.get("total_system_memory", 0))
+        except (RedisError, OSError):
+            metrics.broker_silent()
+        if stop.wait(BROKER_SECONDS):
+            return
 
 
 @worker_ready.connect  # type: ignore[untyped-decorator]
@@ -118,9 +163,11 @@ def _begin_grace(**_: Any) -> None:
     if _process is None:
         return
     mill = _process.mill
+    _process.leaving.set()
 
     def enforce() -> None:
         mill.hand_back()
+        tracing.stop()
         os._exit(0)
 
     timer = threading.Timer(settings.grace_seconds, enforce)
@@ -134,3 +181,4 @@ def _end(**_: Any) -> None:
         _process.stop.set()
         _process.mill.hand_back()
         _process.mill.pipeline.close()
+        tracing.stop()

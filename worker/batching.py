@@ -44,13 +44,33 @@ class Placement:
     row: Int
     column: Int
 
+    def of(self, chosen: Int) -> Placement:
+        """The same batch with some of its windows, or with all in another order."""
+        return replace(self, window=self.window[chosen], row=self.row[chosen], column=self.column[chosen])
 
-def place(lengths: Int, manifest: Manifest) -> Placement:
+
+def cost(shape: Shape) -> float:
+    """Relative time of one call of a shape: its tokens, plus attention, which grows with the square of a row.
+
+    A token of a BERT of width H costs 24 H² FLOP a layer in matrix products and 4 H FLOP times the row's length in
+    attention: a share of length ÷ 6 H, taken here for H = 768. No batch counts for less than ACCELERATOR_LEAST tokens.
+    """
+    rows, length = shape
+    return float(costs(np.array(rows), np.array(length)))
+
+
+def costs(rows: Int, length: Int, least: int = ACCELERATOR_LEAST) -> NDArray[np.float64]:
+    """``cost`` of many shapes at once; no batch counts for less than ``least`` tokens."""
+    return np.asarray(np.maximum(rows * length, least) * (1 + length / (6 * 768)))
+
+
+def place(lengths: Int, manifest: Manifest, cost: Callable[[Shape], float] = cost) -> Placement:
     """Chooses the next batch from the waiting windows, the oldest of them always included.
 
     Args:
         lengths: Length in tokens of every waiting window, oldest first; int64, shape (n,), n > 0.
         manifest: Says which shapes the model takes, and whether rows may be packed.
+        cost: Time of one call of a shape, in any unit.
     """
     if manifest.shapes:
         shapes = [shape for shape in manifest.shapes if shape[1] >= lengths[0]]
@@ -59,11 +79,16 @@ def place(lengths: Int, manifest: Manifest) -> Placement:
     else:
         return place_similar(lengths, manifest.token_budget)
     choose = _Packer(lengths).pack if manifest.layout == "packed" else partial(place_one_a_row, lengths)
-    return _cheapest(shapes, lengths, choose, is_free=not manifest.shapes)
+    return _cheapest(shapes, lengths, choose, cost, is_free=not manifest.shapes)
 
 
 def _cheapest(
-    shapes: Sequence[Shape], lengths: Int, choose: Callable[[Shape], Placement], *, is_free: bool
+    shapes: Sequence[Shape],
+    lengths: Int,
+    choose: Callable[[Shape], Placement],
+    cost: Callable[[Shape], float],
+    *,
+    is_free: bool,
 ) -> Placement:
     """The placement with the most real tokens for its cost; of equals, the smallest.
 
@@ -82,21 +107,6 @@ def _cheapest(
             best, best_score = placement, score
     assert best is not None, "the pipeline cuts windows to the longest shape"
     return best
-
-
-def cost(shape: Shape) -> float:
-    """Relative time of one call of a shape: its tokens, plus attention, which grows with the square of a row.
-
-    A token of a BERT of width H costs 24 H² FLOP a layer in matrix products and 4 H FLOP times the row's length in
-    attention: a share of length ÷ 6 H, taken here for H = 768. No batch counts for less than ACCELERATOR_LEAST tokens.
-    """
-    rows, length = shape
-    return float(costs(np.array(rows), np.array(length)))
-
-
-def costs(rows: Int, length: Int, least: int = ACCELERATOR_LEAST) -> NDArray[np.float64]:
-    """``cost`` of many shapes at once; no batch counts for less than ``least`` tokens."""
-    return np.asarray(np.maximum(rows * length, least) * (1 + length / (6 * 768)))
 
 
 def free_shapes(oldest: int, budget: int) -> list[Shape]:

@@ -12,21 +12,26 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
-from redis.exceptions import ResponseError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from worker import parts
+from worker import parts, tracing
 from worker.contracts.document import Fault
 from worker.contracts.errors import MessageError, NermillError, StoreError, UsageError
 from worker.contracts.layout import SUCCESS_FILE, part_name
-from worker.contracts.ledger import FINISH, MAX_ATTEMPTS, MAX_STRIKES, Claim, Ledger
+from worker.contracts.ledger import FINISH, MAX_ATTEMPTS, MAX_STRIKES, Claim, Ledger, WorkerProcess
+from worker.contracts.patience import within
 from worker.contracts.plan import read_plan
 from worker.contracts.shard import read_shard
 from worker.evaluation import evaluate, write_report
 from worker.gate import Gate
+from worker.logs import about
 from worker.metrics import Metrics
 from worker.pipeline import Annotated, Pipeline, Stats
 from worker.settings import Settings, is_allowed
@@ -34,6 +39,8 @@ from worker.suspects import trials
 
 log = logging.getLogger("nermill.worker")
 
+HAND_BACK_SECONDS = 5.0  # of a worker that has to go
+LEDGER_PAUSE = 0.5  # seconds between two looks at a ledger that does not answer
 LONGEST_PAUSE = 10.0  # seconds before a shard is handed back whose store goes on failing
 EXIT_AGAIN = 75  # sysexits' EX_TEMPFAIL: start me again
 
@@ -67,6 +74,7 @@ class Mill:
         self._ring = ring
         self.metrics = metrics
         self._held: dict[tuple[str, int], Claim] = {}
+        self._written = ("", 0.0)  # run and seconds of the last part that this process wrote
         self._faults: dict[tuple[str, int], int] = {}  # of the store, since the shard was last served
         self._gate = Gate()
 
@@ -74,6 +82,24 @@ class Mill:
     def held(self) -> list[Claim]:
         """Shards that this process holds."""
         return list(self._held.values())
+
+    def work(self, leaving: threading.Event) -> None:
+        """Mills one shard after another until none is left for us, or we leave.
+
+        One bell is enough, since others may go to workers of another artifact. A ledger that does not answer is waited
+        for: Celery could not acknowledge the bell, and a worker whose bells are not acknowledged is given no more.
+        """
+        answers = True
+        while not leaving.is_set():
+            try:
+                if not self.answer_bell():
+                    return
+                answers = True
+            except (RedisConnectionError, RedisTimeoutError) as error:
+                if answers:
+                    log.warning("the ledger does not answer (%s); a shard that was in hand is tried again", error)
+                answers = False
+                leaving.wait(LEDGER_PAUSE)
 
     def answer_bell(self) -> bool:
         """Claims a shard and mills it; False where there was none.
@@ -89,16 +115,24 @@ class Mill:
             return False
         if claim is None:
             return False
+        self.metrics.claimed(claim.attempts)
+        with about(run=claim.run_id, shard=claim.shard.index, attempt=claim.attempts):
+            self._serve(claim)
+        return True
+
+    def _serve(self, claim: Claim) -> None:
         key = (claim.run_id, claim.shard.index)
         self._held[key] = claim
         try:
-            self._mill(claim)
+            with tracing.shard(claim):
+                self._mill(claim)
             self._faults.pop(key, None)
         except (MessageError, UsageError) as error:
             self._ledger.bury(claim, str(error))
             self.metrics.refused()
             log.warning("run %s shard %d refused: %s", claim.run_id, claim.shard.index, error)
         except LeaseLostError:
+            self.metrics.lost()
             log.warning("run %s shard %d went to another worker; its result is dropped", *key)
         except StoreError as error:
             self.metrics.handed_back()
@@ -111,7 +145,6 @@ class Mill:
             raise
         finally:
             self._held.pop(key, None)
-        return True
 
     def _mill(self, claim: Claim) -> None:
         run, shard = claim.folder, claim.shard
@@ -126,14 +159,18 @@ class Mill:
         table = read_shard(run, shard.index, shard.sha256)
         if table.num_rows != shard.documents:
             raise MessageError(f"the ledger speaks of {shard.documents} documents, the shard has {table.num_rows}")
+        read = time.time()
         annotated = self._annotate(claim, table)
         if not self._ledger.renew(claim, self._settings.lease_seconds):
             raise LeaseLostError
         tagged = time.time()
         committed = self._commit(claim, claimed, annotated)
+        written = time.time() - tagged
+        self._written = claim.run_id, written
         self._complete(claim, committed)
         done = time.time()
-        self.metrics.committed(annotated, claim.attempts, done - claimed, done - tagged)
+        self.metrics.committed(annotated, done - claimed, queue=claim.waited, read=read - claimed, write=written)
+        tracing.committed(annotated)
         log.info("run %s shard %d: %d documents in %.2f s", claim.run_id, shard.index, table.num_rows, done - claimed)
 
     def _check_roots(self, claim: Claim) -> None:
@@ -164,8 +201,11 @@ class Mill:
         )
 
     def _stats(self, claim: Claim, claimed: float, annotated: Annotated) -> dict[str, Any]:
+        run_written, write_seconds = self._written  # a part cannot hold its own time: that of the part before
         return {
             **asdict(annotated.stats),
+            **({"write_seconds": write_seconds} if run_written == claim.run_id else {}),
+            "queue_seconds": claim.waited,
             "device": self._settings.device_name,
             "worker": self._settings.worker_name,
             "host": socket.gethostname(),
@@ -214,10 +254,7 @@ class Mill:
             run.sweep()
             log.info("run %s is complete", claim.run_id)
             if plan.has_gold:
-                try:
-                    write_report(run, evaluate(run))
-                except UsageError as error:
-                    log.warning("run %s: no report (%s)", claim.run_id, error)
+                self._evaluate(claim)
         else:
             self.metrics.refused()
             log.warning("run %s is not complete, %d parts are missing: nermill resume it", claim.run_id, len(missing))
@@ -225,19 +262,39 @@ class Mill:
         if is_whole:
             self._ledger.close(claim.run_id)
 
+    def _evaluate(self, claim: Claim) -> None:
+        """Writes the run's report, unless that ended one process after the other."""
+        if claim.attempts > MAX_ATTEMPTS:
+            log.error("run %s: no report, %d attempts did not live to write it", claim.run_id, MAX_ATTEMPTS)
+            return
+        try:
+            write_report(claim.folder, evaluate(claim.folder))
+        except UsageError as error:
+            log.warning("run %s: no report (%s)", claim.run_id, error)
+
     def keep(self, stop: threading.Event) -> None:
-        """Renews leases, lets expired ones of others go, rings for what waits unheard; until ``stop``."""
-        interval = self._settings.lease_seconds / 3
-        while not stop.wait(min(interval, 5.0)):
+        """Renews leases, lets expired ones of others go, rings for what waits unheard, says that we live.
+
+        Returns when ``stop`` is set.
+        """
+        settings, manifest = self._settings, self.pipeline.manifest
+        myself = WorkerProcess(settings.worker_name, settings.device_name, manifest.name, manifest.sha256)
+        pause = min(settings.lease_seconds / 3, 5.0)
+        stopping = False
+        while not stopping:
             try:
+                self._ledger.greet(myself, 3 * pause)
                 for claim in self.held:
                     self._ledger.renew(claim, self._settings.lease_seconds)
-                _, waiting = self._ledger.reap()
-                self.metrics.waiting(waiting)
+                expired, waiting = self._ledger.reap()
+                self.metrics.ledger(expired, waiting)
                 if waiting:
                     self._ring(waiting)
             except Exception as error:
                 log.warning("the ledger does not answer (%s); leases are kept as soon as it does", error)
+            stopping = stop.wait(pause)
+        with suppress(RedisError):  # it is forgotten anyway
+            self._ledger.greet(myself, 0)
 
     def watch(self, stop: threading.Event) -> None:
         """Ends the process when the device hangs or broke, so that its supervisor starts a fresh one."""
@@ -258,9 +315,19 @@ class Mill:
         return None
 
     def hand_back(self) -> None:
-        """Releases whatever is held: another worker may start on it at once."""
-        for claim in self.held:
-            self._ledger.release(claim)
+        """Releases whatever is held: another worker may start on it at once.
+
+        Where the ledger does not answer, the leases run out instead: whoever hands back is about to end.
+        """
+
+        def release() -> None:
+            for claim in self.held:
+                self._ledger.release(claim)
+
+        try:
+            within(HAND_BACK_SECONDS, release)
+        except (RedisError, OSError) as error:
+            log.warning("the ledger does not answer (%s); what was held is tried again when its leases end", error)
 
 
 def _condemned(document: pa.Table) -> pa.Table:

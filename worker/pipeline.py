@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from worker import decode
 from worker.batching import Shape
@@ -82,10 +83,12 @@ class Pipeline:
         largest = max((rows * length for rows, length in self.manifest.shapes), default=self.manifest.token_budget)
         self._pool = Pool(self.manifest, POOL_BATCHES * largest)
         self._busy_since: dict[int, float] = {}
-        self.computed_seconds = 0.0
+        self._answered = 0.0  # when the device last did
         self.broken: EngineError | None = None
-        self._threads = [
-            threading.Thread(target=self._compute, name=f"compute-{n}", daemon=True) for n in range(engine.in_flight)
+        self._device = threading.Semaphore(engine.in_flight)
+        self._threads = [  # one more than the device takes: it prepares the next batch
+            threading.Thread(target=self._compute, name=f"compute-{n}", daemon=True)
+            for n in range(engine.in_flight + 1)
         ]
         for thread in self._threads:
             thread.start()
@@ -98,13 +101,17 @@ class Pipeline:
         self.engine.close()
 
     def warm_up(self) -> None:
-        """Runs every compiled shape once.
+        """Runs every compiled shape: once to warm it up, once more to see what it costs.
 
         Raises:
             EngineError: the device does not take a shape.
         """
         for shape in self.manifest.shapes or ((WARM_ROWS, min(64, self._longest)),):
-            self.engine.run(blank_batch(shape, self.manifest))
+            batch = blank_batch(shape, self.manifest)
+            self.engine.run(batch)
+            begun = time.monotonic()
+            self.engine.run(batch)
+            self._pool.learn(shape, time.monotonic() - begun)
 
     def busy_seconds(self) -> float:
         """How long the oldest call of the engine has been under way; 0.0 when idle."""
@@ -165,22 +172,34 @@ class Pipeline:
         return part_table(table, spelling, prediction, faults, options, first)
 
     def _compute(self) -> None:
-        me = threading.get_ident()
-        while work := self._pool.take():
-            begun = time.monotonic()
-            self._busy_since[me] = begun
-            try:
-                logits = self.engine.run(lay_out(work, self.manifest))
-                seconds = time.monotonic() - begun
-                self.computed_seconds += seconds
-                hand_out(work, logits, seconds)
-            except EngineError as error:
-                self._find_culprit(work, error)
-            except Exception as error:
-                self._fail(EngineError(f"{type(error).__name__}: {error}"))
-            finally:
-                del self._busy_since[me]
+        """Prepares a batch while others are on the device, so that the device goes from one to the next."""
+        try:
+            while work := self._pool.take():
+                batch = lay_out(work, self.manifest)
+                with self._device:
+                    done = self._run(work, batch)
+                if done:
+                    hand_out(work, *done)
                 self._pool.finished()
+        except Exception as error:
+            self._fail(EngineError(f"{type(error).__name__}: {error}"))
+
+    def _run(self, work: Work, batch: Batch) -> tuple[NDArray[np.float32], float] | None:
+        """A batch's logits and seconds; None where it failed and its windows were tried one by one."""
+        me = threading.get_ident()
+        begun = self._busy_since[me] = time.monotonic()
+        try:
+            logits = self.engine.run(batch)
+            done = time.monotonic()
+            seconds = max(0.0, done - max(begun, self._answered))  # it waited for the batch before it
+            self._answered = done
+            self._pool.learn(batch.input_ids.shape, seconds)
+            return logits, seconds
+        except EngineError as error:
+            self._find_culprit(work, error)
+            return None
+        finally:
+            del self._busy_since[me]
 
     def _find_culprit(self, work: Work, error: EngineError) -> None:
         """Runs the windows of a failed batch one by one, so that one bad document costs that document."""
@@ -190,7 +209,7 @@ class Pipeline:
             self._fail(error)
             return
         for single in alone(work):
-            begun = time.monotonic()
+            begun = self._busy_since[threading.get_ident()] = time.monotonic()
             try:
                 hand_out(single, self.engine.run(lay_out(single, self.manifest)), time.monotonic() - begun)
             except EngineError as reason:
@@ -222,6 +241,7 @@ def load_pipeline(artifact: Path, device: str = "cpu", threads: int = 0) -> Pipe
     tokenizer.no_padding()
     pipeline = Pipeline(engine, tokenizer)
     pipeline.warm_up()
+    pipeline.annotate(shard_table([Document("warm", "up")]), Options())  # loads what libraries load on first use
     return pipeline
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from worker.contracts.errors import UsageError
+from worker.logs import FORMATS
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Settings:
         concurrency: Shards that are in the process at once.
         threads: Compute threads on a CPU; 0 takes all cores.
         metrics_port: First port of the Prometheus endpoints (device N listens on port + N); 0 for none.
+        log_format: ``text`` for people, ``json`` for one object a line.
     """
 
     broker_url: str = "redis://localhost:6379/0"
@@ -39,6 +41,7 @@ class Settings:
     concurrency: int = 8
     threads: int = 0
     metrics_port: int = 0
+    log_format: str = "text"
 
     @property
     def worker_name(self) -> str:
@@ -73,6 +76,8 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
     settings = Settings(**values)  # type: ignore[arg-type]
     if settings.lease_seconds < 1 or settings.concurrency < 1:
         raise UsageError("NERMILL_LEASE_SECONDS and NERMILL_CONCURRENCY must be at least 1")
+    if settings.log_format not in FORMATS:
+        raise UsageError(f"NERMILL_LOG_FORMAT={settings.log_format!r}: say text or json")
     return settings
 
 

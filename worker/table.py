@@ -162,13 +162,9 @@ def _token_extents(tokens: Tokens, units: Units, spans: Spans) -> tuple[list[int
     """Code points of each span, from the tokenizer's offsets; asked for only where there is a span."""
     first = (units.first[spans.first] - tokens.bounds[spans.document]).tolist()
     last = (units.last[spans.last] - tokens.bounds[spans.document]).tolist()
-    start, end = [], []
-    previous, offsets = -1, []
-    for document, a, b in zip(spans.document.tolist(), first, last, strict=True):
-        if document != previous:
-            previous, offsets = document, tokens.encodings[document].offsets
-        start.append(offsets[a][0])
-        end.append(offsets[b][1])
+    found = [tokens.encodings[document] for document in spans.document.tolist()]
+    start = [encoding.token_to_chars(token)[0] for encoding, token in zip(found, first, strict=True)]
+    end = [encoding.token_to_chars(token)[1] for encoding, token in zip(found, last, strict=True)]
     return start, end
 
 

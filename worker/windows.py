@@ -67,6 +67,19 @@ class Windows:
         """Length of each window in tokens, special tokens included."""
         return self.end - self.start + SPECIAL_TOKENS
 
+    def of(self, chosen: Int) -> Windows:
+        """Some of the windows, by number."""
+        return Windows(*(column[chosen] for column in self._columns))
+
+    @property
+    def _columns(self) -> tuple[Int, ...]:
+        return self.document, self.start, self.end, self.keep_start, self.keep_end
+
+
+def concatenate(parts: Sequence[Windows]) -> Windows:
+    """Windows one behind the other; their positions stay as they are."""
+    return Windows(*map(np.concatenate, zip(*(part._columns for part in parts), strict=True)))
+
 
 def tokenize(tokenizer: Tokenizer, documents: Sequence[str] | Sequence[Sequence[str]], *, split: bool) -> Tokens:
     """Tokenizes texts, or documents that are ``split`` into words already."""

@@ -79,7 +79,9 @@ def rejects(
     run: o.Run,
     broker: o.Broker = DEFAULT_BROKER,
     retry: Annotated[bool, typer.Option("--retry", help="Send those again that failed in a worker.")] = False,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Show that many; default: all.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", min=1, help="Show that many; default: all.")
+    ] = None,
     json: o.Json = False,
 ) -> int:
     """List the documents that could not be tagged, with the reason (--json: one object a line)."""
@@ -100,11 +102,14 @@ def rejects(
         )
         say(f"{again} rejects are tried again{told}")
         return 0
+    row = None
     for row in islice(read_rejects(folder, plan), limit):
         if json:
             print_json(row)
         else:
             print(visible(f"{row['doc_id']}  {row['reason']}: {row['message']}"))
+    if row is None:
+        say("no rejects so far")
     return 0
 
 

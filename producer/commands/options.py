@@ -8,47 +8,80 @@ import typer
 
 Inputs = Annotated[
     list[str],
-    typer.Argument(help="Files, folders, globs or URIs (s3://, gs://, ...); - is standard input.", show_default=False),
+    typer.Argument(
+        metavar="INPUT",
+        help="Files, folders, globs or URIs (s3://, gs://, ...); - is standard input.",
+        show_default=False,
+    ),
 ]
-Run = Annotated[str, typer.Argument(help="The run's folder or URI: OUT/run=<id>.", show_default=False)]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="The run's folder or URI: OUT/run=<id>.", show_default=False)]
 Out = Annotated[
     str,
-    typer.Option("--out", envvar="NERMILL_OUT", help="Folder or URI that holds runs; this one goes to OUT/run=<id>."),
+    typer.Option(
+        "--out",
+        metavar="OUT",
+        envvar="NERMILL_OUT",
+        help="Folder or URI that holds runs; this one goes to OUT/run=<id>.",
+    ),
 ]
 Model = Annotated[
-    str, typer.Option("--model", envvar="NERMILL_MODEL", help="Artifact: demo (the bundled model) or a folder.")
+    str,
+    typer.Option(
+        "--model", metavar="ART", envvar="NERMILL_MODEL", help="Artifact: demo (the bundled model) or a folder."
+    ),
 ]
 AnyModel = Annotated[
     str | None,
-    typer.Option("--model", envvar="NERMILL_MODEL", help="Artifact that must tag this run; default: the workers'."),
+    typer.Option(
+        "--model", metavar="ART", envvar="NERMILL_MODEL", help="Artifact that must tag this run; default: the workers'."
+    ),
 ]
 Devices = Annotated[
     str,
-    typer.Option("--devices", envvar="NERMILL_DEVICES", help="auto, or a list: cpu | cuda:0,cuda:1 | npu:0,npu:1."),
+    typer.Option(
+        "--devices",
+        metavar="LIST",
+        envvar="NERMILL_DEVICES",
+        help="auto, or a list: cpu | cuda:0,cuda:1 | npu:0,npu:1.",
+    ),
 ]
 Broker = Annotated[
     str,
     typer.Option(
-        "--broker", envvar="NERMILL_BROKER_URL", help="Broker: redis://, rediss://, redis+socket:// or sentinel://."
+        "--broker",
+        metavar="URL",
+        envvar="NERMILL_BROKER_URL",
+        help="Broker: redis://, rediss://, redis+socket:// or sentinel://.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", envvar="NERMILL_JSON", help="One JSON object on standard output.")]
 Format = Annotated[
     str | None,
     typer.Option(
-        "--format", envvar="NERMILL_FORMAT", help="jsonl, conll, text, parquet; default: by suffix and content."
+        "--format",
+        metavar="FORMAT",
+        envvar="NERMILL_FORMAT",
+        help="jsonl, conll, text, parquet; default: by suffix and content.",
     ),
 ]
 Unit = Annotated[
     str,
     typer.Option(
-        "--unit", envvar="NERMILL_UNIT", help="What a document of a CoNLL file is: sentence, or document (-DOCSTART-)."
+        "--unit",
+        metavar="UNIT",
+        envvar="NERMILL_UNIT",
+        help="What a document of a CoNLL file is: sentence, or document (-DOCSTART-).",
     ),
 ]
 IdColumn = Annotated[
-    str, typer.Option("--id-column", envvar="NERMILL_ID_COLUMN", help="Field with the id; without one: path:line.")
+    str,
+    typer.Option(
+        "--id-column", metavar="NAME", envvar="NERMILL_ID_COLUMN", help="Field with the id; without one: path:line."
+    ),
 ]
-TextColumn = Annotated[str, typer.Option("--text-column", envvar="NERMILL_TEXT_COLUMN", help="Field with the text.")]
+TextColumn = Annotated[
+    str, typer.Option("--text-column", metavar="NAME", envvar="NERMILL_TEXT_COLUMN", help="Field with the text.")
+]
 Lines = Annotated[
     bool, typer.Option("--lines", envvar="NERMILL_LINES", help="Plain text: each line is a document, not each file.")
 ]
@@ -62,28 +95,47 @@ KeepFields = Annotated[
 AggregationOption = Annotated[
     str,
     typer.Option(
-        "--aggregation", envvar="NERMILL_AGGREGATION", help="Subwords to words: first, average, max, simple or none."
+        "--aggregation",
+        metavar="HOW",
+        envvar="NERMILL_AGGREGATION",
+        help="Subwords to words: first, average, max, simple or none.",
     ),
 ]
 MaxChars = Annotated[
     int,
     typer.Option(
-        "--max-chars", envvar="NERMILL_MAX_CHARS", min=1, max=2**31 - 1, help="Longer documents are rejected."
+        "--max-chars",
+        metavar="N",
+        envvar="NERMILL_MAX_CHARS",
+        min=1,
+        max=2**31 - 1,
+        help="Longer documents are rejected.",
     ),
 ]
 Overlap = Annotated[
     int,
     typer.Option(
-        "--overlap", envvar="NERMILL_OVERLAP", min=0, max=4096, help="Tokens that windows of a long document share."
+        "--overlap",
+        metavar="N",
+        envvar="NERMILL_OVERLAP",
+        min=0,
+        max=4096,
+        help="Tokens that windows of a long document share.",
     ),
 ]
 ShardDocuments = Annotated[
     int,
-    typer.Option("--shard-documents", envvar="NERMILL_SHARD_DOCUMENTS", min=1, help="Most documents of a shard."),
+    typer.Option(
+        "--shard-documents", metavar="N", envvar="NERMILL_SHARD_DOCUMENTS", min=1, help="Most documents of a shard."
+    ),
 ]
 HighWater = Annotated[
     int,
     typer.Option(
-        "--high-water", envvar="NERMILL_HIGH_WATER", min=1, help="Unfinished documents above which sending pauses."
+        "--high-water",
+        metavar="N",
+        envvar="NERMILL_HIGH_WATER",
+        min=1,
+        help="Unfinished documents above which sending pauses.",
     ),
 ]

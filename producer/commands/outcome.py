@@ -44,7 +44,7 @@ def go_on(run: RunFolder, plan: Plan, queue: Queue, high_water: int, *, wait: bo
     from producer.progress import paused, watching
     from producer.status import look
 
-    with told_how_to_resume(run.uri), watching() as show:
+    with told_how_to_go_on(f"nermill resume {run.uri}"), watching() as show:
         plan = runs.resume(run, plan, queue, high_water, paused(show))
         if wait and runs.wait(run, plan, queue, show).state == "complete":
             ensure_evaluated(run, plan)
@@ -53,12 +53,12 @@ def go_on(run: RunFolder, plan: Plan, queue: Queue, high_water: int, *, wait: bo
 
 
 @contextmanager
-def told_how_to_resume(run: str) -> Iterator[None]:
+def told_how_to_go_on(how: str) -> Iterator[None]:
     """Says after Ctrl-C or a failure what stays and how to go on."""
     try:
         yield
     except (KeyboardInterrupt, NermillError):
         from producer.progress import say
 
-        say(f"stopped; what is committed stays. To go on: nermill resume {run}")
+        say(f"stopped; what is committed stays. To go on: {how}")
         raise

@@ -16,17 +16,22 @@ from worker.contracts.layout import REPORT_HTML
 def evaluate(
     run: o.Run,
     gold: Annotated[
-        Path | None, typer.Option("--gold", help="CoNLL file with gold tags; default: the run's own.")
+        Path | None, typer.Option("--gold", metavar="FILE", help="CoNLL file with gold tags; default: the run's own.")
     ] = None,
-    min_f1: Annotated[float | None, typer.Option("--min-f1", min=0, max=1, help="Exit with 4 below this F1.")] = None,
+    min_f1: Annotated[
+        float | None, typer.Option("--min-f1", metavar="F1", min=0, max=1, help="Exit with 4 below this F1.")
+    ] = None,
     min_accuracy: Annotated[
-        float | None, typer.Option("--min-accuracy", min=0, max=1, help="Exit with 4 below this word accuracy.")
+        float | None,
+        typer.Option("--min-accuracy", metavar="SHARE", min=0, max=1, help="Exit with 4 below this word accuracy."),
     ] = None,
     min_documents_per_second: Annotated[
-        float | None, typer.Option("--min-documents-per-second", min=0, help="Exit with 4 below this throughput.")
+        float | None,
+        typer.Option("--min-documents-per-second", metavar="N", min=0, help="Exit with 4 below this throughput."),
     ] = None,
     compare: Annotated[
-        str | None, typer.Option("--compare", help="Another run over the same documents, to tell the difference.")
+        str | None,
+        typer.Option("--compare", metavar="RUN", help="Another run over the same documents, to tell the difference."),
     ] = None,
     partial: Annotated[bool, typer.Option("--partial", help="Evaluate what is there of an unfinished run.")] = False,
     json: o.Json = False,
@@ -59,10 +64,16 @@ def evaluate(
 
 def compact(
     run: o.Run,
-    part_mib: Annotated[int, typer.Option("--part-mib", min=1, help="Size that a part should have, in MiB.")] = 128,
+    part_mib: Annotated[
+        int, typer.Option("--part-mib", metavar="MIB", min=1, help="Size that a part should have, in MiB.")
+    ] = 128,
     json: o.Json = False,
 ) -> int:
-    """Join small parts into large ones; readers see the old files or the new ones, never both."""
+    """Join small parts into large ones; no reader sees a document twice.
+
+    On a disk the new files take the place of the old ones in one step. On a store, which has no such step, _SUCCESS
+    is away meanwhile: list the folder, then look for _SUCCESS, then read.
+    """
     from producer.compact import compact as compacted
     from producer.run import open_run
     from producer.view import print_json
@@ -81,7 +92,9 @@ def doctor(
     broker: o.Broker = DEFAULT_BROKER,
     model: o.Model = "demo",
     devices: o.Devices = "auto",
-    out: Annotated[str | None, typer.Option("--out", envvar="NERMILL_OUT", help="Folder or URI to be written.")] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", metavar="OUT", envvar="NERMILL_OUT", help="Folder or URI to be written.")
+    ] = None,
     json: o.Json = False,
 ) -> int:
     """Find what does not work (broker, workers, model, devices, write access) and say how to mend it."""
@@ -103,9 +116,11 @@ def doctor(
 def show(
     run: o.Run,
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Documents to show; default: 20, CoNLL all.")
+        int | None, typer.Option("--limit", metavar="N", min=1, help="Documents to show; default: 20, CoNLL all.")
     ] = None,
-    format_: Annotated[str, typer.Option("--format", help="text (entities marked) or conll (word and tag).")] = "text",
+    format_: Annotated[
+        str, typer.Option("--format", metavar="FORMAT", help="text (entities marked) or conll (word and tag).")
+    ] = "text",
     json: o.Json = False,
 ) -> int:
     """Show entities marked in their text, or write the tags as CoNLL columns."""

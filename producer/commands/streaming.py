@@ -8,7 +8,7 @@ import threading
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from producer.commands.outcome import report_status, told_how_to_resume
+from producer.commands.outcome import report_status, told_how_to_go_on
 from worker.contracts.errors import NermillError, UsageError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def stream(
     )
     say(f"stream open: {stream.run.uri}")
     interrupted = _feed(stream, descriptor, name, request, follow)
-    with told_how_to_resume(stream.run.uri):
+    with told_how_to_go_on(f"nermill resume {stream.run.uri}"):
         plan = stream.close()
         say(f"stream closed: {plan.documents:,} documents in {len(plan.shards):,} shards are durable")
         if interrupted and not follow:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from producer.commands import options as o
-from producer.commands.outcome import ensure_evaluated, go_on, report_status, told_how_to_resume
+from producer.commands.outcome import ensure_evaluated, go_on, report_status, told_how_to_go_on
 from producer.commands.request import takes_request
 from producer.commands.streaming import stream
 from producer.queue import DEFAULT_BROKER, HIGH_WATER
@@ -31,7 +31,7 @@ def run(request: Request, model: o.Model = "demo", devices: o.Devices = "auto", 
     with reading() as on_documents:
         folder, plan = make_plan(request, on_documents)
     if not finish(folder, plan):
-        with told_how_to_resume(folder.uri), local_mill(model, devices, folder.uri) as (queue, worker):
+        with told_how_to_go_on("the same command again"), local_mill(model, devices, folder.uri) as (queue, worker):
 
             def follow(status: Status) -> None:
                 worker.check()
@@ -47,11 +47,13 @@ def run(request: Request, model: o.Model = "demo", devices: o.Devices = "auto", 
 @takes_request
 def plan(
     request: Request,
-    out: Annotated[str, typer.Option("--out", envvar="NERMILL_OUT", help="Where the run would go.")] = "",
+    out: Annotated[
+        str, typer.Option("--out", metavar="OUT", envvar="NERMILL_OUT", help="Where the run would go.")
+    ] = "",
     model: o.Model = "demo",
     costs: Annotated[
         Path | None,
-        typer.Option("--costs", help="A nermill-build bench --json, to estimate device time."),
+        typer.Option("--costs", metavar="FILE", help="A nermill-build bench --json, to estimate device time."),
     ] = None,
     json: o.Json = False,
 ) -> int:
@@ -76,7 +78,13 @@ def submit(
     high_water: o.HighWater = HIGH_WATER,
     linger: Annotated[
         float,
-        typer.Option("--linger", envvar="NERMILL_LINGER", min=0, help="A stream: seconds a document waits at most."),
+        typer.Option(
+            "--linger",
+            metavar="SECONDS",
+            envvar="NERMILL_LINGER",
+            min=0,
+            help="A stream: seconds a document waits at most.",
+        ),
     ] = 1.0,
     ack: Annotated[bool, typer.Option("--ack", help="A stream: print a JSON line for each durable shard.")] = False,
     follow: Annotated[bool, typer.Option("--follow", help="Tail one growing JSONL file until Ctrl-C.")] = False,

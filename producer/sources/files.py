@@ -231,7 +231,7 @@ def _find_local(given: str) -> list[str]:
         if not names:
             raise UsageError(f"{given}: no file fits this pattern")
         return names
-    raise UsageError(f"{given}: no such file or folder{_suggestion(given)}")
+    raise UsageError(f"{given}: no such file or folder{suggestion(given)}")
 
 
 def _is_pipe(name: str) -> bool:
@@ -261,7 +261,8 @@ def _is_hidden(name: str) -> bool:
     return name.startswith((".", "_", "run="))  # an output within its input's folder is no input
 
 
-def _suggestion(path: str) -> str:
+def suggestion(path: str) -> str:
+    """What somebody may have meant who mistyped a path, as the end of a message."""
     folder, name = os.path.split(path)
     try:
         close = difflib.get_close_matches(name, os.listdir(folder or "."), 1)

@@ -10,6 +10,7 @@ from producer.sources.files import MAX_LINE_BYTES, SourceFile
 from producer.sources.options import (
     ReadOptions,
     is_unicode,
+    no_id_field,
     no_text_field,
     not_utf8,
     printable,
@@ -24,14 +25,17 @@ def read_jsonl(file: SourceFile, options: ReadOptions) -> Iterator[Document]:
     """The documents of a JSONL file.
 
     Raises:
-        UsageError: a line that is not JSON, or no line with the text field.
+        UsageError: a line that is not JSON, or no line with the text field, or with the id field that was asked for.
     """
     has_text, first_without = False, ("", [""])
+    has_id, first = options.id_column == ReadOptions.id_column, ("", [""])
     for number, line in file.lines():
         where = f"{file.uri}:{number}"
         if line is not None and not line.strip():
             continue
         document, fields = parse_line(line, where, options)
+        has_id |= options.id_column in fields
+        first = first if first[0] else (where, fields)
         if options.text_column in fields or document.text is not None:
             has_text = True
         elif not first_without[0] and document.fault and document.fault.reason in ("missing_field", "wrong_type"):
@@ -39,6 +43,8 @@ def read_jsonl(file: SourceFile, options: ReadOptions) -> Iterator[Document]:
         yield document
     if not has_text and first_without[0]:
         raise no_text_field(*first_without, options)
+    if not has_id and first[0]:
+        raise no_id_field(*first, options)
 
 
 def parse_line(line: bytes | None, where: str, options: ReadOptions) -> tuple[Document, list[str]]:

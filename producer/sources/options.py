@@ -72,6 +72,12 @@ def no_text_field(where: str, fields: Sequence[str], options: ReadOptions) -> Us
     return UsageError(f"{where}: no field {options.text_column!r} (found: {found}); name the text with --text-column")
 
 
+def no_id_field(where: str, fields: Sequence[str], options: ReadOptions) -> UsageError:
+    """What to say of an input in which no record has the id field that was asked for."""
+    found = ", ".join(fields[:20]) or "none"
+    return UsageError(f"{where}: no field {options.id_column!r} (found: {found}); mend --id-column")
+
+
 def is_unicode(text: str) -> bool:
     """False for lone surrogates, which no UTF-8 file can hold."""
     try:

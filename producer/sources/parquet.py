@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +9,7 @@ import pyarrow as pa
 from pyarrow import parquet as pq
 
 from producer.sources.files import SourceFile, unreadable
-from producer.sources.options import ReadOptions, no_text_field, record_id, text_document
+from producer.sources.options import ReadOptions, no_id_field, no_text_field, record_id, text_document
 from worker.contracts.document import Document, Fault
 from worker.contracts.errors import UsageError
 
@@ -44,7 +43,7 @@ def _columns(schema: pa.Schema, uri: str, options: ReadOptions) -> list[str]:
     if options.text_column not in names:
         raise no_text_field(uri, names, options)
     if options.id_column not in names and options.id_column != ReadOptions.id_column:
-        raise UsageError(f"{uri}: no column {options.id_column!r} (found: {', '.join(names[:20])}); mend --id-column")
+        raise no_id_field(uri, names, options)
     kind = schema.field(options.text_column).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
@@ -78,9 +77,4 @@ def _document(row: dict[str, Any], where: str, options: ReadOptions) -> Document
         return Document(identity, fault=Fault("not_utf8", "the text is not UTF-8"))
     if text is None:
         return Document(identity, fault=Fault("missing_field", f"{options.text_column!r} is null"))
-    return text_document(identity, text, {k: _finite(v) for k, v in row.items()} if options.keep_fields else None)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no word for NaN and infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return text_document(identity, text, row if options.keep_fields else None)

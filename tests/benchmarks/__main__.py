@@ -151,9 +151,9 @@ def side_by_side(
     return taken, peaks
 
 
-def flops_of(corpus: Corpus) -> float:
-    """Floating-point operations that one document needs, in matrix products and without padding."""
-    sizes = Architecture(**load_manifest(resolve_artifact("demo")).details["architecture"])
+def flops_of(corpus: Corpus, artifact: Path | None = None) -> float:
+    """Floating-point operations that one document needs (of the demo model), in matrix products, without padding."""
+    sizes = Architecture(**load_manifest(artifact or resolve_artifact("demo")).details["architecture"])
     return float(sum(length * sizes.flops_of_token(length) for length in corpus.lengths.tolist())) / len(corpus.texts)
 
 

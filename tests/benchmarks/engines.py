@@ -40,7 +40,7 @@ class NullEngine:
 
 
 class PacedEngine(NullEngine):
-    """Answers after as long as a device would take: one batch at a time, the next one prepared meanwhile.
+    """Answers after as long as a device would take, which begins a batch when it is there and the last one is done.
 
     Args:
         manifest: What the device was compiled for.
@@ -50,11 +50,15 @@ class PacedEngine(NullEngine):
     def __init__(self, manifest: Manifest, pace: Pace) -> None:
         super().__init__(manifest)
         self._pace = pace
-        self._device = threading.Lock()
+        self._queue = threading.Lock()
+        self._free_at = 0.0
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
-        with self._device:
-            time.sleep(self._pace(batch))
+        """Logits of shape (rows, length, labels) that mean nothing, when the device would have them."""
+        with self._queue:
+            self._free_at = max(time.monotonic(), self._free_at) + self._pace(batch)
+            done = self._free_at
+        time.sleep(max(0.0, done - time.monotonic()))
         return super().run(batch)
 
 

@@ -1,6 +1,6 @@
-"""A BERT-large-sized checkpoint with random weights through compile, verify and bench: time and peak memory.
+"""A BERT-large-sized checkpoint with random weights: what building costs, and how fast the mill is beside the engine.
 
-    python -m tests.benchmarks.large [--keep DIR]
+    python -m tests.benchmarks.large [--keep DIR] [--speed]
 
 24 layers of 1024, a vocabulary of 28,996: the size of dslim/bert-large-NER, saved as safetensors and as
 ``pytorch_model.bin``. Every command is a process of its own; its peak memory is set against the weights.
@@ -16,16 +16,24 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 import torch
 import transformers
 from tokenizers import Tokenizer
 
+from tests.benchmarks import report
+from tests.benchmarks.__main__ import flops_of, side_by_side
+from tests.benchmarks.corpora import default_data, read_corpora
+from tests.benchmarks.ways import Models
 from worker.contracts.manifest import TOKENIZER_FILE, resolve_artifact
 
 VOCABULARY = 28_996
 LABELS = ("O", "B-MISC", "I-MISC", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC")
 SHAPES = "1x64,4x128"
+DOCUMENTS = 160
+ROUNDS = 5
+SPEED_WAYS = ("recipe", "pipeline-32", "mill fp32", "engine fp32", "peak")
 
 
 def write(folder: Path) -> tuple[Path, Path]:
@@ -68,13 +76,33 @@ def run(*arguments: str) -> tuple[float, float, str]:
     return time.perf_counter() - begun, usage.ru_maxrss * 1024, text
 
 
+def speed(work: Path, checkpoint: Path) -> None:
+    """Prints the fp32 mill beside its engine, the pipeline and the recipe on the same sentences."""
+    artifact = work / "free-fp32"
+    run("compile", str(checkpoint), "--out", str(artifact), "--backend", "onnx")
+    corpus = read_corpora(default_data(), DOCUMENTS)["sentences"]
+    samples, peaks = side_by_side(corpus, Models(artifact, artifact, checkpoint), SPEED_WAYS, ROUNDS)
+    flops, peak = flops_of(corpus, artifact), median(peaks)
+    print(report.table(report.summarise(corpus, samples, flops, peak)))
+    engine, mill = samples["engine fp32"], samples["mill fp32"]
+    useful = [flops * s.documents / s.seconds / 1e9 / p for s, p in zip(engine, peaks, strict=True)]
+    print(f"mill over engine    {report.over(mill, engine):.3f}")
+    print(f"mill over pipeline  {report.over(mill, samples['pipeline-32']):.2f}")
+    print(f"mill over recipe    {report.over(mill, samples['recipe']):.1f}")
+    print(f"engine over peak    {median(useful):.3f} of {peak:.0f} GFLOP/s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--keep", type=Path, help="work in this folder and leave it")
-    folder = parser.parse_args().keep
+    parser.add_argument("--speed", action="store_true", help="measure the speed alone")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        work = folder or Path(temporary)
+        work = options.keep or Path(temporary)
         safe, pickled = write(work)
+        if options.speed:
+            speed(work, safe)
+            return
         weights = (safe / "model.safetensors").stat().st_size
         print(f"weights {weights / 1e9:.2f} GB", flush=True)
         for name, checkpoint, options in (

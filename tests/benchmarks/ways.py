@@ -163,7 +163,8 @@ def engine(form: str) -> Way:
         while len(waiting):
             placement = place(windows.lengths[waiting], manifest)
             number = waiting[placement.window]
-            batches.append(lay_out(Work([job], np.zeros_like(number), number, placement), manifest))
+            work = Work([job], np.array([0, len(number)]), windows.of(number), placement)
+            batches.append(lay_out(work, manifest))
             waiting = np.delete(waiting, placement.window)
         padding = 1 - float(windows.lengths.sum()) / sum(batch.input_ids.size for batch in batches)
         runner.run(batches[0])

@@ -5,9 +5,13 @@
 - ``FAULT_BATCH_SECONDS``: how long each batch takes.
 - ``FAULT_ABORT_WORD``: a word whose presence in a batch kills the process by SIGABRT.
 - ``FAULT_REFUSE_WORD``: a word whose presence in a batch makes the engine refuse the batch.
-- ``FAULT_HANG_WORD``: a word whose presence in a batch hangs the engine for ever.
+- ``FAULT_HANG_WORD``: a word whose presence in a batch hangs the engine for ever; once for all processes that share
+  ``FAULT_ONCE_FILE``, where that is set.
 - ``FAULT_DIE_AT``: ``sync``, ``rename``, ``done`` or ``ack``: the process is killed right after it wrote a part aside,
   committed it, told the ledger, or returned from the task; once for all processes that share ``FAULT_ONCE_FILE``.
+- ``FAULT_EVALUATION_SECONDS``: how long a run's evaluation takes at least.
+- ``FAULT_MEET``: a folder; a worker whose part is committed waits until another's is before it tells the ledger.
+- ``FAULT_TRACE``: a file to which each process appends when it did what: ``batch``, ``evaluates``, ``evaluated``.
 - ``FAULT_STORE``: folder of the ``faulty://`` store (tests.doubles.store).
 - ``FAULT_STORE_SECONDS``: how long a store may be silent.
 """
@@ -32,6 +36,13 @@ from worker.engine import Batch, Engine
 SECONDS = float(os.environ.get("FAULT_BATCH_SECONDS", "0"))
 
 
+def trace(deed: str) -> None:
+    """Appends a line that outlives the process."""
+    if file := os.environ.get("FAULT_TRACE"):
+        with open(file, "a", encoding="utf-8") as lines:
+            lines.write(f"{time.time()} {deed}\n")
+
+
 class FaultyEngine(HashEngine):
     """HashEngine that is slow, dies or hangs as the environment says."""
 
@@ -45,14 +56,26 @@ class FaultyEngine(HashEngine):
         self.batches.clear()
         if self._abort is not None and (batch.input_ids == self._abort).any():
             os.kill(os.getpid(), signal.SIGABRT)
-        while self._hang is not None and (batch.input_ids == self._hang).any():
-            time.sleep(1)
+        if self._hang is not None and (batch.input_ids == self._hang).any() and is_first():
+            while True:
+                time.sleep(1)
         time.sleep(SECONDS)
+        trace("batch")
         return super().run(batch)
 
 
 def load_engine(artifact: Path, device: str = "cpu", threads: int = 0) -> Engine:
     return FaultyEngine(Tokenizer.from_file(str(artifact / TOKENIZER_FILE)))
+
+
+def is_first() -> bool:
+    """Whether no process that shares ``FAULT_ONCE_FILE`` asked before; true where there is no such file."""
+    try:
+        if once := os.environ.get("FAULT_ONCE_FILE"):
+            Path(once).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def die_after(owner: Any, name: str) -> None:
@@ -61,25 +84,47 @@ def die_after(owner: Any, name: str) -> None:
 
     def dying(*args: Any, **kwargs: Any) -> Any:
         result = method(*args, **kwargs)
-        try:
-            Path(os.environ["FAULT_ONCE_FILE"]).touch(exist_ok=False)
-        except FileExistsError:
-            return result
-        os.kill(os.getpid(), signal.SIGKILL)
+        if is_first():
+            os.kill(os.getpid(), signal.SIGKILL)
         return result
 
     setattr(owner, name, dying)
 
 
+def evaluate(run: RunFolder) -> dict[str, Any]:
+    trace("evaluates")
+    time.sleep(float(os.environ.get("FAULT_EVALUATION_SECONDS", "0")))
+    report = worker.evaluation.evaluate(run)
+    trace("evaluated")
+    return report
+
+
+def meet(folder: Path) -> None:
+    """Lets the ledger hear of two workers' shards at the same moment."""
+    complete = Ledger.complete
+
+    def together(self: Ledger, claim: Claim, **counts: int) -> Completion:
+        (folder / str(os.getpid())).touch()
+        deadline = time.monotonic() + 20
+        while len(list(folder.iterdir())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        return complete(self, claim, **counts)
+
+    Ledger.complete = together  # type: ignore[method-assign, assignment]
+
+
 worker.pipeline.load_engine = load_engine  # before worker.app loads anything
 
 import worker.app  # noqa: E402
+import worker.mill  # noqa: E402
 import worker.parts  # noqa: E402
 from tests.doubles import store  # noqa: E402, F401 - makes faulty:// known
 from worker.contracts import patience  # noqa: E402
-from worker.contracts.ledger import Ledger  # noqa: E402
+from worker.contracts.layout import RunFolder  # noqa: E402
+from worker.contracts.ledger import Claim, Completion, Ledger  # noqa: E402
 from worker.mill import Mill  # noqa: E402
 
+worker.mill.evaluate = evaluate
 patience.SECONDS = float(os.environ.get("FAULT_STORE_SECONDS", patience.SECONDS))
 
 FAULT_POINTS = {
@@ -90,5 +135,8 @@ FAULT_POINTS = {
 }
 if point := os.environ.get("FAULT_DIE_AT"):
     die_after(*FAULT_POINTS[point])
+
+if folder := os.environ.get("FAULT_MEET"):
+    meet(Path(folder))
 
 app = worker.app.app

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Iterator
 
@@ -103,6 +104,24 @@ def test_a_crash_while_a_document_is_probed_is_a_strike_against_it(ledger: Ledge
         ledger.reap(now=n * 100 + LEASE + 1)
     ledger.claim("art", LEASE, now=1000)
     assert ledger.strikes("r") == {7: 3}
+
+
+def test_a_claim_says_how_long_its_shard_waited(ledger: Ledger, client: Redis) -> None:
+    begin(ledger, 2)
+    time.sleep(0.2)
+    assert ledger.send("r", [shard(0), shard(1)]) == 0, "sent again, it waits since it was sent first"
+    claim = ledger.claim("art", LEASE)
+    assert claim is not None
+    assert 0.2 <= claim.waited < 5
+    assert ledger.release(claim)
+    again = ledger.claim("art", LEASE)
+    assert again is not None
+    assert again.waited < 0.2, "put back, it waits since then"
+    client.hset(ledger._key("r", "since"), "1", "nonsense")
+    other = ledger.claim("art", LEASE)
+    assert other is not None
+    assert other.waited == 0
+    assert client.hlen(ledger._key("r", "since")) == 0
 
 
 def test_handing_back_is_no_attempt_and_no_strike(ledger: Ledger) -> None:

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from worker.settings import Settings
+from worker.supervisor import SILENT_SECONDS, START_SECONDS
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
 keda = pytest.importorskip("cloudcoil.models.keda.v1alpha1")
@@ -215,7 +216,7 @@ def test_scaler_asks_for_metrics_and_a_queue_that_exist(deploy: Path) -> None:
 
     metrics = Metrics()
     pipeline = Pipeline(HashEngine(manifest()), Tokenizer(models.WordLevel()))
-    metrics.observe(pipeline, lambda: 0, "cpu", "worker")
+    metrics.observe(pipeline, lambda: 0, lambda: None, "cpu")
     pipeline.close()
     exported = {family.name for family in metrics.registry.collect()}
     scaler = documents(deploy / "kubernetes/components/keda/scaledobject.yaml")[0]
@@ -238,6 +239,10 @@ def test_systemd_accepts_the_unit(deploy: Path, tmp_path: Path) -> None:
     assert (answer.returncode, answer.stderr) == (0, "")
     grace = float(re.findall(r"NERMILL_GRACE_SECONDS=(\d+)", settings)[0])
     assert float(re.findall(r"TimeoutStopSec=(\d+)s", unit)[0]) > grace + 5
+    hang = float(re.findall(r"NERMILL_HANG_SECONDS=(\d+)", settings)[0])
+    assert "Type=notify" in unit
+    assert float(re.findall(r"WatchdogSec=(\d+)s", unit)[0]) > hang + SILENT_SECONDS + 30
+    assert 60 * float(re.findall(r"TimeoutStartSec=(\d+)min", unit)[0]) > START_SECONDS
     instance.write_text(
         unit.replace("Restart=always", "Restart=sometimes").replace("/opt/nermill/bin/nermill-worker", "/bin/true")
     )
@@ -268,3 +273,35 @@ def test_ascend_entrypoint_becomes_the_worker(deploy: Path, tmp_path: Path) -> N
     ) as process:
         out, _ = process.communicate(timeout=10)
     assert out == f"pid {process.pid} args --devices npu:0\n"
+
+
+def sections(guide: str) -> dict[str, str]:
+    """Text below each third-level heading of the operating guide."""
+    pieces = re.split(r"^#{2,3} (.+)$", guide, flags=re.MULTILINE)
+    return dict(zip(pieces[1::2], pieces[2::2], strict=True))
+
+
+def test_every_alert_has_its_paragraph_with_a_command(deploy: Path) -> None:
+    guide = sections((deploy / "README.md").read_text("utf-8"))
+    (group,) = documents(deploy / "prometheus" / "alerts.yaml")[0]["groups"]
+    names = [rule["alert"] for rule in group["rules"]]
+    assert names == [title for title in guide if title.startswith("Nermill")]
+    for rule in group["rules"]:
+        assert rule["annotations"]["runbook"] == f"deploy/README.md#{rule['alert'].lower()}"
+        assert re.search(r"`(nermill|nermill-worker|systemctl|kubectl|valkey-cli) [^`]+`", guide[rule["alert"]])
+
+
+def test_the_guide_names_commands_options_and_settings_that_exist(root: Path, deploy: Path) -> None:
+    from typer.main import get_command
+
+    from model_build.cli import app as build
+    from producer.cli import app as producer
+
+    known = {"nermill": get_command(producer), "nermill-build": get_command(build)}
+    guide = (deploy / "README.md").read_text("utf-8")
+    named = re.findall(r"`(nermill|nermill-build) (\w+)([^`]*)`", guide)
+    assert len(named) > 10
+    for script, name, rest in named:
+        command = known[script].commands[name]  # type: ignore[attr-defined]
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert set(re.findall(r"--[\w-]+", rest)) <= options, (script, name, rest)

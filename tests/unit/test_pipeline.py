@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from tests.doubles.engine import HashEngine, manifest
 from worker.contracts.document import Annotation
 from worker.contracts.errors import EngineError
 from worker.contracts.manifest import TOKENIZER_FILE, resolve_artifact
+from worker.engine import Batch
 from worker.pipeline import Pipeline, Tagger
+from worker.pool import Job, Pool, lay_out
+from worker.windows import SPECIAL_TOKENS, Tokens, Windows
 
 PIECES = st.sampled_from(
     [*"abc ABC.,-'\r\n\t\0", "é", "e\u0301", "ß", "İ", "我", "א", "ع", "\u200f", "👩‍👩‍👧", "🇺🇳", "\ufeff"]
@@ -125,6 +131,50 @@ def test_a_device_that_fails_for_good_blames_no_document(tokenizer: Tokenizer) -
         pytest.raises(EngineError, match="poison"),
     ):
         made.tag(["a", "b"])
+
+
+def test_the_next_batch_is_made_while_the_device_works(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_batches = threading.Semaphore(0)
+
+    def lay_out_and_tell(*arguments: Any) -> Batch:
+        batch = lay_out(*arguments)
+        made_batches.release()
+        return batch
+
+    class Patient(HashEngine):
+        def run(self, batch: Batch) -> NDArray[np.float32]:
+            if len(self.batches) == 0:
+                assert made_batches.acquire(timeout=10)
+                assert made_batches.acquire(timeout=10), "nobody makes a second batch while the first one is computed"
+            return super().run(batch)
+
+    monkeypatch.setattr("worker.pipeline.lay_out", lay_out_and_tell)
+    with tagger(tokenizer, Patient(manifest(token_budget=32))) as made:
+        assert len(made.tag(["London and Paris and Rome"] * 20)) == 20
+
+
+def test_an_error_of_ours_ends_the_wait_for_the_device(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Batch:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr("worker.pipeline.lay_out", broken)
+    with tagger(tokenizer, HashEngine(manifest())) as made, pytest.raises(EngineError, match="ZeroDivisionError: ours"):
+        made.tag(["a"])
+
+
+def test_a_shape_costs_what_the_device_took_for_it() -> None:
+    shapes = ((1, 64), (8, 64))
+    lengths = np.full(8, 64)
+    windows = Windows(*([np.arange(8), np.zeros(8, np.int64), lengths - SPECIAL_TOKENS] + [np.zeros(8, np.int64)] * 2))
+    tokens = Tokens(np.zeros(62, np.int64), np.zeros(9, np.int64), np.zeros(62, np.int64), ())
+    for seconds, rows in [((1.0, 2.0), 8), ((0.1, 2.0), 1)]:
+        pool = Pool(manifest(shapes), limit=1 << 20)
+        for shape, measured in zip(shapes, seconds, strict=True):
+            pool.learn(shape, measured)
+        pool.put(Job(tokens, windows, np.zeros((62, 9), np.float32)))
+        work = pool.take()
+        assert work is not None
+        assert work.placement.rows == rows
 
 
 def test_empty_and_oversized_documents_are_named(tokenizer: Tokenizer) -> None:

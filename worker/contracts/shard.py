@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import pyarrow as pa
 from pyarrow import ipc
 
 from worker.contracts.document import Document, Fault
-from worker.contracts.errors import StoreError
+from worker.contracts.errors import UsageError
 from worker.contracts.layout import RunFolder
 from worker.contracts.schema import SHARD
 
@@ -25,11 +26,25 @@ def shard_table(documents: Sequence[Document]) -> pa.Table:
         [document.text for document in documents],
         [document.words for document in documents],
         [document.gold_tags for document in documents],
-        [None if d.fields is None else json.dumps(d.fields, ensure_ascii=False, default=str) for d in documents],
+        [None if d.fields is None else _as_json(d.fields) for d in documents],
         [fault and fault.reason for fault in faults],
         [fault and fault.message for fault in faults],
     ]
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, SHARD, strict=True)], schema=SHARD)
+
+
+def _as_json(fields: dict[str, Any]) -> str:
+    """JSON that every reader takes: null for NaN and infinity, text for what JSON has no word for."""
+
+    def text_of(value: object) -> str:
+        return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+    try:
+        text = json.dumps(fields, ensure_ascii=False, default=text_of, allow_nan=False)
+    except ValueError:
+        finite = json.loads(json.dumps(fields, default=text_of), parse_constant=lambda _: None)
+        text = json.dumps(finite, ensure_ascii=False)
+    return text.encode(errors="replace").decode()
 
 
 def encode_shard(table: pa.Table) -> tuple[bytes, str]:
@@ -45,18 +60,22 @@ def read_shard(run: RunFolder, shard: int, sha256: str) -> pa.Table:
     """The documents of a shard.
 
     Raises:
-        StoreError: the file is missing, unreadable, or not the one that was planned.
+        StoreError: the file is missing or cannot be read.
+        UsageError: it is not the one that was planned; another try would find it no better.
     """
     name = run.shard_file(shard)
     data = run.read(name)
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise StoreError(f"{run.path(name)}: changed since it was planned (sha256 differs); plan the run again")
+        raise UsageError(
+            f"{run.path(name)}: damaged since it was planned (sha256 differs); "
+            "submit the same input again, which writes it anew"
+        )
     try:
         table = ipc.open_file(pa.BufferReader(data)).read_all()
     except pa.ArrowInvalid as error:
-        raise StoreError(f"{run.path(name)}: not a shard ({error})") from None
+        raise UsageError(f"{run.path(name)}: not a shard ({error})") from None
     if table.schema != SHARD:
-        raise StoreError(f"{run.path(name)}: its columns are not those of a shard of this version")
+        raise UsageError(f"{run.path(name)}: its columns are not those of a shard of this version")
     return table
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import threading
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ BLUE, ORANGE, GREEN, RED, GREY = "#4c8dd6", "#e08a3c", "#3fa66b", "#d9594c", "#8
 _SERIES = [BLUE, ORANGE, GREEN, RED, "#9a6fd0", "#c9a227", "#2aa7a7", GREY]
 _MOST_SERIES = 8
 _LEAST_ROWS = 4  # two bars look like two bars, not like two walls
+_LEAST_SECONDS = 1e-4  # where an axis of seconds begins
+_DRAWING = threading.Lock()  # styles and warnings belong to the process, and runs may end together in one worker
 _SIZE = (4.8, 2.9)  # inches: small, so that letters stay readable on a telephone
 _STYLE = {
     "svg.fonttype": "none",
@@ -42,9 +45,10 @@ def draw_charts(report: Report) -> dict[str, str]:
     """Every chart that the report has figures for, as inline SVG by name."""
     charts: dict[str, Callable[[Axes, Report], None]] = {"lengths": _lengths}
     if report["throughput"].get("over_time"):
-        charts |= {"speed": _speed, "fill": _fill, "busy": _busy}
+        charts |= {"speed": _speed, "devices": _devices, "stages": _stages}
     if report.get("per_label"):
-        charts |= {"labels": _labels, "confusion": _confusion, "by_length": _by_length}
+        charts |= {"labels": _labels, "confusion": _confusion, "mistakes": _mistakes}
+        charts |= {"by_length": _by_length, "by_document": _by_document}
     if report.get("calibration", {}).get("bins"):
         charts["reliability"] = _reliability
     return {name: _draw(name, draw, report) for name, draw in charts.items()}
@@ -56,7 +60,7 @@ def _draw(name: str, draw: Callable[[Axes, Report], None], report: Report) -> st
 
     sink = io.StringIO()
     style: Any = {**_STYLE, "svg.hashsalt": name}
-    with matplotlib.rc_context(style), warnings.catch_warnings():
+    with _DRAWING, matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a label in a script that the measuring font lacks is the browser's to show
         figure = Figure(figsize=_SIZE, layout="constrained")
         draw(figure.add_subplot(), report)
@@ -72,18 +76,24 @@ def _short(text: str) -> str:
 
 def _speed(axes: Axes, report: Report) -> None:
     over_time = report["throughput"]["over_time"]
-    devices = over_time["devices"]
     width = over_time["bin_seconds"]
-    rows = {_short(name): one["documents_per_second"] for name, one in devices.items()}
+    rows = {}
+    for name, one in over_time["devices"].items():
+        host, _, device = name.rpartition(" ")
+        rows[_device(device, host)] = one["documents_per_second"]
     if len(rows) > _MOST_SERIES:
         rows = {f"{len(rows)} devices together": [sum(values) for values in zip(*rows.values(), strict=True)]}
     for (name, values), colour in zip(rows.items(), _SERIES, strict=False):
-        seconds = [n * width for n in range(len(values))]
-        axes.step(seconds, values, where="post", color=colour, label=name, linewidth=1.5)
+        edges = [n * width for n in range(len(values) + 1)]
+        axes.stairs(values, edges, color=colour, label=name, linewidth=1.5, fill=len(rows) == 1, alpha=0.75)
     top = 1.25 * max(map(max, rows.values())) or 1.0  # room for the legend
-    axes.set(xlabel="seconds since the first shard was claimed", ylabel="documents/s", ylim=(0, top))
-    axes.legend(fontsize=8)
+    axes.set(xlabel="seconds since the first shard was claimed", ylabel="documents/s", xlim=(0, None), ylim=(0, top))
+    axes.legend(fontsize=8, ncols=2, loc="upper left")
     axes.grid(axis="y")
+
+
+def _device(device: str, host: str) -> str:
+    return _short(f"{device} · {host}")
 
 
 def _bars(axes: Axes, names: list[str], values: list[float], colour: str) -> None:
@@ -92,25 +102,45 @@ def _bars(axes: Axes, names: list[str], values: list[float], colour: str) -> Non
     axes.grid(axis="x")
 
 
-def _device_rows(report: Report) -> list[tuple[str, Report]]:
-    """Up to ten devices, by name; two names that look alike stay two bars."""
+def _devices(axes: Axes, report: Report) -> None:
+    """Busy share and fill of up to ten devices."""
     rows = report["throughput"]["devices"][:10]
-    return [(f"{row['device']} · {row['host']}", row) for row in rows]
+    for offset, name, colour, shares in (
+        (-0.2, "busy: computing", BLUE, [row["busy_share"] for row in rows]),
+        (0.2, "fill: not padding", GREEN, [1 - row["padding_share"] for row in rows]),
+    ):
+        at = [n + offset for n in range(len(rows))]
+        bars = axes.barh(at, [100 * share for share in shares], height=0.36, color=colour, label=name)
+        if len(rows) <= _LEAST_ROWS:
+            labels = [f"{100 * share:.1f}" for share in shares]
+            axes.bar_label(bars, labels, label_type="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), [_device(row["device"], row["host"]) for row in rows])
+    around = max(0.6, (3 - len(rows)) / 2)  # a single device stands in the middle
+    axes.set(xlabel="%", xlim=(0, 100), ylim=(len(rows) - 1 + around, -around))
+    axes.grid(axis="x")
+    axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, columnspacing=1.2)
 
 
-def _fill(axes: Axes, report: Report) -> None:
-    rows = _device_rows(report)
-    names = [name for name, _ in rows]
-    real = [100 * (1 - row["padding_share"]) for _, row in rows]
-    _bars(axes, names, real, GREEN)
-    axes.barh([_short(name) for name in names], [100 - r for r in real], left=real, color=GREY, height=0.6, alpha=0.5)
-    axes.set(xlabel="% of computed tokens: real (green), padding (grey)", xlim=(0, 100))
+def _stages(axes: Axes, report: Report) -> None:
+    """Each stage as a line from the median to the 99th percentile, over orders of magnitude."""
+    stages = report["throughput"]["stages"]
+    for at, row in enumerate(stages.values()):
+        p50, p95, p99 = (max(row[name], _LEAST_SECONDS) for name in ("p50", "p95", "p99"))
+        axes.plot([p50, p99], [at, at], color=GREY, linewidth=2, zorder=1)
+        for value, colour, name in ((p99, ORANGE, "p99"), (p95, GREEN, "p95"), (p50, BLUE, "p50")):
+            axes.scatter(value, at, color=colour, s=36, zorder=2, label=None if at else name)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_yticks(range(len(stages)), [stage_name(stage) for stage in stages])
+    axes.set(xlabel="seconds of a shard", ylim=(len(stages) - 0.5, -0.5))
+    axes.grid(axis="x")
+    handles, names = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], names[::-1], fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
 
 
-def _busy(axes: Axes, report: Report) -> None:
-    rows = _device_rows(report)
-    _bars(axes, [name for name, _ in rows], [100 * row["busy_share"] for _, row in rows], BLUE)
-    axes.set(xlabel="% of its time in which the device computed", xlim=(0, 100))
+def stage_name(stage: str) -> str:
+    """What people read for a stage of ``throughput``."""
+    return "claimed to finished" if stage == "shard" else stage
 
 
 def _lengths(axes: Axes, report: Report) -> None:
@@ -147,7 +177,8 @@ def _confusion(axes: Axes, report: Report) -> None:
         total = sum(counts) or 1
         for column, count in enumerate(counts):
             colour = GREEN if row == column else RED
-            axes.barh(row, 1, left=column - 0.5, height=1, color=colour, alpha=0.75 * count / total, linewidth=0)
+            shade = 0.75 * (count / total) ** (1.0 if row == column else 0.5)  # mistakes are few, and are to be seen
+            axes.barh(row, 1, left=column - 0.5, height=1, color=colour, alpha=shade, linewidth=0)
             if count and last <= 12:
                 axes.text(column, row, f"{count:,}", ha="center", va="center", fontsize=8)
     shown = [_short(name) for name in names]
@@ -156,13 +187,30 @@ def _confusion(axes: Axes, report: Report) -> None:
     axes.set(xlabel="predicted", ylabel="gold", xlim=(-0.5, last + 0.5), ylim=(last + 0.5, -0.5))
 
 
+def _mistakes(axes: Axes, report: Report) -> None:
+    kinds = {kind.replace("_and_", " + "): n for kind, n in report["mistakes"].items() if kind != "correct"}
+    _bars(axes, list(kinds), list(map(float, kinds.values())), RED)
+    for at, count in enumerate(kinds.values()):
+        axes.annotate(f" {count:,}", (count, at), va="center", fontsize=8)
+    axes.set(xlabel="entities", xlim=(0, 1.15 * max(kinds.values()) or 1))
+
+
+def _by_document(axes: Axes, report: Report) -> None:
+    found = report["by_document"]
+    edges = [100 * edge for edge in found["f1_edges"]]
+    bars = axes.bar(edges[:-1], found["f1_histogram"], width=9, align="edge", color=BLUE)
+    axes.bar_label(bars, [f"{count:,}" if count else "" for count in found["f1_histogram"]], fontsize=7)
+    axes.set(xlabel="F1 of a document, %", ylabel="documents", xlim=(0, 100))
+    axes.grid(axis="y")
+
+
 def _by_length(axes: Axes, report: Report) -> None:
     rows = report["by_length"]
     names = [f"{row['words_from']}–{row['words_to']}" if row["words_to"] else f"{row['words_from']}+" for row in rows]
     axes.bar(range(len(names)), [100 * row["f1"] for row in rows], color=BLUE, width=0.7)
     for at, row in enumerate(rows):
         axes.annotate(f"{row['documents']:,}", (at, 100 * row["f1"]), ha="center", va="bottom", fontsize=7)
-    axes.set_xticks(range(len(names)), names, fontsize=8, rotation=30)
+    axes.set_xticks(range(len(names)), names, fontsize=8, rotation=30 if len(names) > 6 else 0)
     axes.set(xlabel="words of a document (above the bar: documents)", ylabel="F1, %", ylim=(0, 108))
     axes.grid(axis="y")
 

@@ -36,6 +36,16 @@ ATTACK = "<script>alert(1)</script>"
 # A page that looks into the report at both widths and writes down what it sees.
 LOOK = """<!doctype html><link rel="icon" href="data:,"><body><pre id="seen"></pre><script>
 const widths = [1280, 390], seen = {};
+function light(colour) {  // relative luminance
+  const linear = share => (share <= 0.04045 ? share / 12.92 : ((share + 0.055) / 1.055) ** 2.4);
+  const [r, g, b] = colour.match(/[\\d.]+/g).map(c => linear(c / 255));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+}
+function contrast(text, ground) {
+  const style = getComputedStyle(text), ink = text.closest("svg") ? style.fill : style.color;
+  const [low, high] = [light(ink), light(getComputedStyle(ground).backgroundColor)].sort((a, b) => a - b);
+  return (high + 0.05) / (low + 0.05);
+}
 for (const width of widths) {
   const frame = document.createElement("iframe");
   frame.style.cssText = `width:${width}px;height:3000px;border:0`;
@@ -49,6 +59,9 @@ for (const width of widths) {
       dangerous: page.querySelectorAll("script, img, iframe, object").length,
       text: page.body.innerText.includes("<script>alert(1)</scr" + "ipt>"),
       smallest: Math.min(...texts.map(t => t.getBoundingClientRect().height)),
+      contrast: contrast(page.querySelector("header .soft"), page.body),
+      chart_contrast: contrast(texts[0], page.body),
+      dark: light(getComputedStyle(page.body).backgroundColor) < 0.2,
       charts: [...page.querySelectorAll("svg")].filter(s => s.getBoundingClientRect().height > 100).length,
     };
     document.getElementById("seen").textContent = JSON.stringify(seen);
@@ -103,9 +116,12 @@ def server(folder: Path) -> Iterator[tuple[str, list[str]]]:
         thread.join()
 
 
-def test_at_a_desk_and_on_a_telephone(server: tuple[str, list[str]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["dark", "light"])
+def test_at_a_desk_and_on_a_telephone(server: tuple[str, list[str]], tmp_path: Path, scheme: str) -> None:
     address, asked = server
-    dom, console = browse(tmp_path / "profile", f"{address}/look.html", "--dump-dom", "--virtual-time-budget=20000")
+    how = ["--dump-dom", "--virtual-time-budget=20000"]
+    how += [f"--blink-settings=preferredColorScheme={['dark', 'light'].index(scheme)}"]
+    dom, console = browse(tmp_path / "profile", f"{address}/look.html", *how)
     found = re.search(r'<pre id="seen">(.*?)</pre>', dom, re.DOTALL)
     assert found is not None
     seen = json.loads(html.unescape(found[1]))
@@ -115,8 +131,11 @@ def test_at_a_desk_and_on_a_telephone(server: tuple[str, list[str]], tmp_path: P
         assert view["spilling"] == 0
         assert view["dangerous"] == 0
         assert view["text"]
-        assert view["charts"] == 8
+        assert view["charts"] == 10
         assert view["smallest"] >= 7
+        assert view["dark"] == (scheme == "dark")
+        assert view["contrast"] >= 4.5
+        assert view["chart_contrast"] >= 7
     assert console == ""
     assert set(asked) == {"/look.html", "/report.html?1280", "/report.html?390"}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from producer import cli
 from producer.broker import embedded_broker
 from worker import parts
 from worker.contracts.broker import redis_client
@@ -65,6 +68,22 @@ def serving(broker: str) -> Serving:
             thread.join()
 
     return serve
+
+
+@pytest.fixture
+def nermill(monkeypatch, capfd):
+    """Runs a command in this process; answers (exit code, standard output, standard error)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["nermill", *map(str, arguments)])
+        before = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        signal.signal(signal.SIGTERM, before)
+        out, err = capfd.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return run
 
 
 def tag(claim: Claim, ledger: Ledger) -> None:

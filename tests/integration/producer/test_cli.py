@@ -17,27 +17,17 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet as pq
 
-from producer import cli
+from producer import run as runs
+from producer.queue import Queue
+from worker.contracts.broker import redis_client
+from worker.contracts.ledger import Ledger, WorkerProcess
+from worker.contracts.manifest import load_manifest, resolve_artifact
+from worker.contracts.message import KEY_PREFIX
+from worker.contracts.plan import Options
 
 from .conftest import POISON
 
 COMMANDS = ("run", "plan", "submit", "status", "resume", "rejects", "cancel", "evaluate", "show", "compact", "doctor")
-
-
-@pytest.fixture
-def nermill(monkeypatch, capfd):
-    """Runs a command in this process; answers (exit code, standard output, standard error)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["nermill", *map(str, arguments)])
-        before = signal.getsignal(signal.SIGTERM)
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        signal.signal(signal.SIGTERM, before)
-        out, err = capfd.readouterr()
-        return int(caught.value.code or 0), out, err
-
-    return run
 
 
 @pytest.fixture
@@ -142,7 +132,9 @@ def test_plan_tells_without_writing(nermill, tmp_path):
         "".join(json.dumps({"id": i, "text": "Ada " * 40}) + "\n" for i in ids) + '{"id": "e", "text": ""}\n'
     )
     costs = tmp_path / "costs.json"
-    costs.write_text(json.dumps({"kind": "measured", "source": "here", "shapes": [{"tokens_per_second": 10.0}]}))
+    costs.write_text(
+        json.dumps({"kind": "measured", "source": "here", "shapes": [{"rows": 1, "length": 512, "seconds": 51.2}]})
+    )
     arguments = ("plan", path, "--out", tmp_path / "out", "--shard-documents", 4, "--costs", costs)
     code, out, _ = nermill(*arguments, "--json")
     body = json.loads(out)
@@ -154,8 +146,61 @@ def test_plan_tells_without_writing(nermill, tmp_path):
     assert body["device_seconds"] == pytest.approx(body["tokens"]["total"] / 10, abs=0.1)
     assert not (tmp_path / "out").exists()
     _, out, _ = nermill(*arguments)
-    assert "3 documents repeat an id: a, b" in out
+    assert "3 documents with an id that came before: a, b" in out
     assert "█" in out
+
+
+def test_plan_expects_seconds_from_the_table_that_lies_with_the_artifact(nermill, tmp_path, sample):
+    """After the demo model is built again: nermill-build bench demo --json > model_build/demo/artifact/bench.json."""
+    corpus = sample / "wikigold.jsonl"
+    code, out, _ = nermill("plan", corpus, "--json")
+    body = json.loads(out)
+    assert code == 0
+    assert 1_000 < body["tokens"]["total"] / body["device_seconds"] < 100_000
+    assert re.match("measured: nermill-build bench on .+", body["device_seconds_from"])
+    shutil.copytree(resolve_artifact("demo"), tmp_path / "art")
+    table = tmp_path / "art" / "bench.json"
+    table.write_text(table.read_text().replace(load_manifest(tmp_path / "art").sha256, "0" * 64))
+    code, out, _ = nermill("plan", corpus, "--model", tmp_path / "art")
+    assert code == 0
+    assert "unknown: nermill-build bench MODEL --json" in out
+
+
+def test_an_id_that_is_no_string_costs_that_document(nermill, broker, serving, tmp_path):
+    corpus = tmp_path / "in.jsonl"
+    corpus.write_text('{"id": 7, "text": "Ada"}\n{"id": {"a": 1}, "text": "Bob"}\n{"id": null, "text": "Carol"}\n')
+    with serving():
+        code, out, _ = nermill("submit", corpus, "--out", tmp_path / "out", "--broker", broker, "--wait", "--json")
+    run = json.loads(out)["run"]
+    assert code == 3
+    assert nermill("rejects", run)[1] == f"{corpus}:2  wrong_type: the id is a dict, not a string or number\n"
+    shown = nermill("show", run, "--json")[1].splitlines()
+    assert [json.loads(line)["doc_id"] for line in shown] == ["7", f"{corpus}:2", f"{corpus}:3"]
+
+
+def test_status_says_why_nobody_is_at_work(nermill, broker, corpus, tmp_path):
+    run = json.loads(nermill("submit", corpus, "--out", tmp_path / "out", "--broker", broker, "--json")[1])["run"]
+    assert "trouble    no worker listens at the broker" in nermill("status", run, "--broker", broker)[1]
+    strange = {"junk": 1e15, "[]": 1e15, '{"name": "w0"}': 1e15}
+    redis_client(broker).zadd(f"{KEY_PREFIX}workers", strange)
+    ledger = Ledger(redis_client(broker))
+    ledger.greet(WorkerProcess("w1", "npu:3", "other", "b" * 64), 60)
+    out = nermill("status", run, "--broker", broker)[1]
+    assert "trouble" not in out
+    assert "worker     w1 on npu:3: 0 documents" in out
+    runs.send(*runs.open_run(run), Queue(broker))
+    ledger.open(runs.open_run(run)[1].run_id, run, Options(), artifact="a" * 64)
+    out = nermill("status", run, "--broker", broker)[1]
+    assert "trouble    no worker serves the artifact that the run asks for" in out
+    assert "worker     w1" not in out
+
+
+@pytest.mark.parametrize(("words", "expected"), [("nermill st", "status"), ("nermill status --wa", "--watch")])
+def test_the_shell_completes_commands_and_options(words, expected):
+    environment = {**os.environ, "_NERMILL_COMPLETE": "complete_bash", "COMP_WORDS": words}
+    environment["COMP_CWORD"] = str(words.count(" "))
+    told = subprocess.check_output([sys.executable, "-m", "producer.cli"], env=environment, text=True)
+    assert told.split() == [expected]
 
 
 def test_doctor_names_what_fails_and_how_to_mend_it(nermill, broker, serving, corpus, tmp_path):
@@ -168,15 +213,13 @@ def test_doctor_names_what_fails_and_how_to_mend_it(nermill, broker, serving, co
         "doctor", "--broker", broker, "--devices", "cuda:77,gpu", "--out", corpus / "below", "--model", tmp_path
     )
     assert code == 1
-    assert re.search(r"workers +FAILS no worker listens.*\n +mend it: nermill-worker", out)
+    assert re.search(r"workers +FAILS no worker listens.*\n +mend: +nermill-worker", out)
     assert re.search(r"device +FAILS cuda:77 is not visible", out)
     assert re.search(r"device +FAILS 'gpu' is no device", out)
     assert re.search(r"output +FAILS .*cannot be a folder", out)
 
 
 def test_doctor_knows_a_wrong_password_and_never_shows_it(nermill, broker):
-    from worker.contracts.broker import redis_client
-
     client = redis_client(broker)
     client.config_set("requirepass", "right")
     try:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import signal
+import socket
 import socketserver
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from producer.doctor import Finding, examine
+from tests.harness import REAL, Server
 from worker.contracts.broker import redis_client
-from worker.contracts.ledger import Ledger
-from worker.contracts.message import KEY_PREFIX, QUEUE
+from worker.contracts.manifest import load_manifest, resolve_artifact
 from worker.contracts.plan import Options, Shard
 
 
@@ -44,19 +52,6 @@ def old_server() -> Iterator[str]:
         thread.join()
 
 
-@pytest.fixture
-def listening(broker: str) -> Iterator[None]:
-    """A connection that waits for bells, as a worker's does."""
-    client = redis_client(broker)
-    thread = threading.Thread(target=client.brpop, args=(KEY_PREFIX + QUEUE, 30), daemon=True)
-    thread.start()
-    while not any(entry["cmd"] == "brpop" for entry in redis_client(broker).client_list()):
-        pass
-    yield
-    redis_client(broker).rpush(KEY_PREFIX + QUEUE, "done")
-    thread.join()
-
-
 def findings(broker: str, tmp_path) -> dict[str, Finding]:
     return {finding.name: finding for finding in examine(broker, "demo", "cpu", str(tmp_path))}
 
@@ -76,21 +71,87 @@ def test_a_server_that_evicts_is_named(broker, tmp_path):
     assert (found.ok, found.mend) == (False, "redis-cli config set maxmemory-policy noeviction")
 
 
-def test_all_is_well_with_a_worker(broker, listening, tmp_path):
+def test_a_server_in_cluster_mode_is_refused(tmp_path):
+    with tempfile.TemporaryDirectory(prefix="nm-") as folder:
+        server = Server(Path(folder), ["--port", str(free_port()), "--cluster-enabled", "yes"])
+        try:
+            broker = findings(server.url, tmp_path)["broker"]
+        finally:
+            server.kill()
+    assert not broker.ok
+    assert "Redis Cluster cannot carry Celery's queues" in broker.detail
+    assert "cluster-enabled no" in broker.mend
+
+
+def free_port() -> int:
+    """A port that is free, as is the cluster's own, 10,000 above it."""
+    for port in range(20_000, 30_000):
+        with suppress(OSError), socket.socket() as one, socket.socket() as other:
+            one.bind(("127.0.0.1", port))
+            other.bind(("127.0.0.1", port + 10_000))
+            return port
+    raise AssertionError("no port is free")
+
+
+def test_workers_are_known_while_they_live_and_by_their_artifact(mill, tmp_path):
     pytest.importorskip("onnxruntime")
-    found = findings(broker, tmp_path)
-    assert {name for name, finding in found.items() if not finding.ok} == set()
+    none = findings(mill.server.url, tmp_path)["workers"]
+    assert (none.ok, none.mend) == (False, f"nermill-worker --model demo --broker {mill.server.url}")
+
+    double = mill.worker()
+    double.await_ready()
+    other = findings(mill.server.url, tmp_path)["workers"]
+    assert not other.ok
+    assert re.search(r"none serves demo \(\w{12}\); 1 on cpu: double \(\w{12}\)", other.detail)
+    assert other.mend.startswith("nermill-worker --model demo")
+
+    real = mill.worker(REAL)
+    real.await_ready()
+    assert {name for name, finding in findings(mill.server.url, tmp_path).items() if not finding.ok} == set()
+    with mill.queue().ledger() as ledger:
+        ledger.open("r1", str(tmp_path), Options(), artifact="b" * 64)
+        ledger.send("r1", [Shard(0, 0, 1, "c" * 64)])
+        waiting = findings(mill.server.url, tmp_path)["workers"]
+        assert not waiting.ok
+        assert "bbbbbbbbbbbb" in waiting.detail
+        ledger.drop("r1")
+        (other,) = {w.artifact for w in ledger.workers()} - {load_manifest(resolve_artifact("demo")).sha256}
+        double.signal(signal.SIGSTOP)  # it serves the run, but not now
+        ledger.open("r2", str(mill.out / "run=r2"), Options(), artifact=other)
+        ledger.send("r2", [Shard(0, 0, 1, "c" * 64)])
+        busy = findings(mill.server.url, tmp_path)["workers"]
+        assert busy.ok
+        assert "; runs wait for double" in busy.detail
+        ledger.drop("r2")
+        double.signal(signal.SIGCONT)
+    assert findings(mill.server.url, tmp_path)["workers"].ok
+
+    double.terminate()
+    real.kill()
+    assert [worker.model for worker in mill.queue().workers()] == ["minilm-conll2003"]
+    time.sleep(mill.lease_seconds + 0.5)  # thrice the time between two signs of life
+    assert mill.queue().workers() == []
 
 
-def test_a_run_for_another_artifact_is_named(broker, listening, tmp_path):
-    ledger = Ledger(redis_client(broker))
-    ledger.open("r1", str(tmp_path), Options(), artifact="b" * 64)
-    ledger.send("r1", [Shard(0, 0, 1, "c" * 64)])
-    workers = findings(broker, tmp_path)["workers"]
-    assert not workers.ok
-    assert "bbbbbbbbbbbb" in workers.detail
+@pytest.mark.parametrize("devices", ["cuda:77", "npu:77", "cpu,npu:77"])
+def test_a_device_that_is_not_visible_is_named(broker, tmp_path, devices):
+    found = [f for f in examine(broker, "demo", devices, str(tmp_path)) if f.name == "device"]
+    assert not found[-1].ok
+    assert "77 is not visible (/dev/" in found[-1].detail
+    assert re.match("npu-smi info|nvidia-smi", found[-1].mend)
 
 
-def test_no_worker_is_named_with_the_command_that_starts_one(broker, tmp_path):
-    workers = findings(broker, tmp_path)["workers"]
-    assert (workers.ok, workers.mend) == (False, f"nermill-worker --model demo --broker {broker}")
+def test_auto_looks_for_the_device_that_the_artifact_needs(broker, tmp_path):
+    shutil.copytree(resolve_artifact("demo"), tmp_path / "aie")
+    manifest = tmp_path / "aie" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"backend": "onnx"', '"backend": "aie"'))
+    found = {f.name: f for f in examine(broker, str(tmp_path / "aie"), "auto", str(tmp_path))}
+    assert "npu:0 is not visible" in found["device"].detail
+    assert "mindietorch" in found["runtime"].mend
+
+
+def test_no_write_access_is_named_before_anything_is_made(broker, tmp_path):
+    output = {f.name: f for f in examine(broker, "demo", "cpu", "/proc/tagged")}["output"]
+    assert (output.ok, output.mend) == (False, "name a folder or URI that you may write with --out")
+    assert {f.name: f for f in examine(broker, "demo", "cpu", str(tmp_path / "a" / "b"))}["output"].ok
+    assert list(tmp_path.iterdir()) == []

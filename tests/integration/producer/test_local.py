@@ -89,7 +89,7 @@ def test_a_run_that_is_ended_takes_its_children_along(tmp_path, number):
     _, err = process.communicate(timeout=60)
     if number == signal.SIGTERM:
         assert process.returncode == 3, err
-        assert "nermill resume" in err
+        assert "To go on: the same command again" in err
     assert wait_until_gone(children, 40.0) == set()
 
 

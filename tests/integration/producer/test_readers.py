@@ -61,7 +61,8 @@ def test_polars(run):
     assert people.group_by("label").len().rows() == [("PER", PEOPLE)]
     inputs = polars.DataFrame({"doc_id": list(TEXTS), "input": list(TEXTS.values())})
     joined = people.join(inputs, on="doc_id")
-    assert all(row["input"][row["start"] : row["end"]] == row["text"] for row in joined.to_dicts())
+    assert [row["input"][row["start"] : row["end"]] for row in joined.to_dicts()] == joined["text"].to_list()
+    assert polars.read_parquet_metadata(f"{run}/part-00000.parquet")["nermill.run_id"] == run_id(run)
 
 
 def test_pandas(run):
@@ -70,18 +71,29 @@ def test_pandas(run):
     assert table["doc_id"].tolist() == list(TEXTS)
     people = table.explode("entities").dropna(subset="entities")
     assert people["entities"].map(lambda entity: entity["label"]).value_counts().to_dict() == {"PER": PEOPLE}
+    inputs = pandas.DataFrame({"doc_id": list(TEXTS), "input": list(TEXTS.values())})
+    joined = people.merge(inputs, on="doc_id")
+    assert len(joined) == PEOPLE
+    assert all(text[e["start"] : e["end"]] == e["text"] for text, e in zip(joined["input"], joined["entities"]))  # noqa: B905
 
 
 def test_pyarrow_dataset(run):
-    from pyarrow import dataset
+    from pyarrow import compute, dataset
 
     from worker.contracts.schema import metadata_of
 
     parts = dataset.dataset(sorted(str(part) for part in Path(run).glob("part-*.parquet")))
     assert parts.count_rows() == len(TEXTS)
     assert parts.to_table(filter=dataset.field("status") == "rejected")["doc_id"].to_pylist() == ["c", "e"]
+    table = parts.to_table()
+    entities = table["entities"].combine_chunks()
+    labels = compute.value_counts(entities.flatten().field("label")).to_pylist()
+    assert labels == [{"values": "PER", "counts": PEOPLE}]
+    owners = table["doc_id"].take(compute.list_parent_indices(entities)).to_pylist()
+    found = zip(owners, entities.flatten().to_pylist(), strict=True)
+    assert all(TEXTS[owner][e["start"] : e["end"]] == e["text"] for owner, e in found)
     metadata = metadata_of(parts.schema)
-    assert metadata["run_id"] == json.loads((Path(run) / "plan.json").read_text())["run_id"]
+    assert metadata["run_id"] == run_id(run)
     assert metadata["offset_unit"] == "unicode_code_point"
 
 
@@ -90,8 +102,14 @@ def test_datasets(run, tmp_path):
     table = datasets.load_dataset(
         "parquet", data_files=f"{run}/part-*.parquet", split="train", cache_dir=str(tmp_path), keep_in_memory=True
     )
-    assert table.num_rows == len(TEXTS)
-    assert sum(len(entities) for entities in table["entities"]) == PEOPLE
+    assert table["doc_id"][:] == list(TEXTS)
+    found = [(row["doc_id"], entity) for row in table for entity in row["entities"]]
+    assert [entity["label"] for _, entity in found] == ["PER"] * PEOPLE
+    assert all(TEXTS[owner][e["start"] : e["end"]] == e["text"] for owner, e in found)
+
+
+def run_id(run: str) -> str:
+    return json.loads((Path(run) / "plan.json").read_text())["run_id"]
 
 
 def test_seqeval_reads_what_show_writes(broker_url, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import threading
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from producer.shards import ShardLimits
 from producer.show import conll_lines, read_rows
 from producer.sources import ReadOptions
 from producer.status import Status, look
+from tests.harness import rows, texts
 from worker.contracts.broker import redis_client
 from worker.contracts.errors import BrokerError, StoreError, UsageError
 from worker.contracts.layout import SUCCESS_FILE, part_name
@@ -52,7 +54,7 @@ def test_a_run_is_sent_followed_and_finished(broker, serving: Serving, planned):
         "run": run.uri, "run_id": plan.run_id, "state": "complete",
         "shards": {"planned": 4, "committed": 4, "waiting": 0, "leased": 0},
         "documents": {"total": 10, "ok": 8, "rejected": 2}, "tokens": 35, "seconds": 0, "documents_per_second": 0,
-        "tokens_per_second": 0, "padding_share": 0.5, "eta_seconds": 0.0, "workers": 0,
+        "tokens_per_second": 0, "padding_share": 0.5, "eta_seconds": 0.0, "workers": 0, "listening": [], "trouble": "",
     }  # fmt: skip
     assert status.exit_code == 3
     assert seen[-1].state == "complete"
@@ -175,6 +177,27 @@ def test_documents_that_are_gone_are_named(broker, planned):
     run.remove(run.shard_file(1))
     with pytest.raises(UsageError, match=r"shard-00001.arrow: these documents are gone"):
         runs.send(run, plan, Queue(broker))
+
+
+def test_a_damaged_shard_is_named_and_submitting_again_mends_it(mill):
+    documents = texts(30)
+    run, plan = mill.plan(documents, documents_per_shard=10)
+    damaged = bytearray(run.read(run.shard_file(1)))
+    damaged[len(damaged) // 2] ^= 1
+    run.write(run.shard_file(1), bytes(damaged))
+    queue = mill.queue()
+    runs.send(run, plan, queue)
+    mill.worker()
+    named = r"shard-00001.arrow: damaged since it was planned .*; submit the same input again"
+    with pytest.raises(StoreError, match=named):
+        mill.wait(run, plan)
+    status = look(run, plan, queue)
+    assert (status.state, status.committed) == ("incomplete", 2)
+    assert re.search(named, status.progress.trouble)
+    again = mill.submit(documents, documents_per_shard=10)
+    assert again == (run, plan)
+    assert mill.wait(run, plan).state == "complete"
+    assert [row["doc_id"] for row in rows(run)] == [f"d{n}" for n in range(30)]
 
 
 def test_a_broker_that_is_not_there_is_one_line_without_its_password():

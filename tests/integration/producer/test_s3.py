@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import uuid
 from collections.abc import Iterator
 
@@ -16,17 +17,12 @@ from producer.planning import Request, make_plan
 from producer.queue import Queue
 from producer.shards import ShardLimits
 from producer.show import read_rows
-from producer.status import look
 from producer.stream import Stream
-from worker.contracts.broker import redis_client
 from worker.contracts.document import Document
 from worker.contracts.errors import StoreError, UsageError
 from worker.contracts.layout import SUCCESS_FILE, RunFolder, part_name
-from worker.contracts.ledger import Ledger
 from worker.contracts.plan import Plan, read_plan
 from worker.evaluation import evaluate
-
-from .conftest import ARTIFACT, tag
 
 pytest.importorskip("s3fs")
 moto_server = pytest.importorskip("moto.server")
@@ -58,32 +54,36 @@ def table_of(run: RunFolder, plan: Plan) -> pa.Table:
     return pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
 
 
-def test_a_run_on_s3_is_the_run_on_disk(bucket, broker, serving, tmp_path):
+def test_a_run_on_s3_whose_worker_is_killed_is_the_run_on_disk(bucket, mill, tmp_path):
     corpus = tmp_path / "in.conll"
-    corpus.write_text("".join(f"Ada{n} B-PER\nmet O\nBob I-PER\n\n" for n in range(20)))
-    queue = Queue(broker)
+    corpus.write_text("".join(f"Ada{n} B-PER\nmet O\nBob I-PER\n\n" for n in range(60)))
     limits = ShardLimits(documents=3)
-    tables = []
-    for out in (bucket, str(tmp_path / "out")):
+    roots = {"NERMILL_ALLOWED_ROOTS": f"{bucket}/deep:{mill.out}"}
+    tables, scores = [], []
+    for out in (f"{bucket}/deep", str(mill.out)):
         run, plan = make_plan(Request((str(corpus),), out, limits=limits))
-        runs.send(run, plan, queue)
-        ledger = Ledger(redis_client(broker))
-        held = ledger.claim(ARTIFACT, 1, now=1.0)  # a worker that takes a shard and is killed
-        assert held is not None
-        tag(ledger.claim(ARTIFACT, 60), ledger)
-        assert (look(run, plan, queue).state, look(run, plan, queue).committed) == ("running", 1)
-        ledger.reap()
-        with serving():
-            plan = runs.resume(run, plan, queue)
-            assert runs.wait(run, plan, queue).state == "complete"
+        runs.send(run, plan, mill.queue())
+        if not mill.workers:
+            doomed = mill.worker(FAULT_BATCH_SECONDS="0.2", **roots)
+            deadline = time.monotonic() + 40
+            while not run.committed():
+                assert time.monotonic() < deadline, mill.logs()
+                time.sleep(0.05)
+            doomed.kill()
+            assert len(run.committed()) < len(plan.shards)
+            mill.worker(**roots)
+        plan = runs.resume(run, plan, mill.queue())
+        assert mill.wait(run, plan).state == "complete"
         assert run.exists(SUCCESS_FILE)
-        assert evaluate(run)["documents"] == 20
+        scores.append(evaluate(run)["strict"])
         compacted = compact(run, plan)
-        assert (len(plan.shards), len(compacted.shards), run.committed()) == (7, 1, {0})
+        assert (len(plan.shards), len(compacted.shards), len(run.committed())) == (20, 1, 1)
         assert [shown.row["doc_id"] for shown in read_rows(run, compacted, 2)] == [f"{corpus}:1", f"{corpus}:5"]
         tables.append(table_of(run, compacted))
         assert make_plan(Request((str(corpus),), out, limits=limits)) == (run, compacted)
     assert tables[0] == tables[1]
+    assert scores[0] == scores[1]
+    assert tables[0]["doc_index"].to_pylist() == list(range(60))
 
 
 def test_inputs_are_read_from_s3(bucket, broker, serving, tmp_path):

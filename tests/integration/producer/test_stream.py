@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,9 @@ from producer.shards import ShardLimits
 from producer.show import read_rows
 from producer.status import look
 from producer.stream import Stream
+from tests.benchmarks import stream as latency
+from tests.benchmarks.corpora import SAMPLE
+from tests.harness import rows, texts
 from worker.contracts.broker import redis_client
 from worker.contracts.document import Document
 from worker.contracts.layout import RunFolder
@@ -121,6 +126,46 @@ def test_nothing_acknowledged_is_lost_by_sigkill(submit, serving, broker, tmp_pa
     assert not read_plan(run).is_open
 
 
+def test_a_stream_that_is_killed_and_started_again_misses_nothing_acknowledged(mill, tmp_path):
+    """The sender starts again behind what was acknowledged; the worker is a real one."""
+    mill.worker()
+    documents = [json.dumps({"id": f"d{n}", "text": text}) + "\n" for n, text in enumerate(texts(300))]
+    command = [sys.executable, "-m", "producer.cli", "submit", "-", "--ack", "--linger", "0.05"]
+    command += ["--shard-documents", "7", "--out", str(mill.out), "--broker", mill.server.url]
+
+    def start(**streams: object) -> subprocess.Popen[str]:
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **streams)
+
+    acknowledged = 0
+    with start() as first:
+        for number, document in enumerate(documents):
+            first.stdin.write(document)
+            first.stdin.flush()
+            if number % 7 == 6:
+                acknowledged += json.loads(first.stdout.readline())["documents"]
+            if number == 200:  # some are in a shard to come
+                first.kill()
+                break
+        acknowledged += sum(json.loads(line)["documents"] for line in first.stdout)
+        with suppress(BrokenPipeError):
+            first.stdin.close()
+    assert 100 < acknowledged <= 201
+    before = the_run(mill.folder)
+    with start() as second:
+        told, _ = second.communicate("".join(documents[acknowledged:]), timeout=60)
+    assert second.returncode == 0
+    assert sum(json.loads(line)["documents"] for line in told.splitlines()[:-1] if "first" in line) > 0
+
+    plan = runs.resume(before, read_plan(before), mill.queue())
+    mill.wait(before, plan)
+    (after,) = (RunFolder(str(path)) for path in mill.out.iterdir() if str(path) != before.uri)
+    mill.wait(after, read_plan(after))
+    durable = [row["doc_id"] for row in rows(before)]
+    assert durable == [f"d{n}" for n in range(len(durable))]
+    assert len(durable) >= acknowledged
+    assert [row["doc_id"] for row in rows(after)] == [f"d{n}" for n in range(acknowledged, len(documents))]
+
+
 def test_a_growing_file_is_followed(submit, serving, tmp_path):
     growing = tmp_path / "log.jsonl"
     growing.write_text('{"text": "Ada"}\n{"text": "Bo')
@@ -156,6 +201,14 @@ def test_a_server_that_lost_its_memory_is_told_again(broker, serving, tmp_path, 
     plan = stream.close()
     with serving():
         assert runs.wait(stream.run, plan, queue).ok == 5
+
+
+def test_the_latency_table_has_a_row_for_each_linger(capfd, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(latency, "LINGERS", (0.05,))
+    latency.main(["--rate", "40", "--seconds", "1", "--data", str(SAMPLE)])
+    row = capfd.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(r"\| 50 ms \| 40 \| (39|40) \| [\d,]+ ms \| [\d,]+ ms \| [\d,]+ ms \|", row)
 
 
 def test_readers_of_an_open_run_see_nothing_half_done(broker, tmp_path):

@@ -102,7 +102,7 @@ def test_ink_follows_the_page(hostile_run: RunFolder) -> None:
     assert "#010203" not in html
     assert "prefers-color-scheme: dark" in html
     assert "@media print" in html
-    assert html.count("<svg") == 8
+    assert html.count("<svg") == 10
     assert not re.search(r"<svg[^>]* width=", html)
     assert "prolog" not in page.tags
 

@@ -13,7 +13,7 @@ from producer.planning import Request, make_plan, nothing_half_written
 from producer.shards import ShardLimits
 from producer.sources import ReadOptions
 from worker.contracts.errors import StoreError, UsageError
-from worker.contracts.layout import RunFolder
+from worker.contracts.layout import RunFolder, part_name
 from worker.contracts.plan import Options, read_plan
 
 
@@ -43,6 +43,17 @@ def test_the_same_request_is_the_same_run_and_another_is_another(request_):
         replace(request_, read=ReadOptions(keep_fields=True)),
     ]
     assert len({plan.run_id, *(make_plan(other)[1].run_id for other in others)}) == 4
+
+
+def test_planning_again_mends_what_is_gone_or_damaged_and_has_no_part(request_):
+    run, plan = make_plan(request_)
+    whole = [run.read(run.shard_file(shard)) for shard in range(3)]
+    run.write(part_name(0), b"")
+    for shard in range(3):
+        run.write(run.shard_file(shard), b"damaged")
+    run.remove(run.shard_file(2))
+    assert make_plan(request_) == (run, plan)
+    assert [run.read(run.shard_file(shard)) for shard in range(3)] == [b"damaged", *whole[1:]]
 
 
 def test_shards_of_a_planning_that_was_killed_are_replaced(request_):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
+import json
+from decimal import Decimal
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producer.shards import ShardLimits, cut, document_text, estimated_tokens, write_shards
+from producer.shards import ShardLimits, cut, document_text, estimated_tokens, kind_of, write_shards
 from worker.contracts.document import Document, Fault
 from worker.contracts.layout import RunFolder
-from worker.contracts.shard import read_documents, read_shard
+from worker.contracts.shard import read_documents, read_shard, shard_table
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
 documents = st.lists(
@@ -29,6 +34,20 @@ def test_cut_keeps_order_and_limits(items, count, characters, tokens):
         assert 1 <= len(group) <= count
         assert len(group) == 1 or sum(map(len, sizes)) <= characters
         assert len(group) == 1 or sum(map(estimated_tokens, sizes)) <= tokens
+        assert len({kind_of(d) for d in group} - {None}) <= 1
+
+
+def test_kept_fields_are_json_that_every_reader_takes():
+    nested: dict[str, object] = {
+        "nan": float("nan"), "in": [1.5, {"deep": [float("inf"), -float("inf")]}], "é": "\ud800é", "none": None,
+        "when": datetime.date(2024, 2, 29), "price": Decimal("1.10"), "raw": b"x\xff",
+        "big": 1 << 70, "pairs": [("a", 1)],
+    }  # fmt: skip
+    [kept] = shard_table([Document("1", text="t", fields=nested)])["fields"].to_pylist()
+    assert json.loads(kept, parse_constant=pytest.fail) == {
+        "nan": None, "in": [1.5, {"deep": [None, None]}], "é": "?é", "none": None, "when": "2024-02-29",
+        "price": "1.10", "raw": "x�", "big": 1 << 70, "pairs": [["a", 1]],
+    }  # fmt: skip
 
 
 def test_shards_read_back_as_they_were(tmp_path):
@@ -40,5 +59,5 @@ def test_shards_read_back_as_they_were(tmp_path):
         Document("4", fault=Fault("not_utf8", "not UTF-8")),
     ]
     shards = list(write_shards(run, items, ShardLimits(documents=3)))
-    assert [(s.index, s.first, s.documents) for s in shards] == [(0, 0, 3), (1, 3, 1)]
+    assert [(s.index, s.first, s.documents) for s in shards] == [(0, 0, 1), (1, 1, 1), (2, 2, 2)]
     assert [d for s in shards for d in read_documents(read_shard(run, s.index, s.sha256))] == items

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import math
 import os
 import string
 import sys
@@ -84,6 +85,11 @@ class TestJsonl:
         path = write("a.jsonl", '{"id": 1, "body": "Ada"}\n{"id": 2, "body": "Bob"}\n')
         refused(rf"{path}:1: no field 'text' \(found: id, body\); name the text with --text-column", path)
         assert [d.text for d in read(path, text_column="body")] == ["Ada", "Bob"]
+
+    def test_no_id_field_anywhere_is_named_where_one_was_asked_for(self, write):
+        path = write("a.jsonl", '{"key": 1, "text": "Ada"}\n{"key": 2, "text": "Bob"}\n')
+        refused(rf"{path}:1: no field 'kye' \(found: key, text\); mend --id-column", path, id_column="kye")
+        assert [d.id for d in read(path)] == [f"{path}:1", f"{path}:2"]
 
     def test_a_line_above_the_limit_is_one_reject(self, write, monkeypatch):
         monkeypatch.setattr(files, "MAX_LINE_BYTES", 64)
@@ -167,10 +173,10 @@ class TestParquet:
         first, second, third = read(path, id_column="key", text_column="body", keep_fields=True)
         assert (first.id, first.text, first.fields) == ("1", "Ada", {"n": 0.5})
         assert (second.id, faults([second])) == ("2", ["missing_field"])
-        assert third.fields == {"n": None}
+        assert math.isnan(third.fields["n"])  # JSON's null, once it is in a shard
         refused(r"no field 'text' \(found: key, body, n\)", path)
         refused("column 'n' is double, not a string", path, text_column="n")
-        refused("no column 'who'", path, id_column="who", text_column="body")
+        refused(r"no field 'who' \(found: key, body, n\); mend --id-column", path, id_column="who", text_column="body")
 
     def test_bytes_that_are_not_utf8(self, tmp_path):
         path = tmp_path / "a.parquet"

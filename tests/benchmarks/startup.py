@@ -1,0 +1,125 @@
+"""``python -m tests.benchmarks.startup``: the first document of a cold worker, and a lone one of an idle worker."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+
+from model_build.demo.recover import recover
+from producer.queue import Queue
+from producer.run import send
+from tests.harness import REAL, Harness, harness
+from worker import Tagger
+from worker.contracts.layout import RunFolder, part_name
+from worker.contracts.plan import Plan
+
+ROUNDS = 5
+LONE_DOCUMENTS = 100
+TEXT = "The European Commission said on Thursday that it disagreed with German advice to consumers."
+LOAD_IN_TORCH = """
+import sys, torch
+from safetensors.torch import load_file
+load_file(sys.argv[1])
+"""
+
+
+def main() -> None:
+    """Prints what was measured."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nm-")))
+        recover(folder / "checkpoint")
+        weights = folder / "checkpoint" / "model.safetensors"
+        mill = stack.enter_context(harness(folder, lease_seconds=60.0))
+        torch, cold, usage = [], [], []
+        for number in range(ROUNDS):
+            torch.append(_seconds(sys.executable, "-c", LOAD_IN_TORCH, str(weights)))
+            cold.append(_cold(mill, number))
+            usage.append(_seconds(sys.executable, "-m", "producer.cli", "--help"))
+        print(f"import torch, load the weights     {median(torch):.2f} s")
+        print(f"cold worker to its first part      {median(cold):.2f} s = {median(cold) / median(torch):.2f} x")
+        print(f"nermill --help                     {median(usage):.2f} s")
+        tagged, trip = _tagged(), _round_trip(mill, stack)
+        mill.worker(REAL, OMP_NUM_THREADS=str(os.cpu_count())).await_ready()
+        lone = _lone(mill)
+        print(f"one document, the engine alone     {1000 * tagged:.1f} ms")
+        print(f"an empty Celery task and its answer {1000 * trip:.1f} ms")
+        print(f"one document to an idle worker     {1000 * lone:.1f} ms, {1000 * (lone - tagged - trip):+.1f} ms")
+
+
+def _seconds(*command: str) -> float:
+    begun = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - begun
+
+
+def _cold(mill: Harness, number: int) -> float:
+    """From the start of a worker process to the part of a document that waits for it."""
+    run, _ = mill.submit([TEXT], out=f"{mill.out}/cold-{number}")
+    begun = time.perf_counter()
+    worker = mill.worker(REAL, OMP_NUM_THREADS=str(os.cpu_count()))
+    _await_part(run)
+    seconds = time.perf_counter() - begun
+    worker.kill()
+    return seconds
+
+
+def _round_trip(mill: Harness, stack: ExitStack) -> float:
+    """Median seconds of a Celery task that does nothing, from sending it to its answer."""
+    os.environ["BENCH_BROKER"] = str(mill.server.socket)
+    from tests.benchmarks.echo import app, echo
+
+    command = [sys.executable, "-m", "celery", "-A", "tests.benchmarks.echo", "worker", "--pool", "threads"]
+    quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}  # who measures as root is told so by Celery
+    process = stack.enter_context(
+        subprocess.Popen([*command, "--loglevel", "ERROR"], stdout=subprocess.DEVNULL, env=quiet)
+    )
+    stack.callback(process.terminate)
+    with app:
+        echo.delay().get(timeout=60)
+        return median(_time_of(lambda: echo.delay().get(timeout=10)) for _ in range(LONE_DOCUMENTS))
+
+
+def _lone(mill: Harness) -> float:
+    """Median seconds from sending a run of one document to its part."""
+    queue = mill.queue()
+    planned = [mill.plan([f"{TEXT} {number}"], out=f"{mill.out}/lone-{number}") for number in range(LONE_DOCUMENTS)]
+    return median(_sent_and_tagged(run, plan, queue) for run, plan in planned)
+
+
+def _sent_and_tagged(run: RunFolder, plan: Plan, queue: Queue) -> float:
+    time.sleep(0.02)  # the worker is idle again
+    begun = time.perf_counter()
+    send(run, plan, queue)
+    _await_part(run)
+    return time.perf_counter() - begun
+
+
+def _await_part(run: RunFolder) -> None:
+    deadline = time.monotonic() + 120
+    while not os.path.exists(run.path(part_name(0))):
+        if time.monotonic() > deadline:
+            raise SystemExit(f"{run}: no part")
+        time.sleep(0.0005)
+
+
+def _time_of(call: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    call()
+    return time.perf_counter() - begun
+
+
+def _tagged() -> float:
+    with Tagger.load("demo") as tagger:
+        tagger.tag([TEXT])
+        return median(_time_of(lambda: tagger.tag([TEXT])) for _ in range(LONE_DOCUMENTS))
+
+
+if __name__ == "__main__":
+    main()

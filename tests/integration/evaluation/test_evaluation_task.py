@@ -1,0 +1,172 @@
+"""A run's evaluation happens by itself, once, on whichever worker is there; nobody but the workers takes part."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from producer.planning import Request, make_plan
+from producer.run import send
+from producer.shards import ShardLimits
+from tests.harness import Harness
+from worker.contracts.layout import REPORT_HTML, REPORT_JSON, SUCCESS_FILE, RunFolder
+from worker.contracts.plan import Plan
+
+SENTENCE = "Anna B-PER\nflew O\nto O\nRome B-LOC\n. O\n\n"
+
+
+def submit(mill: Harness, sentences: int, per_shard: int) -> tuple[RunFolder, Plan]:
+    """Sends a run with gold tags, and looks after it no more."""
+    source = mill.folder / "gold.conll"
+    source.write_text(SENTENCE * sentences, "utf-8")
+    run, plan = make_plan(Request((str(source),), str(mill.out), limits=ShardLimits(documents=per_shard)))
+    send(run, plan, mill.queue())
+    return run, plan
+
+
+def lines_of(trace: Path) -> list[tuple[float, str]]:
+    """When what was done, as the processes wrote it down."""
+    lines = trace.read_text("utf-8").splitlines() if trace.exists() else []
+    return [(float(at), deed) for at, deed in (line.split(" ") for line in lines)]
+
+
+def deeds(trace: Path) -> Counter[str]:
+    """How often each thing was done, by all processes together."""
+    return Counter(deed for _, deed in lines_of(trace))
+
+
+def await_evaluation(mill: Harness, trace: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not deeds(trace)["evaluates"]:
+        assert time.monotonic() < deadline, mill.logs()
+        time.sleep(0.02)
+
+
+def await_report(mill: Harness, run: RunFolder) -> dict[str, Any]:
+    deadline = time.monotonic() + 60
+    while not run.exists(REPORT_HTML):
+        assert time.monotonic() < deadline, mill.logs()
+        time.sleep(0.02)
+    report: dict[str, Any] = json.loads(run.read(REPORT_JSON))
+    return report
+
+
+def await_closed(mill: Harness, plan: Plan) -> None:
+    """Waits until no worker is sent to the run any more."""
+    deadline = time.monotonic() + 10
+    with mill.queue().ledger() as ledger:
+        while plan.run_id in ledger.runs():
+            assert time.monotonic() < deadline, mill.logs()
+            time.sleep(0.02)
+
+
+def test_it_happens_once_though_the_last_two_shards_end_together(mill: Harness) -> None:
+    meeting, trace = mill.folder / "meeting", mill.folder / "trace"
+    meeting.mkdir()
+    faults = {"FAULT_MEET": str(meeting), "FAULT_TRACE": str(trace), "FAULT_EVALUATION_SECONDS": "1"}
+    workers = [mill.worker(NERMILL_CONCURRENCY="1", **faults) for _ in range(2)]
+    for worker in workers:
+        worker.await_ready()
+    run, plan = submit(mill, 40, per_shard=20)
+    report = await_report(mill, run)
+    await_closed(mill, plan)
+    mill.queue().ring(5)
+    time.sleep(1)
+    assert len(list(meeting.iterdir())) == 2, "both workers had a shard, and told of it together"
+    assert deeds(trace)["evaluates"] == deeds(trace)["evaluated"] == 1, mill.logs()
+    assert (report["documents"], report["support"], report["warnings"]) == (40, 80, [])
+    assert len(report["throughput"]["workers"]) == 2
+
+
+def test_it_happens_once_more_after_a_kill_in_the_middle_of_it(mill: Harness) -> None:
+    trace = mill.folder / "trace"
+    run, plan = submit(mill, 40, per_shard=20)
+    doomed = mill.worker(FAULT_TRACE=str(trace), FAULT_EVALUATION_SECONDS="60")
+    await_evaluation(mill, trace)
+    doomed.kill()
+    assert run.exists(SUCCESS_FILE)
+    assert not run.exists(REPORT_JSON)
+    for _ in range(2):
+        mill.worker(FAULT_TRACE=str(trace), FAULT_EVALUATION_SECONDS="1")
+    report = await_report(mill, run)
+    await_closed(mill, plan)
+    mill.queue().ring(5)
+    time.sleep(1)
+    assert (deeds(trace)["evaluates"], deeds(trace)["evaluated"]) == (2, 1), mill.logs()
+    assert report["documents"] == 40
+
+
+def test_a_waiting_producer_leaves_a_long_evaluation_to_its_worker(
+    mill: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("producer.run.SETTLE_SECONDS", 0.5)
+    trace = mill.folder / "trace"
+    run, plan = submit(mill, 40, per_shard=20)
+    mill.worker(FAULT_TRACE=str(trace), FAULT_EVALUATION_SECONDS="4")
+    mill.wait(run, plan)
+    assert deeds(trace)["evaluated"] == 1
+    assert run.exists(REPORT_HTML)
+
+
+def test_a_waiting_producer_ends_though_the_only_worker_died_in_the_evaluation(
+    mill: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("producer.run.SETTLE_SECONDS", 0.5)
+    trace = mill.folder / "trace"
+    run, plan = submit(mill, 40, per_shard=20)
+    doomed = mill.worker(FAULT_TRACE=str(trace), FAULT_EVALUATION_SECONDS="60")
+    await_evaluation(mill, trace)
+    doomed.kill()
+    assert mill.wait(run, plan, timeout=mill.lease_seconds + 15).state == "complete"
+    assert run.exists(SUCCESS_FILE)
+    assert not run.exists(REPORT_JSON), "what the command does next"
+
+
+def test_an_evaluation_that_ends_every_process_is_left_alone(mill: Harness) -> None:
+    trace = mill.folder / "trace"
+    run, plan = submit(mill, 4, per_shard=4)
+    with mill.server.client() as client:
+        client.hset(f"nermill:run:{plan.run_id}:attempts", "-1", 3)  # as after three kills in the middle of it
+    mill.worker(FAULT_TRACE=str(trace))
+    deadline = time.monotonic() + 30
+    while not run.exists(SUCCESS_FILE):
+        assert time.monotonic() < deadline, mill.logs()
+        time.sleep(0.02)
+    await_closed(mill, plan)
+    assert not run.exists(REPORT_JSON)
+    assert deeds(trace)["evaluates"] == 0
+    assert "no report, 3 attempts" in mill.logs()
+
+
+def test_what_workers_measure_is_what_their_devices_did(mill: Harness) -> None:
+    """Two devices, one paced twice as slow as the other; the batches that they computed are counted as they go."""
+    paces = {"npu:0": 0.2, "npu:1": 0.4}
+    traces = {device: mill.folder / device for device in paces}
+    for device, pace in paces.items():
+        mill.worker(
+            NERMILL_DEVICE_NAME=device,
+            NERMILL_CONCURRENCY="2",
+            FAULT_BATCH_SECONDS=str(pace),
+            FAULT_TRACE=str(traces[device]),
+        ).await_ready()
+    warm = {device: deeds(trace)["batch"] for device, trace in traces.items()}
+    run, _ = submit(mill, 4_000, per_shard=200)
+    throughput = await_report(mill, run)["throughput"]
+    rows = {row["device"]: row for row in throughput["devices"]}
+    assert set(rows) == set(paces)
+    for device, row in rows.items():
+        ends = [at for at, deed in lines_of(traces[device]) if deed == "batch"][warm[device] :]
+        computed, lasted = paces[device] * len(ends), ends[-1] - ends[0] + paces[device]
+        assert row["compute_seconds"] == pytest.approx(computed, rel=0.05)
+        assert row["busy_share"] == pytest.approx(computed / lasted, rel=0.1)
+        assert row["documents_per_second"] == pytest.approx(row["documents"] / lasted, rel=0.1)
+    assert sum(row["documents"] for row in rows.values()) == 4_000
+    stages = throughput["stages"]
+    assert set(stages) == {"queue", "tokenize", "wait", "compute", "decode", "write", "shard"}
+    assert 0 < stages["queue"]["p50"] < stages["queue"]["p99"] < 60, "later shards waited longer to be claimed"
+    assert 0 < stages["write"]["p50"] < 5

@@ -1,0 +1,141 @@
+"""Every option of every command with a value that it does not have: one line that names it, and exit code 2."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import typer
+from pyarrow import parquet as pq
+
+from producer import cli
+from producer import run as runs
+from producer.planning import Request, make_plan
+from producer.queue import Queue
+
+# Option, a wrong value, what the message says besides the value. Whoever adds an option has to add a line.
+WRONG = {
+    "--aggregation": ("best", "one of none, simple, first, average, max"),
+    "--broker": ("amqp://host", "broker URLs begin with redis://"),
+    "--compare": ("nowhere", "no run here"),
+    "--costs": ("nowhere.json", "nermill-build bench ART --json writes one"),
+    "--devices": ("gpu", "say auto"),
+    "--format": ("csv", "one of "),
+    "--gold": ("nowhere.conll", "No such file"),
+    "--high-water": ("0", "--high-water"),
+    "--id-column": ("key", "mend --id-column"),
+    "--limit": ("0", "--limit"),
+    "--linger": ("soon", "--linger"),
+    "--max-chars": ("0", "--max-chars"),
+    "--min-accuracy": ("2", "--min-accuracy"),
+    "--min-documents-per-second": ("-1", "--min-documents-per-second"),
+    "--min-f1": ("high", "--min-f1"),
+    "--model": ("nowhere", "no model artifact"),
+    "--out": ("{file}/below", "cannot be a folder"),
+    "--overlap": ("5000", "--overlap"),
+    "--part-mib": ("0", "--part-mib"),
+    "--shard-documents": ("many", "--shard-documents"),
+    "--text-column": ("body", "name the text with --text-column"),
+    "--unit": ("word", "one of sentence, document"),
+}
+FINDINGS = {"--broker", "--devices", "--model", "--out"}  # doctor goes on: what is wrong is what it is asked for
+HELPFUL = {"help", "install_completion", "show_completion"}
+COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands
+
+
+def options() -> Iterator[tuple[str, str, str]]:
+    """Command, flag and environment variable of each option."""
+    for name, command in COMMANDS.items():
+        for option in command.params:
+            if option.param_type_name == "option" and option.name not in HELPFUL:
+                yield name, option.opts[0], str(option.envvar or "")
+
+
+def is_flag(command: str, flag: str) -> bool:
+    return any(option.is_flag for option in COMMANDS[command].params if flag in option.opts)
+
+
+@pytest.fixture(scope="module")
+def base(broker_url, tmp_path_factory) -> dict[str, list[str]]:
+    """Arguments with which each command would succeed, over an unfinished and a finished run."""
+    from worker.contracts.broker import redis_client
+    from worker.contracts.ledger import Ledger
+
+    from .conftest import ARTIFACT, tag
+
+    folder = tmp_path_factory.mktemp("usage")
+    corpus, scored = folder / "in.parquet", folder / "in.conll"
+    pq.write_table(pa.table({"id": ["a"], "text": ["Ada"]}), corpus)
+    scored.write_text("Ada B-PER\n\n")
+    out, queue = str(folder / "out"), Queue(broker_url)
+    waiting, _ = make_plan(Request((str(corpus),), out))
+    finished, plan = make_plan(Request((str(scored),), out))
+    runs.send(finished, plan, queue)
+    ledger = Ledger(redis_client(broker_url))
+    while claim := ledger.claim(ARTIFACT, 60):
+        tag(claim, ledger)
+    runs.wait(finished, plan, queue)
+    broker = ["--broker", broker_url]
+    return {
+        "run": [str(corpus), "--out", f"{folder}/new", "--devices", "cpu"],
+        "plan": [str(corpus)],
+        "submit": [str(corpus), "--out", f"{folder}/new", *broker],
+        "status": [waiting.uri, *broker],
+        "resume": [waiting.uri, *broker],
+        "rejects": [finished.uri, "--retry", *broker],
+        "cancel": [waiting.uri, *broker],
+        "evaluate": [finished.uri],
+        "compact": [finished.uri],
+        "show": [finished.uri],
+        "doctor": [*broker],
+    }
+
+
+@pytest.mark.parametrize(("command", "flag", "variable"), list(options()))
+def test_a_wrong_value_is_one_line(nermill, base, monkeypatch, command, flag, variable):
+    flags = is_flag(command, flag)
+    value, told = ("maybe", f"Option {flag!r} does not take a value") if flags else WRONG[flag]
+    file = next((argument for argument in base[command] if "/" in argument and Path(argument).is_file()), __file__)
+    value = value.replace("{file}", file)
+    given = [f"{flag}={value}"] if flags else [flag, value]
+    code, out, err = nermill(command, *base[command], *given)
+    if command == "doctor" and flag in FINDINGS:
+        assert (code, err) == (1, "")
+        assert "FAILS" in out
+        return
+    check(code, out, err, told, flag if told == flag or flags else value)
+    if not variable or (flag in base[command] and not flags):  # a flag has the last word
+        return
+    monkeypatch.setenv(variable, value)
+    check(*nermill(command, *base[command]), variable if flags else told, flag if told == flag or flags else value)
+
+
+def check(code: int, out: str, err: str, *told: str) -> None:
+    assert (code, out) == (2, ""), err
+    assert all(words in err for words in told), err
+    assert re.fullmatch(r"nermill: [^\n]+\n", err)
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_a_missing_or_wrong_place_is_one_line(nermill, base, command, tmp_path):
+    if command == "doctor":
+        return
+    code, out, err = nermill(command, *base[command][1:])
+    check(code, out, err, "Missing argument")
+    code, out, err = nermill(command, str(tmp_path / "nowhere"), *base[command][1:])
+    check(code, out, err, "no such file or folder" if command in ("run", "plan", "submit") else "no run here")
+    code, out, err = nermill(command, *base[command], "--no-such-option")
+    check(code, out, err, "No such option: --no-such-option")
+
+
+def test_mistyped_names_are_met_with_the_right_ones(nermill, base):
+    corpus = base["plan"][0]
+    check(*nermill("statsu"), "No such command 'statsu'. Did you mean 'status'?")
+    check(*nermill("plan", corpus, "--keep-txt"), "--keep-text", "--keep-txt")
+    check(*nermill("plan", corpus.replace("in.parquet", "inn.parquet")), f"did you mean {corpus}?")
+    run = base["show"][0]
+    check(*nermill("show", run[:-1]), f"did you mean {run}?")

@@ -1,0 +1,78 @@
+"""A worker that is told to stop in the middle of a run: gone in time, and no shard is tried twice for it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.harness import Harness, harness, rows, texts
+from worker.contracts.layout import RunFolder
+from worker.contracts.schema import metadata_of
+from worker.mill import HAND_BACK_SECONDS
+
+DOCUMENTS = texts(960)
+DELAY = 5.0  # of a machine that does much else
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[dict[str, Any]]:
+    """The table of an undisturbed run."""
+    with tempfile.TemporaryDirectory(prefix="nm-") as folder, harness(Path(folder)) as mill:
+        mill.worker()
+        run, plan = mill.submit(DOCUMENTS)
+        mill.wait(run, plan)
+        return rows(run)
+
+
+def attempts(run: RunFolder) -> set[int]:
+    """How often the run's shards were tried, as their parts say."""
+    names = [name for name in run.list() if name.startswith("part-")]
+    return {json.loads(metadata_of(pq.read_schema(run.path(name)))["stats"])["attempts"] for name in names}
+
+
+@pytest.mark.parametrize("grace", [20.0, 1.0], ids=["finishes what it holds", "hands it back"])
+def test_a_worker_drains_within_its_grace_while_another_goes_on(
+    mill: Harness, expected: list[dict[str, Any]], grace: float
+) -> None:
+    environment = {"FAULT_BATCH_SECONDS": "0.4", "NERMILL_GRACE_SECONDS": str(grace)}
+    leaving, staying = mill.worker(**environment), mill.worker(**environment)
+    for worker in (leaving, staying):
+        worker.await_ready()
+    run, plan = mill.submit(DOCUMENTS)
+    mill.until(lambda: bool(run.committed()))
+    began = time.monotonic()
+    assert leaving.terminate() == 0
+    seconds = time.monotonic() - began
+    print(f"drained in {seconds:.1f} s of {grace:.0f}")
+    assert seconds < grace + DELAY
+
+    mill.wait(run, plan)
+    assert rows(run) == expected
+    assert attempts(run) == {1}
+    with mill.queue().ledger() as ledger:
+        progress = ledger.progress(plan.run_id)
+    assert (progress.redeliveries, progress.duplicates) == (0, 0)
+
+
+def test_a_worker_leaves_though_the_broker_does_not_answer(mill: Harness, expected: list[dict[str, Any]]) -> None:
+    environment = {"FAULT_BATCH_SECONDS": "0.4", "NERMILL_GRACE_SECONDS": "1"}
+    leaving = mill.worker(**environment)
+    run, plan = mill.submit(DOCUMENTS)
+    mill.until(lambda: bool(run.committed()))
+    mill.server.signal(signal.SIGSTOP)
+    began = time.monotonic()
+    assert leaving.terminate() == 0
+    seconds = time.monotonic() - began
+    print(f"left in {seconds:.1f} s, its grace of 1 and those for the broker included")
+    assert seconds < 1 + HAND_BACK_SECONDS + DELAY
+    mill.server.signal(signal.SIGCONT)
+    mill.worker()
+    mill.wait(run, plan)
+    assert rows(run) == expected

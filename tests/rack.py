@@ -1,0 +1,109 @@
+"""A run over four hosts, each with an address: producer, broker and two workers, some of them cut off at times."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from tests.harness import Harness, harness, rows, texts
+from tests.hosts import Hosts, hosts
+from worker.contracts.layout import SUCCESS_FILE, RunFolder
+
+PASSWORD = "grist"
+PORT = 6379
+WORKERS = ("worker1", "worker2")
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """One run and what befalls it.
+
+    Attributes:
+        documents: Size of the run.
+        batch_seconds: How slow each worker's engine is.
+        latency: Seconds on each wire, each way; two wires lie between two hosts.
+        lease_seconds: Lease of the workers.
+        worker_away: Seconds for which one worker's host is cut off; longer than the lease.
+        broker_away: Seconds for which the broker's host is cut off, after that.
+    """
+
+    documents: int
+    batch_seconds: float
+    latency: float = 0.005
+    lease_seconds: float = 3.0
+    worker_away: float = 0.0
+    broker_away: float = 0.0
+
+
+SHORT = Rehearsal(documents=1_200, batch_seconds=0.3, lease_seconds=1.5, worker_away=2.2, broker_away=1.0)
+LONG = Rehearsal(documents=20_000, batch_seconds=0.35, lease_seconds=5.0, worker_away=12.0, broker_away=20.0)
+SWIFT = Rehearsal(documents=20_000, batch_seconds=0.12)  # undisturbed
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it: the table, what the producer was told, and the seconds until parts came again.
+
+    Attributes:
+        redeliveries: Shards that were tried again.
+        pause: Seconds without a new part after the broker was back.
+        told_after: Seconds from the run's end to the producer's.
+        harmed_to_the_end: Whether the run was still on when the last host came back.
+    """
+
+    table: list[dict[str, Any]]
+    report: dict[str, Any]
+    redeliveries: int
+    pause: float
+    told_after: float
+    harmed_to_the_end: bool
+
+
+def over_four_hosts(rehearsal: Rehearsal) -> Outcome:
+    """Runs ``nermill submit --wait`` on one host, with the broker and two workers on others."""
+    with (
+        TemporaryDirectory(prefix="nm-") as folder,
+        hosts("producer", "broker", *WORKERS, latency=rehearsal.latency) as rack,
+        harness(
+            Path(folder),
+            lease_seconds=rehearsal.lease_seconds,
+            options=["--port", str(PORT), "--bind", rack.address("broker")],
+            password=PASSWORD,
+            within=rack.enter("broker"),
+        ) as mill,
+    ):
+        url = f"redis://:{PASSWORD}@{rack.address('broker')}:{PORT}/0"
+        slow = str(rehearsal.batch_seconds)
+        for host in WORKERS:
+            mill.worker(within=rack.enter(host), NERMILL_BROKER_URL=url, FAULT_BATCH_SECONDS=slow)
+        for worker in mill.workers:
+            worker.await_ready()
+        documents = texts(rehearsal.documents)
+        with mill.submitting(documents, url=url, within=rack.enter("producer")) as producer:
+            run = mill.run_at_work()
+            pause = _harm(rehearsal, rack, run, mill)
+            early = run.exists(SUCCESS_FILE)
+            told, _ = producer.communicate(timeout=600)
+        told_after = time.time() - Path(run.path(SUCCESS_FILE)).stat().st_mtime
+        assert producer.returncode == 0, f"{told}\n{mill.logs()}"
+        report = json.loads(told)
+        with mill.queue().ledger() as ledger:
+            redeliveries = ledger.progress(report["run_id"]).redeliveries
+        return Outcome(rows(run), report, redeliveries, pause, told_after, not early)
+
+
+def _harm(rehearsal: Rehearsal, rack: Hosts, run: RunFolder, mill: Harness) -> float:
+    if rehearsal.worker_away:
+        with rack.cut_off(WORKERS[0]):
+            time.sleep(rehearsal.worker_away)
+    if not rehearsal.broker_away:
+        return 0.0
+    time.sleep(1)
+    with rack.cut_off("broker"):
+        time.sleep(rehearsal.broker_away)
+        before = run.committed()
+    return mill.until(lambda: run.committed() > before)

@@ -1,0 +1,147 @@
+"""A primary, a replica and three sentinels on this machine, and a run whose primary is killed in the middle."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from redis import Redis
+
+from producer.broker import find_server_binary
+from tests.harness import DOUBLE, Harness, Server, harness, rows, texts
+from worker.contracts.layout import SUCCESS_FILE, RunFolder
+
+PASSWORD = "grist"
+SERVICE = "nermill"
+SENTINELS = 3
+CONFIGURATION = """
+port {port}
+bind 127.0.0.1
+dir {folder}
+sentinel monitor {service} 127.0.0.1 {primary} 2
+sentinel auth-pass {service} {password}
+sentinel down-after-milliseconds {service} {milliseconds}
+sentinel failover-timeout {service} 10000
+"""
+
+
+@dataclass(frozen=True)
+class Failover:
+    """One run whose primary dies.
+
+    Attributes:
+        documents: Size of the run.
+        app: Which worker tags it.
+        batch_seconds: How slow the double's engine is.
+        down_after: Seconds of silence after which sentinels give a primary up.
+    """
+
+    documents: int
+    app: str = DOUBLE
+    batch_seconds: float = 0.0
+    down_after: float = 5.0
+
+
+SHORT = Failover(documents=1_000, batch_seconds=0.2, down_after=0.5)
+LONG = Failover(documents=20_000, batch_seconds=0.05)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it.
+
+    Attributes:
+        pause: Seconds from the primary's end to the next part.
+        killed_in_the_middle: Whether parts were missing then.
+    """
+
+    table: list[dict[str, Any]]
+    report: dict[str, Any]
+    pause: float
+    killed_in_the_middle: bool
+
+
+def with_failover(failover: Failover) -> Outcome:
+    """Runs ``nermill submit --wait`` and two workers by way of the sentinels, and kills the primary."""
+    port = free_port()
+    options = ["--port", str(port), "--bind", "127.0.0.1", "--masterauth", PASSWORD]
+    with (
+        TemporaryDirectory(prefix="nm-") as folder,
+        harness(Path(folder), options=options, password=PASSWORD) as mill,
+        watched(mill, port, failover.down_after) as sentinels,
+    ):
+        hosts = ";".join(f"sentinel://:{PASSWORD}@127.0.0.1:{port}" for port in sentinels)
+        url = f"{hosts}/0?master_name={SERVICE}"
+        environment = {"NERMILL_BROKER_URL": url, "FAULT_BATCH_SECONDS": str(failover.batch_seconds)}
+        for _ in range(2):
+            mill.worker(failover.app, **environment)
+        for worker in mill.workers:
+            worker.await_ready()
+        mill.until(lambda: all(_is_complete(port) for port in sentinels))
+        with mill.submitting(texts(failover.documents), url=url) as producer:
+            run = mill.run_at_work()
+            mill.server.kill()
+            pause = _pause(mill, run)
+            early = run.exists(SUCCESS_FILE)
+            told, _ = producer.communicate(timeout=600)
+        assert producer.returncode == 0, f"{told}\n{mill.logs()}"
+        return Outcome(rows(run), json.loads(told), pause, not early)
+
+
+def _pause(mill: Harness, run: RunFolder) -> float:
+    """Seconds until parts come again, those aside whose last word to the ledger was said already."""
+    killed = time.monotonic()
+    before = run.committed()
+    while time.monotonic() < killed + 0.3:
+        before = run.committed()
+        time.sleep(0.02)
+    mill.until(lambda: run.committed() > before)
+    return time.monotonic() - killed
+
+
+@contextmanager
+def watched(mill: Harness, port: int, down_after: float) -> Iterator[list[int]]:
+    """Gives the mill's server a replica, and both of them sentinels; yields the ports of the three."""
+    with ExitStack() as stack:
+        folder = mill.folder / "replica"
+        folder.mkdir()
+        options = ["--port", str(free_port()), "--bind", "127.0.0.1", "--replicaof", "127.0.0.1", str(port)]
+        replica = Server(folder, [*options, "--masterauth", PASSWORD], PASSWORD)
+        stack.callback(replica.kill)
+        yield [stack.enter_context(_sentinel(mill.folder, port, down_after)) for _ in range(SENTINELS)]
+
+
+@contextmanager
+def _sentinel(folder: Path, primary: int, down_after: float) -> Iterator[int]:
+    port = free_port()
+    configuration = folder / f"sentinel-{port}.conf"
+    settings = {"folder": folder, "primary": primary, "service": SERVICE, "password": PASSWORD}
+    configuration.write_text(CONFIGURATION.format(port=port, milliseconds=round(down_after * 1000), **settings))
+    command = [str(find_server_binary()), str(configuration), "--sentinel"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        try:
+            yield port
+        finally:
+            process.kill()
+
+
+def _is_complete(port: int) -> bool:
+    """Whether a sentinel knows the others and a replica that it may promote."""
+    with Redis(port=port, decode_responses=True) as client:
+        known = client.sentinel_master(SERVICE)
+    return (known["num-other-sentinels"], known["num-slaves"]) == (SENTINELS - 1, 1)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
