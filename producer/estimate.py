@@ -70,7 +70,7 @@ class Estimate:
         documents = self.documents - self.rejected
         return {
             "run": self.run or None,
-            "run_id": self.run_id,
+            "run_id": self.run_id or None,
             "exists": self.exists,
             "inputs": self.inputs,
             "documents": {"total": self.documents, "rejected": self.rejected},
@@ -103,13 +103,13 @@ def estimate(
     artifact = None if request.model is None else resolve_artifact(request.model)
     sources = open_sources(request.inputs, request.read)
     prints = [source.file.fingerprint() for source in sources]
-    run_id = planned_run_id(request, model, sources, prints)
-    found = Estimate("", run_id, False, [])
+    found = Estimate("", "", False, [])
     if request.out:
         out = normalised(request.out)
         if not is_remote(out):
             check_writable(out)
-        found.run = f"{out}/run={run_id}"
+        found.run_id = planned_run_id(out, request, model, sources, prints)
+        found.run = f"{out}/run={found.run_id}"
         found.exists = RunFolder(found.run).exists(PLAN_FILE)
     table = _table(costs, artifact, model["sha256"])
     lengths = _Lengths(artifact)

@@ -21,7 +21,7 @@ STOP_SECONDS = 35.0
 EARLY_DEATHS = 2  # a worker process that dies this often before it was ever ready will not get well
 _LOG_LINES = 12
 _BLOCK = 1 << 20
-_READY, _DIED = "ready:", "starting it again"  # what worker.launch and worker.app log
+_READY, _DIED = "ready:", "starting it again"  # what worker.app and worker.supervisor log
 _DEVICES = re.compile(r"auto|(cpu|cuda:\d+|npu:\d+)(,(cpu|cuda:\d+|npu:\d+))*")
 _PR_SET_PDEATHSIG = 1
 

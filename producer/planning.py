@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 
+from producer.recovery import put_back
 from producer.shards import ShardLimits, cut, write_shard, write_shards
 from producer.sources import ReadOptions, Source, open_sources
-from producer.sources.files import filesystem, is_remote
+from producer.sources.files import absolute, filesystem, is_remote
 from worker.contracts.document import Document
 from worker.contracts.errors import StoreError, UsageError
 from worker.contracts.layout import PLAN_FILE, SHARD_FOLDER, RunFolder
@@ -57,10 +59,11 @@ def make_plan(request: Request, on_documents: Callable[[int], None] = lambda _: 
     model = model_identity(request.model)
     sources = open_sources(request.inputs, request.read)
     prints = [source.file.fingerprint() for source in sources]
-    run_id = planned_run_id(request, model, sources, prints)
+    run_id = planned_run_id(out, request, model, sources, prints)
     run = RunFolder(f"{out}/run={run_id}")
     if not is_remote(out):
         check_writable(out)
+        put_back(run)
     reading = _Reading(sources, request.read, on_documents)
     if run.exists(PLAN_FILE):
         return run, _mended(run, read_plan(run), reading, request.limits)
@@ -91,12 +94,16 @@ def _mended(run: RunFolder, plan: Plan, reading: _Reading, limits: ShardLimits) 
     broken = {shard.index for shard in plan.shards if shard.index not in committed and not _is_whole(run, shard)}
     if not broken or plan.details.get("compacted"):
         return plan
-    groups = zip(plan.shards, cut(reading.documents(), limits), strict=True)
-    shards = tuple(
-        write_shard(run, shard.index, shard.first, group) if shard.index in broken else shard for shard, group in groups
-    )
-    if shards != plan.shards:  # another version of Arrow writes other bytes
-        plan = replace(plan, shards=shards)
+    shards: list[Shard] = []
+    for shard, group in zip_longest(plan.shards, cut(reading.documents(), limits)):
+        if shard is None or group is None or shard.documents != len(group):
+            raise UsageError(
+                f"{run.uri}: planned by another version of nermill, which cuts the input into other shards; "
+                "name another --out, or remove this folder"
+            )
+        shards.append(write_shard(run, shard.index, shard.first, group) if shard.index in broken else shard)
+    if tuple(shards) != plan.shards:  # another version of Arrow writes other bytes
+        plan = replace(plan, shards=tuple(shards))
         plan.write(run)
     return plan
 
@@ -146,13 +153,9 @@ def normalised(out: str) -> str:
     Raises:
         UsageError: nobody serves the URI, or it is a run's folder itself.
     """
-    if out.startswith("file://"):
-        out = out.removeprefix("file://")
+    out = absolute(out)
     if is_remote(out):
         filesystem(out)
-        out = out.rstrip("/")
-    else:
-        out = os.path.abspath(out)
     if RunFolder(out).exists(PLAN_FILE):
         raise UsageError(f"{out}: a run's folder itself; name the folder around it with --out, or nermill resume it")
     return out
@@ -206,9 +209,12 @@ def utc_now() -> str:
 
 
 def planned_run_id(
-    request: Request, model: dict[str, str], sources: list[Source], prints: list[tuple[str, int]]
+    out: str, request: Request, model: dict[str, str], sources: list[Source], prints: list[tuple[str, int]]
 ) -> str:
-    """The run's name, a hash of all that its result depends on: the same request meets its own run again."""
+    """The run's name: a hash of all that its result depends on, and of its place, since workers know it by name alone.
+
+    The same request meets its own run again; the same with another output is another run.
+    """
     inputs = [(source.file.uri, source.format, sha256) for source, (sha256, _) in zip(sources, prints, strict=True)]
-    asked = [inputs, model, asdict(request.read), asdict(request.options), asdict(request.limits)]
+    asked = [out, inputs, model, asdict(request.read), asdict(request.options), asdict(request.limits)]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:RUN_ID_LENGTH]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,18 +20,24 @@ LINE_SECONDS = 10.0
 LABEL_WIDTH = 10
 _BAR_WIDTH = 50
 _SHOWN_WORKERS = 8
+_CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
 
 
 def say(text: str) -> None:
     """A line for the person at the terminal, on standard error."""
-    print(f"nermill: {text}", file=sys.stderr, flush=True)
+    print(f"nermill: {visible(text)}", file=sys.stderr, flush=True)
+
+
+def visible(text: str) -> str:
+    """Text from a document or the broker as it may go to a terminal: control characters could steer it."""
+    return _CONTROLS.sub("\ufffd", text)
 
 
 @contextmanager
-def watching() -> Iterator[OnStatus]:
-    """Progress of a run."""
+def watching(*, own_worker: bool = False) -> Iterator[OnStatus]:
+    """Progress of a run; with ``own_worker`` nobody is told to start one."""
     if sys.stderr.isatty():
-        with _picture() as show:
+        with _picture(own_worker) as show:
             yield show
     else:
         yield _lines()
@@ -77,8 +84,8 @@ def facts(status: Status) -> list[str]:
     return found
 
 
-def rows(status: Status) -> list[tuple[str, str]]:
-    """How far a run is, as names and values."""
+def rows(status: Status, *, own_worker: bool = False) -> list[tuple[str, str]]:
+    """How far a run is, as names and values; with ``own_worker`` it is no trouble that none listens yet."""
     progress = status.progress
     is_open = ", the stream is open" if progress.state == "open" else ""
     found = [
@@ -88,7 +95,7 @@ def rows(status: Status) -> list[tuple[str, str]]:
     if status.state != "complete" and (progress.waiting or progress.leased):
         waiting = "shard waits" if progress.waiting == 1 else "shards wait"
         found.append(("queue", f"{progress.waiting:,} {waiting}, {progress.leased:,} at work"))
-    if trouble := status.trouble or _nobody_listens(status):
+    if trouble := status.trouble or ("" if own_worker else _nobody_listens(status)):
         found.append(("trouble", trouble))
     if status.committed:
         speed = f"{status.documents_per_second:,.0f} documents/s, {status.tokens_per_second:,.0f} tokens/s"
@@ -149,15 +156,15 @@ def _lines() -> OnStatus:
 
 
 @contextmanager
-def _picture() -> Iterator[OnStatus]:
+def _picture(own_worker: bool) -> Iterator[OnStatus]:
     from rich.console import Console
     from rich.live import Live
 
     with Live(console=Console(stderr=True), transient=True, refresh_per_second=5) as live:
-        yield lambda status: live.update(_painted(status))
+        yield lambda status: live.update(_painted(status, own_worker))
 
 
-def _painted(status: Status) -> RenderableType:
+def _painted(status: Status, own_worker: bool) -> RenderableType:
     from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text
@@ -171,6 +178,6 @@ def _painted(status: Status) -> RenderableType:
     table = Table.grid(padding=(0, 1))
     table.add_column(style="dim", width=LABEL_WIDTH)
     table.add_row(status.state, bar)
-    for name, value in rows(status):
-        table.add_row(name, Text(value, style="yellow" if name == "trouble" else ""))
+    for name, value in rows(status, own_worker=own_worker):
+        table.add_row(name, Text(visible(value), style="yellow" if name == "trouble" else ""))
     return table

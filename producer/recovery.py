@@ -1,14 +1,19 @@
-"""An open run whose producer is gone: its plan is read back from the shards in its folder."""
+"""What a process that is gone left half done: an open run, or a compaction between two renames."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 from dataclasses import replace
 
 from producer.queue import Queue
 from worker.contracts.errors import StoreError
-from worker.contracts.layout import RunFolder
+from worker.contracts.layout import PLAN_FILE, RunFolder
 from worker.contracts.plan import Plan, Shard
+from worker.contracts.store import telling
+
+BEFORE = "before"  # what a run's folder is called beside its place until the compacted one is there
 
 
 def recover(run: RunFolder, plan: Plan, queue: Queue) -> Plan:
@@ -46,3 +51,25 @@ def closed(plan: Plan, shards: list[Shard]) -> Plan:
     documents = sum(shard.documents for shard in shards)
     inputs = tuple(replace(entry, documents=documents) for entry in plan.inputs)
     return replace(plan, shards=tuple(shards), inputs=inputs, is_open=False)
+
+
+def beside(run: RunFolder, name: str) -> str:
+    """Path of a hidden folder beside a run on a local disk."""
+    folder, base = os.path.split(os.path.abspath(run.uri))
+    return f"{folder}/.{base}.{name}"
+
+
+def put_back(run: RunFolder) -> None:
+    """Ends the swap of a local run's folder that was interrupted: the new one is in its place, or the old one again.
+
+    Raises:
+        StoreError: the disk refuses.
+    """
+    before = beside(run, BEFORE)
+    if not run.is_local or not os.path.exists(before):
+        return
+    with telling("put back", before):
+        if run.exists(PLAN_FILE):
+            shutil.rmtree(before)
+        else:
+            os.rename(before, run.uri)

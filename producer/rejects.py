@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from producer.compact import take_up
 from producer.queue import Queue
 from producer.run import send
 from worker.contracts.errors import StoreError
@@ -30,6 +31,7 @@ def retry(run: RunFolder, plan: Plan, queue: Queue) -> tuple[int, int]:
     Returns:
         Rejects that are tried again, and those that are not because the fault is the document's own.
     """
+    plan = take_up(run) or plan
     again, own_fault, shards = 0, 0, []
     for shard in _shards_with_rejects(run, plan):
         hopeful = sum(row["reason"] in WORTH_A_RETRY for row in _rows(run, shard))

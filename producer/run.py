@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from producer.queue import HIGH_WATER, Queue
-from producer.recovery import recover
-from producer.sources.files import suggestion
+from producer.recovery import put_back, recover
+from producer.sources.files import absolute, suggestion
 from producer.status import Status, Tally, artifact_of_parts, look
 from worker.contracts.errors import BrokerError, StoreError, UsageError
 from worker.contracts.layout import PLAN_FILE, SUCCESS_FILE, RunFolder
@@ -35,7 +35,9 @@ def open_run(uri: str) -> tuple[RunFolder, Plan]:
     Raises:
         UsageError: there is none, or its plan is damaged.
     """
-    run = RunFolder(uri.rstrip("/"))
+    run = RunFolder(absolute(uri))
+    if not run.exists(PLAN_FILE):
+        put_back(run)
     if not run.exists(PLAN_FILE) and (inside := [name for name in run.list() if name.startswith("run=")]):
         names = ", ".join(f"{run.uri}/{name}" for name in inside[:5])
         raise UsageError(f"{run.uri}: a folder of runs, not a run; name one: {names}")
@@ -65,8 +67,8 @@ def send(run: RunFolder, plan: Plan, queue: Queue, high_water: int = HIGH_WATER,
     missing = [shard for shard in plan.shards if shard.index not in committed]
     _check_documents(run, missing)
     with queue.ledger() as ledger:
-        if plan.details.get("compacted") and not _is_busy(ledger.progress(plan.run_id)):
-            queue.drop(plan.run_id)  # it would know the shards of before
+        if plan.details.get("compacted") and ledger.done(plan.run_id) - {shard.index for shard in plan.shards}:
+            queue.drop(plan.run_id)  # it knows the shards of before
         open_ledger(ledger, run, plan)
         for shard in ledger.done(plan.run_id) - committed:
             ledger.forget(plan.run_id, shard)

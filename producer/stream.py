@@ -17,7 +17,7 @@ from producer.run import is_above, open_ledger, send_shards
 from producer.shards import Kind, ShardLimits, differ, document_text, estimated_tokens, kind_of, write_shard
 from producer.sources.files import BLOCK, MAX_LINE_BYTES, is_remote
 from worker.contracts.document import Document
-from worker.contracts.errors import BrokerError, NermillError
+from worker.contracts.errors import BrokerError
 from worker.contracts.layout import RunFolder
 from worker.contracts.plan import Input, Options, Plan, Shard
 
@@ -25,6 +25,7 @@ HOLD_SECONDS = 6.0
 _TICK_SECONDS = 0.01
 _FOLLOW_SECONDS = 0.05
 _STOP_SECONDS = 0.1
+_WAIT_SECONDS = 0.2
 
 
 @dataclass
@@ -42,7 +43,8 @@ class Stream:
     """An open run that one producer fills; its methods may be called from several threads.
 
     What a shard holds is durable when ``on_shard`` hears of it. When the broker is away, shards are kept in the
-    run's folder and sent as soon as it is back.
+    run's folder and sent as soon as it is back. Whoever holds ``lock`` is the only one that adds. Once ``failure``
+    is set, ``add``, ``flush`` and ``close`` raise it; what is durable by then stays so.
 
     Args:
         out: Folder or URI that holds runs.
@@ -53,7 +55,7 @@ class Stream:
         linger: Seconds that a document waits at most for its shard to fill.
         high_water: Unfinished documents above which ``add`` waits.
         source: What the plan calls the input.
-        on_shard: Told of each durable shard.
+        on_shard: Told of each durable shard; what it raises reaches whoever adds or closes.
 
     Raises:
         UsageError: the output or the model is wrong.
@@ -92,9 +94,11 @@ class Stream:
         self._waiting = _Waiting()
         self._shards: list[Shard] = []
         self._unsent: list[Shard] = []
-        self.lock = threading.RLock()
+        self._seen_shards = 0
+        self.lock = threading.RLock()  # for senders; whoever waits for workers may hold it
+        self._state = threading.RLock()  # for what waits and what was sent; nobody waits with it
         self._ended = threading.Event()
-        self._failure: NermillError | None = None
+        self.failure: Exception | None = None
         self.plan.write(self.run)
         with queue.ledger() as ledger:
             open_ledger(ledger, self.run, self.plan)
@@ -111,34 +115,16 @@ class Stream:
         Raises:
             StoreError: a shard could not be written.
         """
-        text = document_text(document)
-        size, cost = len(text), estimated_tokens(text)
         with self.lock:
-            self._check()
-            waiting, limits, kind = self._waiting, self._limits, kind_of(document)
-            if (
-                differ(waiting.kind, kind)
-                or waiting.characters + size > limits.characters
-                or waiting.tokens + cost > limits.tokens
-            ):
-                self.flush()
-                waiting = self._waiting
-            waiting.since = waiting.since or time.monotonic()
-            index = self.documents
-            waiting.documents.append(document)
-            waiting.characters += size
-            waiting.tokens += cost
-            waiting.kind = waiting.kind or kind
-            is_full = len(waiting.documents) >= limits.documents
-            if is_full:
-                self.flush()
-        if is_full:
-            self._wait_for_workers()
+            index = self._take(document)
+            if len(self._shards) > self._seen_shards:  # whoever cut them: a limit, or the linger
+                self._seen_shards = len(self._shards)
+                self._wait_for_workers()
         return index
 
     def flush(self) -> None:
         """Makes what waits a durable shard and sends it."""
-        with self.lock:
+        with self._state:
             self._check()
             if not self._waiting.documents:
                 return
@@ -158,10 +144,11 @@ class Stream:
 
         Raises:
             BrokerError: shards are durable but could not be sent; ``nermill resume`` sends them.
+            Exception: ``failure``; the run stays open until ``nermill resume`` closes it.
         """
         self.end()
         self._keeper.join()
-        with self.lock:
+        with self._state:
             self.flush()
             self.plan = closed(self.plan, self._shards)
             self.plan.write(self.run)
@@ -173,11 +160,35 @@ class Stream:
     @property
     def documents(self) -> int:
         """How many were taken so far."""
-        return self._sent_documents + len(self._waiting.documents)
+        with self._state:
+            return self._sent_documents + len(self._waiting.documents)
 
     @property
     def _sent_documents(self) -> int:
         return self._shards[-1].first + self._shards[-1].documents if self._shards else 0
+
+    def _take(self, document: Document) -> int:
+        text = document_text(document)
+        size, cost = len(text), estimated_tokens(text)
+        with self._state:
+            self._check()
+            waiting, limits, kind = self._waiting, self._limits, kind_of(document)
+            if (
+                differ(waiting.kind, kind)
+                or waiting.characters + size > limits.characters
+                or waiting.tokens + cost > limits.tokens
+            ):
+                self.flush()
+                waiting = self._waiting
+            waiting.since = waiting.since or time.monotonic()
+            index = self.documents
+            waiting.documents.append(document)
+            waiting.characters += size
+            waiting.tokens += cost
+            waiting.kind = waiting.kind or kind
+            if len(waiting.documents) >= limits.documents:
+                self.flush()
+        return index
 
     def _send(self) -> bool:
         try:
@@ -190,7 +201,7 @@ class Stream:
     def _keep(self) -> None:
         held = time.monotonic()
         while not self._ended.wait(min(_TICK_SECONDS, self._linger)):
-            with self.lock:
+            with self._state:
                 now = time.monotonic()
                 try:
                     if self._waiting.documents and now - self._waiting.since >= self._linger:
@@ -198,8 +209,8 @@ class Stream:
                     if now - held > HOLD_SECONDS / 3:
                         held = now
                         self._hold()
-                except NermillError as error:
-                    self._failure = error
+                except Exception as error:  # whatever it is, senders must hear of it
+                    self.failure = error
                     return
 
     def _hold(self) -> None:
@@ -215,14 +226,15 @@ class Stream:
 
     def _wait_for_workers(self) -> None:
         try:
-            while not self._ended.is_set() and is_above(self._queue, self.plan, self._high_water):
-                time.sleep(0.2)
+            while not self.failure and is_above(self._queue, self.plan, self._high_water):
+                if self._ended.wait(_WAIT_SECONDS):
+                    return
         except BrokerError:
             return
 
     def _check(self) -> None:
-        if self._failure is not None:
-            raise self._failure
+        if self.failure is not None:
+            raise self.failure
 
 
 def seal(plan: Plan, queue: Queue) -> None:

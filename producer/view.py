@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import sys
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from producer.progress import LABEL_WIDTH, counted, duration, rows
+from producer.progress import LABEL_WIDTH, counted, duration, rows, visible
 from producer.show import Shown
 from producer.status import Status
 
@@ -24,7 +23,6 @@ LABEL_STYLES = {"PER": "bold green", "ORG": "bold cyan", "LOC": "bold yellow", "
 OTHER_LABEL_STYLE = "bold blue"
 _UNLIMITED = 1 << 20
 _LONGEST_BAR = 60
-_CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
 
 
 def print_json(body: Any) -> None:
@@ -126,7 +124,7 @@ def _print_filled(name: str, value: str, mark: str = "", style: str = "") -> Non
 
     lead = len(name) + len(mark)
     filled = textwrap.fill(
-        value,
+        visible(value),
         _columns(_UNLIMITED),
         initial_indent=name + mark,
         subsequent_indent=" " * lead,
@@ -141,11 +139,6 @@ def _print_filled(name: str, value: str, mark: str = "", style: str = "") -> Non
 
 def _columns(otherwise: int) -> int:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else otherwise
-
-
-def visible(text: str) -> str:
-    """Text from a document as it may go to a terminal: control characters could steer it."""
-    return _CONTROLS.sub("\ufffd", text)
 
 
 def print_marked(shown: Shown, console: Console) -> None:

@@ -172,18 +172,28 @@ class Harness:
         send(run, plan, self.queue())
         return run, plan
 
-    def submitting(self, texts: list[str], *, url: str = "", within: Sequence[str] = ()) -> subprocess.Popen[str]:
+    @contextmanager
+    def submitting(
+        self, texts: list[str], *, url: str = "", within: Sequence[str] = ()
+    ) -> Iterator[subprocess.Popen[str]]:
         """``nermill submit --wait`` as a process, perhaps on another host or by another way to the broker."""
         command = [sys.executable, "-m", "producer.cli", "submit", str(self.source(texts)), "--out", str(self.out)]
-        with (self.folder / "producer.log").open("wb") as log:
-            return subprocess.Popen(
+        with (
+            (self.folder / "producer.log").open("wb") as log,
+            subprocess.Popen(
                 [*within, *command, "--shard-documents", "64", "--wait", "--json"],
                 env={**os.environ, "NERMILL_BROKER_URL": url or self.server.url},
                 cwd=ROOT,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-            )
+            ) as process,
+        ):
+            try:
+                yield process
+            except BaseException:  # whoever waits for its end would wait for ever
+                process.kill()
+                raise
 
     def run_at_work(self) -> RunFolder:
         """The run that is being submitted, once all of it was sent and its first part is there."""

@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,9 @@ from celery.signals import (
     worker_shutdown,
     worker_shutting_down,
 )
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from worker import logs, tracing
 from worker.contracts.broker import celery_app, redis_client
@@ -30,6 +33,7 @@ from worker.contracts.errors import MessageError, NermillError
 from worker.contracts.ledger import Ledger
 from worker.contracts.manifest import resolve_artifact
 from worker.contracts.message import KEY_PREFIX, QUEUE, TASK
+from worker.contracts.patience import within
 from worker.doorkeeper import doorkeeper, fresh_bell
 from worker.heartbeat import beat
 from worker.metrics import Metrics, serve
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("nermill.worker")
 
+TRACING_SECONDS = 3.0  # for the last spans, when the grace is over
 BROKER_SECONDS = 10.0  # between two looks at the broker
 MAX_BELLS = 256  # rung at once for work that waits unheard
 CHATTY_LOGGERS = ("celery.worker.strategy", "celery.app.trace")  # two lines a bell
@@ -144,8 +149,10 @@ def _watch_broker(client: Redis, metrics: Metrics, stop: threading.Event) -> Non
         try:
             memory = client.info("memory")
             metrics.broker(memory["used_memory"], memory["maxmemory"] or memory.get("total_system_memory", 0))
-        except (RedisError, OSError):
+        except (RedisConnectionError, RedisTimeoutError):
             metrics.broker_silent()
+        except (RedisError, KeyError):
+            pass  # it answers, and does not tell: so do many that others manage
         if stop.wait(BROKER_SECONDS):
             return
 
@@ -167,7 +174,8 @@ def _begin_grace(**_: Any) -> None:
 
     def enforce() -> None:
         mill.hand_back()
-        tracing.stop()
+        with suppress(TimeoutError):
+            within(TRACING_SECONDS, tracing.stop)
         os._exit(0)
 
     timer = threading.Timer(settings.grace_seconds, enforce)

@@ -92,7 +92,7 @@ def _cheapest(
 ) -> Placement:
     """The placement with the most real tokens for its cost; of equals, the smallest.
 
-    Shapes are tried in the order of what they would be worth if full, until no further one can win.
+    Shapes are tried in the order of what they would be worth if full, until the best is worth more than the next.
     """
     worth = {shape: shape[0] * shape[1] / cost(shape) for shape in shapes}
     best: Placement | None = None

@@ -138,13 +138,14 @@ class Mill:
             self.metrics.handed_back()
             log.error("run %s shard %d handed back, to be tried again: %s", claim.run_id, claim.shard.index, error)
             faults = self._faults[key] = self._faults.get(key, 0) + 1
-            time.sleep(min(self._settings.lease_seconds / 3, LONGEST_PAUSE, 2.0 ** (faults - 2)))
+            time.sleep(min(self._settings.lease_seconds / 3, LONGEST_PAUSE, 2.0 ** min(faults - 2, 8)))
             self._ledger.release(claim, str(error))
         except NermillError:
             self._ledger.release(claim)
             raise
         finally:
-            self._held.pop(key, None)
+            if self._held.get(key) is claim:  # else its lease ran out, and another of our threads has it
+                del self._held[key]
 
     def _mill(self, claim: Claim) -> None:
         run, shard = claim.folder, claim.shard
@@ -164,13 +165,15 @@ class Mill:
         if not self._ledger.renew(claim, self._settings.lease_seconds):
             raise LeaseLostError
         tagged = time.time()
-        committed = self._commit(claim, claimed, annotated)
-        written = time.time() - tagged
-        self._written = claim.run_id, written
-        self._complete(claim, committed)
+        committed, is_ours = self._commit(claim, claimed, annotated)
         done = time.time()
-        self.metrics.committed(annotated, done - claimed, queue=claim.waited, read=read - claimed, write=written)
-        tracing.committed(annotated)
+        self._written = claim.run_id, done - tagged
+        if is_ours:
+            self.metrics.committed(
+                annotated, done - claimed, queue=claim.waited, read=read - claimed, write=done - tagged
+            )
+            tracing.committed(annotated)
+        self._complete(claim, committed)
         log.info("run %s shard %d: %d documents in %.2f s", claim.run_id, shard.index, table.num_rows, done - claimed)
 
     def _check_roots(self, claim: Claim) -> None:
@@ -183,7 +186,7 @@ class Mill:
             if not is_allowed(place, roots):
                 raise MessageError(f"{place!r} is outside the allowed roots; allow it with NERMILL_ALLOWED_ROOTS")
 
-    def _commit(self, claim: Claim, claimed: float, annotated: Annotated) -> parts.Committed:
+    def _commit(self, claim: Claim, claimed: float, annotated: Annotated) -> tuple[parts.Committed, bool]:
         manifest = self.pipeline.manifest
         return parts.commit(
             claim.folder,
@@ -236,6 +239,7 @@ class Mill:
             tagged.append(annotated.part)
             faults |= {trial.start + row: fault for row, fault in annotated.faults.items()}
             stats.append(annotated.stats)
+        self._ledger.probe(claim, None)  # what may still go wrong is no document's fault
         totals = (sum(getattr(s, name) for s in stats) for name in Stats.__slots__)
         return Annotated(pa.concat_tables(tagged), faults, Stats(*totals))
 
@@ -256,7 +260,6 @@ class Mill:
             if plan.has_gold:
                 self._evaluate(claim)
         else:
-            self.metrics.refused()
             log.warning("run %s is not complete, %d parts are missing: nermill resume it", claim.run_id, len(missing))
         self._ledger.complete(claim, ok=0, rejected=0, tokens=0, computed=0)
         if is_whole:

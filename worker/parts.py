@@ -34,7 +34,7 @@ def commit(
     attempts: int,
     metadata: dict[str, str],
     stats: dict[str, Any],
-) -> Committed:
+) -> tuple[Committed, bool]:
     """Makes a shard's part appear, once: a part that is already there stays, whoever wrote it.
 
     The rejects are written before, so that a part never stands without them.
@@ -48,6 +48,9 @@ def commit(
         metadata: File metadata, without prefix.
         stats: Becomes the ``stats`` metadata, as JSON.
 
+    Returns:
+        What the part says of itself, and whether it is ours.
+
     Raises:
         StoreError: the store did not take a file.
     """
@@ -59,8 +62,8 @@ def commit(
     stats = {**stats, "documents": part.num_rows, "ok": part.num_rows - rejected, "rejected": rejected}
     data = _parquet(part, {**metadata, "shard": str(shard), "stats": json.dumps(stats)})
     if run.write(part_name(shard), data, exclusive=True):
-        return _committed(stats)
-    return read_committed(run, shard)
+        return _committed(stats), True
+    return read_committed(run, shard), False
 
 
 def read_committed(run: RunFolder, shard: int) -> Committed:

@@ -160,6 +160,8 @@ class Pool:
         with self._lock:
             self._closed = error or EngineError("the pipeline was closed")
             for job in self._unfinished:
+                if job.done.is_set():
+                    continue
                 job.error = self._closed
                 job.done.set()
             self._room.notify_all()

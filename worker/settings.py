@@ -20,12 +20,12 @@ class Settings:
         model: ``demo`` or an artifact's folder.
         device: ``cpu``, ``cuda:N`` or ``npu:N``, as this process sees them.
         device_name: What the device is called from outside, before pinning renumbered it.
-        lease_seconds: How long a shard stays with a worker that is not heard of; renewed three times as often.
+        lease_seconds: How long a shard stays with a worker that is not heard of; renewed at least three times as often.
         hang_seconds: How long one call of the engine may take before the process is given up.
         grace_seconds: How long a stopping worker may go on with what it holds.
         allowed_roots: Folders and URIs below which runs may lie, separated by ``:`` or ``,``.
         concurrency: Shards that are in the process at once.
-        threads: Compute threads on a CPU; 0 takes all cores.
+        threads: Compute threads on a CPU; 0 takes all that the process may use.
         metrics_port: First port of the Prometheus endpoints (device N listens on port + N); 0 for none.
         log_format: ``text`` for people, ``json`` for one object a line.
     """

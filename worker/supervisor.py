@@ -26,7 +26,7 @@ log = logging.getLogger("nermill.worker")
 APP = "worker.app"
 PIN_VARIABLES = {"cuda": "CUDA_VISIBLE_DEVICES", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
 RESTART_SECONDS = (0.5, 30.0)  # first and longest pause before a process that died is started again
-STEADY_SECONDS = 60.0  # a process that lived this long starts anew without a pause
+STEADY_SECONDS = 60.0  # a process that lived this long starts anew after the first pause
 START_SECONDS = 600.0  # how long loading and warming a model may take
 SILENT_SECONDS = 5.0  # without a beat: not well; that long beyond NERMILL_HANG_SECONDS: killed
 TICK_SECONDS = 0.1
@@ -88,7 +88,8 @@ class Supervised:
         limit = hang_seconds + SILENT_SECONDS if self.heart.heard else START_SECONDS
         if silent > limit and not self.is_given_up:
             self.is_given_up = True
-            log.critical("%s: nothing was heard of the worker for %.0f s; it is killed", self.device.name, silent)
+            with about(device=self.device.name):
+                log.critical("%s: nothing was heard of the worker for %.0f s; it is killed", self.device.name, silent)
             self.process.kill()
 
 
@@ -121,8 +122,7 @@ class Supervisor:
             for index, supervised in list(self._processes.items()):
                 status = supervised.process.poll()
                 if status is None:
-                    if not self._stopping:
-                        supervised.end_if_silent(self._settings.hang_seconds)
+                    supervised.end_if_silent(self._settings.hang_seconds)
                     continue
                 del self._processes[index]
                 supervised.heart.close()
@@ -140,7 +140,10 @@ class Supervisor:
             if self._stopping or time.monotonic() < due:
                 continue
             del self._due[index]
-            self._processes[index] = Supervised(self._devices[index], index, self._settings, self._cores[index])
+            supervised = Supervised(self._devices[index], index, self._settings, self._cores[index])
+            self._processes[index] = supervised
+            if self._stopping:  # told so while the process began
+                supervised.process.send_signal(signal.SIGTERM)
 
     def _plan_restart(self, index: int, supervised: Supervised, status: int) -> None:
         shortest, longest = RESTART_SECONDS

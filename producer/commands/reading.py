@@ -65,7 +65,13 @@ def evaluate(
 def compact(
     run: o.Run,
     part_mib: Annotated[
-        int, typer.Option("--part-mib", metavar="MIB", min=1, help="Size that a part should have, in MiB.")
+        int,
+        typer.Option(
+            "--part-mib",
+            metavar="MIB",
+            min=1,
+            help="Size that a part should have, in MiB (of long texts less: 16 Mi characters at most).",
+        ),
     ] = 128,
     json: o.Json = False,
 ) -> int:

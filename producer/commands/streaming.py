@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from producer.commands.outcome import report_status, told_how_to_go_on
-from worker.contracts.errors import NermillError, UsageError
+from worker.contracts.errors import StoreError, UsageError
 
 if TYPE_CHECKING:
     from producer.planning import Request
@@ -33,16 +33,12 @@ def stream(
 
     Raises:
         UsageError: the input cannot be followed.
+        StoreError: a shard could not be written, or its acknowledgement not be told; ``nermill resume`` closes the run.
     """
     from producer import run as runs
     from producer.progress import say, watching
     from producer.status import look
     from producer.stream import Stream
-    from producer.view import print_json
-
-    def acknowledge(shard: Shard) -> None:
-        if ack:
-            print_json({name: value for name, value in asdict(shard).items() if name != "sha256"})
 
     descriptor, name = _open(request, follow)
     stream = Stream(
@@ -54,11 +50,11 @@ def stream(
         linger=linger,
         high_water=high_water,
         source=name,
-        on_shard=acknowledge,
+        on_shard=_acknowledge if ack else lambda _: None,
     )
-    say(f"stream open: {stream.run.uri}")
-    interrupted = _feed(stream, descriptor, name, request, follow)
     with told_how_to_go_on(f"nermill resume {stream.run.uri}"):
+        say(f"stream open: {stream.run.uri}")
+        interrupted = _feed(stream, descriptor, name, request, follow)
         plan = stream.close()
         say(f"stream closed: {plan.documents:,} documents in {len(plan.shards):,} shards are durable")
         if interrupted and not follow:
@@ -82,10 +78,22 @@ def _open(request: Request, follow: bool) -> tuple[int, str]:
         raise UsageError(f"{name}: cannot be read ({error.strerror}); check the path") from None
 
 
+def _acknowledge(shard: Shard) -> None:
+    from producer.view import print_json
+
+    try:
+        print_json({name: value for name, value in asdict(shard).items() if name != "sha256"})
+    except OSError as error:
+        # What is still buffered would fail once more at the interpreter's end, whose exit code hides ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        reason = f"standard output takes no more acknowledgements ({error.strerror})"
+        raise StoreError(f"{reason}; send again what comes behind the last one") from None
+
+
 def _feed(stream: Stream, descriptor: int, name: str, request: Request, follow: bool) -> bool:
     """Reads in a thread of its own, so that Ctrl-C never falls between a shard and its record; True after Ctrl-C."""
-    stop = threading.Event()
-    failures: list[NermillError] = []
+    stop, done = threading.Event(), threading.Event()
+    failures: list[Exception] = []
 
     def read() -> None:
         from producer.sources.jsonl import parse_live_line
@@ -95,19 +103,21 @@ def _feed(stream: Stream, descriptor: int, name: str, request: Request, follow: 
             for number, line in live_lines(descriptor, stop, follow=follow):
                 if line is None or line.strip():
                     stream.add(parse_live_line(line, f"{name}:{number}", request.read))
-        except NermillError as error:
+        except Exception as error:  # raised below, where somebody hears it
             failures.append(error)
+        finally:
+            done.set()
 
-    reader = threading.Thread(target=read, name="reader")
-    reader.start()
+    interrupted = False
     try:
-        while reader.is_alive():
-            reader.join(0.2)
+        threading.Thread(target=read, name="reader").start()
+        while not done.wait(0.2) and stream.failure is None:
+            pass  # not join, which Ctrl-C makes believe that the thread is dead
     except KeyboardInterrupt:
-        stop.set()
-        stream.end()
-        reader.join()
-        return True
+        interrupted = True
+    stop.set()
+    stream.end()
+    done.wait()
     if failures:
         raise failures[0]
-    return False
+    return interrupted

@@ -37,7 +37,7 @@ def run(request: Request, model: o.Model = "demo", devices: o.Devices = "auto", 
                 worker.check()
                 show(status)
 
-            with watching() as show:
+            with watching(own_worker=True) as show:
                 plan = resume(folder, plan, queue)
                 wait(folder, plan, queue, follow)
     ensure_evaluated(folder, plan)

@@ -178,6 +178,12 @@ def find_files(inputs: Sequence[str]) -> list[SourceFile]:
     return list(found.values())
 
 
+def absolute(place: str) -> str:
+    """A place as processes in other folders understand it too: a URI, or an absolute path."""
+    place = place.removeprefix("file://")
+    return place.rstrip("/") if is_remote(place) else os.path.abspath(place)
+
+
 def is_remote(uri: str) -> bool:
     return "://" in uri
 

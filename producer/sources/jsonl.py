@@ -35,7 +35,8 @@ def read_jsonl(file: SourceFile, options: ReadOptions) -> Iterator[Document]:
             continue
         document, fields = parse_line(line, where, options)
         has_id |= options.id_column in fields
-        first = first if first[0] else (where, fields)
+        if fields and not first[0]:  # of a line that cannot be read nobody knows what it has
+            first = (where, fields)
         if options.text_column in fields or document.text is not None:
             has_text = True
         elif not first_without[0] and document.fault and document.fault.reason in ("missing_field", "wrong_type"):

@@ -21,7 +21,8 @@ class ReadOptions:
     Attributes:
         format: ``None`` looks at suffix and content of each file.
         unit: What a document of a CoNLL file is: a sentence, or what stands between ``-DOCSTART-`` lines.
-        id_column: Field or column of the id; a record without one is called ``path:line``.
+        id_column: Field or column of the id; a record without one is called ``path:line``. Where it is not the default,
+            a file in which no record has it is refused.
         text_column: Field or column of the text.
         keep_fields: Whether the other fields travel along.
         lines: Whether each line of a plain text is a document.

@@ -66,7 +66,9 @@ def measure(texts: Sequence[str], count: int, **environment: str) -> Cost:
         worker = mill.worker(APP, **environment)
         worker.await_ready()
         mill.wait(*mill.submit(repeated(texts, WARM_UP), out=f"{mill.out}/warm"))
-        source = mill.source(repeated(texts, count))
+        source = Path(folder) / "many.jsonl"
+        with source.open("w", encoding="utf-8") as lines:  # not as one string: a child's peak begins with our size
+            lines.writelines(json.dumps({"id": f"d{n}", "text": texts[n % len(texts)]}) + "\n" for n in range(count))
         command = [sys.executable, "-m", "producer.cli", "submit", str(source), "--wait", "--json"]
         command += ["--out", f"{mill.out}/run", "--broker", mill.server.url]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:

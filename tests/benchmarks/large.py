@@ -105,14 +105,14 @@ def main() -> None:
             return
         weights = (safe / "model.safetensors").stat().st_size
         print(f"weights {weights / 1e9:.2f} GB", flush=True)
-        for name, checkpoint, options in (
+        for name, checkpoint, choices in (
             ("torch-fp32", safe, ("--backend", "torch", "--shapes", SHAPES)),
             ("torch-fp32-pickled", pickled, ("--backend", "torch", "--shapes", SHAPES)),
             ("onnx-fp32", safe, ("--backend", "onnx", "--shapes", SHAPES)),
             ("onnx-int8", safe, ("--backend", "onnx", "--precision", "int8", "--shapes", SHAPES)),
         ):
             art = str(work / name)
-            seconds, peak, _ = run("compile", str(checkpoint), "--out", art, *options)
+            seconds, peak, _ = run("compile", str(checkpoint), "--out", art, *choices)
             print(
                 f"{name}: compile {seconds:.0f} s, peak {peak / 1e9:.2f} GB = {peak / weights:.2f} x weights",
                 flush=True,

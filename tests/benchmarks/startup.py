@@ -61,12 +61,12 @@ def _seconds(*command: str) -> float:
 
 def _cold(mill: Harness, number: int) -> float:
     """From the start of a worker process to the part of a document that waits for it."""
-    run, _ = mill.submit([TEXT], out=f"{mill.out}/cold-{number}")
+    run, _ = mill.submit([f"{TEXT} {number}"], out=f"{mill.out}/cold-{number}")
     begun = time.perf_counter()
     worker = mill.worker(REAL, OMP_NUM_THREADS=str(os.cpu_count()))
     _await_part(run)
     seconds = time.perf_counter() - begun
-    worker.kill()
+    worker.terminate()
     return seconds
 
 

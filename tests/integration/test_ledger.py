@@ -124,6 +124,17 @@ def test_a_claim_says_how_long_its_shard_waited(ledger: Ledger, client: Redis) -
     assert client.hlen(ledger._key("r", "since")) == 0
 
 
+def test_a_crash_after_the_last_trial_is_no_strike(ledger: Ledger) -> None:
+    begin(ledger, 1)
+    for n in range(3):
+        claim = ledger.claim("art", LEASE, now=n * 100)
+        assert claim is not None
+        assert ledger.probe(claim, 7)
+        assert ledger.probe(claim, None)
+        ledger.reap(now=n * 100 + LEASE + 1)
+    assert ledger.strikes("r") == {}
+
+
 def test_handing_back_is_no_attempt_and_no_strike(ledger: Ledger) -> None:
     begin(ledger, 1)
     claim = ledger.claim("art", LEASE)

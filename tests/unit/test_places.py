@@ -150,6 +150,6 @@ def test_a_part_without_rejects_has_none_of_an_earlier_attempt(tmp_path: Path) -
     run.write(run.reject_file(0), b"of an attempt that was killed before its part was there")
     part = part_schema(keep_text=False, keep_fields=False).empty_table()
     stats = {"tokens": 0, "computed_tokens": 0}
-    assert commit(run, 0, part, {}, attempts=2, metadata={}, stats=stats) == Committed(0, 0, 0, 0)
+    assert commit(run, 0, part, {}, attempts=2, metadata={}, stats=stats) == (Committed(0, 0, 0, 0), True)
     assert run.list("rejects") == []
     assert run.committed() == {0}

@@ -37,7 +37,6 @@ CELERY_SETTINGS: dict[str, Any] = {
     "worker_disable_prefetch": True,
     "worker_enable_remote_control": False,
     "worker_cancel_long_running_tasks_on_connection_loss": False,
-    "worker_hijack_root_logger": False,
     "broker_connection_retry_on_startup": True,
     "broker_connection_max_retries": None,
 }

@@ -115,10 +115,11 @@ function step.renew(run, shard, token, lease, now)
   return 1
 end
 
--- what the holder is about to try: a crash from here on is a strike against it
+-- what the holder is about to try: a crash from here on is a strike against it; '' for nothing
 function step.probe(run, shard, token, trial)
   if not holds(run, shard, token) then return 0 end
-  redis.call('HSET', key(run, 'probes'), shard, trial)
+  if trial == '' then redis.call('HDEL', key(run, 'probes'), shard)
+  else redis.call('HSET', key(run, 'probes'), shard, trial) end
   return 1
 end
 

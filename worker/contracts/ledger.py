@@ -110,7 +110,7 @@ class Completion:
 
 
 class Ledger:
-    """Face of the ledger; every method is one round trip and one atomic step.
+    """Face of the ledger; what changes it is one atomic step (``send``: one for every 500 shards).
 
     Args:
         client: A redis-py client with ``decode_responses=True``.
@@ -167,9 +167,13 @@ class Ledger:
         """Extends a lease; False where it went to another."""
         return bool(self._step("renew", *_held(claim), _ms(lease_seconds), _now(now)))
 
-    def probe(self, claim: Claim, trial: int) -> bool:
-        """Notes which trial of the shard is about to begin, so that a crash has a name; False without the lease."""
-        return bool(self._step("probe", *_held(claim), trial))
+    def probe(self, claim: Claim, trial: int | None) -> bool:
+        """Notes which trial of the shard is about to begin, or that none is, so that a crash has a name.
+
+        Returns:
+            False without the lease.
+        """
+        return bool(self._step("probe", *_held(claim), "" if trial is None else trial))
 
     def strikes(self, run_id: str) -> dict[int, int]:
         """How often each trial crashed its worker."""

@@ -162,7 +162,7 @@ def test_what_workers_measure_is_what_their_devices_did(mill: Harness) -> None:
     for device, row in rows.items():
         ends = [at for at, deed in lines_of(traces[device]) if deed == "batch"][warm[device] :]
         computed, lasted = paces[device] * len(ends), ends[-1] - ends[0] + paces[device]
-        assert row["compute_seconds"] == pytest.approx(computed, rel=0.05)
+        assert row["compute_seconds"] == pytest.approx(computed, rel=0.15)
         assert row["busy_share"] == pytest.approx(computed / lasted, rel=0.1)
         assert row["documents_per_second"] == pytest.approx(row["documents"] / lasted, rel=0.1)
     assert sum(row["documents"] for row in rows.values()) == 4_000

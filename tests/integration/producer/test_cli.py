@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import re
@@ -16,9 +17,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from pyarrow import parquet as pq
+from rich.console import Console
 
 from producer import run as runs
+from producer.progress import _painted
 from producer.queue import Queue
+from producer.status import look
 from worker.contracts.broker import redis_client
 from worker.contracts.ledger import Ledger, WorkerProcess
 from worker.contracts.manifest import load_manifest, resolve_artifact
@@ -193,6 +197,25 @@ def test_status_says_why_nobody_is_at_work(nermill, broker, corpus, tmp_path):
     out = nermill("status", run, "--broker", broker)[1]
     assert "trouble    no worker serves the artifact that the run asks for" in out
     assert "worker     w1" not in out
+
+
+def test_hostile_text_does_not_steer_the_terminal(nermill, broker, corpus, tmp_path):
+    steering = "\x1b]0;owned\x07\x9b2J"
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text(2 * (json.dumps({"id": steering, "text": "Ada"}) + "\n"))
+    shown = nermill("plan", twice)[1]
+    assert "1 document with an id that came before: \ufffd]0;owned\ufffd\ufffd2J" in shown
+    run = json.loads(nermill("submit", corpus, "--out", tmp_path / "out", "--broker", broker, "--json")[1])["run"]
+    ledger = Ledger(redis_client(broker))
+    ledger.open(runs.open_run(run)[1].run_id, run, Options(), artifact="a" * 64)
+    ledger.greet(WorkerProcess("w1", "npu:3", steering, "b" * 64), 60)
+    shown += nermill("status", run, "--broker", broker)[1] + nermill("doctor", "--broker", broker)[1]
+    assert shown.count("]0;owned") == 3
+    painted = io.StringIO()
+    console = Console(file=painted, force_terminal=True, color_system=None, width=1_000)
+    console.print(_painted(look(*runs.open_run(run), Queue(broker)), own_worker=False))
+    assert "no worker serves the artifact" in painted.getvalue()
+    assert not set(shown + painted.getvalue()) & set(steering) - set("]0;owned2J")
 
 
 @pytest.mark.parametrize(("words", "expected"), [("nermill st", "status"), ("nermill status --wa", "--watch")])

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import pyarrow as pa
 import pytest
@@ -14,27 +18,34 @@ from pyarrow import parquet as pq
 
 from producer import compact as compacting
 from producer import run as runs
-from producer.compact import compact
+from producer.compact import compact, take_up
 from producer.planning import Request, make_plan
 from producer.queue import Queue
 from producer.rejects import read_rejects, retry
 from producer.shards import ShardLimits
 from producer.status import look
+from worker.contracts.broker import redis_client
 from worker.contracts.errors import StoreError, UsageError
 from worker.contracts.layout import SUCCESS_FILE, RunFolder, part_name
+from worker.contracts.ledger import Claim, Ledger
 from worker.contracts.plan import Plan, read_plan
 from worker.contracts.schema import metadata_of
 
-from .conftest import POISON
+from .conftest import ARTIFACT, POISON, tag
 
 
 @pytest.fixture(params=["disk", "store"])
-def complete(request, broker, serving, tmp_path):
+def planned_run(request, tmp_path):
     path = tmp_path / "in.jsonl"
     texts = [f"Ada {n}" for n in range(20)] + [POISON]
     path.write_text("".join(json.dumps({"id": str(n), "text": text}) + "\n" for n, text in enumerate(texts)))
     out = str(tmp_path / "out") if request.param == "disk" else f"memory://{tmp_path.name}"
-    run, plan = make_plan(Request((str(path),), out, limits=ShardLimits(documents=3)))
+    return make_plan(Request((str(path),), out, limits=ShardLimits(documents=3)))
+
+
+@pytest.fixture
+def complete(planned_run, broker, serving):
+    run, plan = planned_run
     queue = Queue(broker)
     runs.send(run, plan, queue)
     with serving():
@@ -52,7 +63,7 @@ def test_nothing_but_the_files_changes(complete):
     before, status, rejects = table_of(run, plan), look(run, plan), list(read_rejects(run, plan))
     compacted = compact(run, plan)
     (joined,) = compacted.shards
-    assert joined.index == (0 if run.is_local else 7)  # on a store no name is used for other documents
+    assert joined.index == 7  # no name is used for other documents
     assert (len(plan.shards), run.committed(), run.shards()) == (7, {joined.index}, {joined.index})
     assert read_plan(run) == compacted
     assert table_of(run, compacted) == before
@@ -94,6 +105,46 @@ def test_rejects_can_be_tried_again_afterwards(complete, broker, serving):
     compacted = compact(run, plan)
     queue = Queue(broker)
     assert retry(run, compacted, queue) == (1, 0)
+    with serving():
+        assert runs.wait(run, compacted, queue).ok == 20
+
+
+def test_a_part_never_holds_more_characters_than_a_worker_should(complete, monkeypatch):
+    run, plan = complete
+    monkeypatch.setattr(compacting, "MAX_CHARACTERS", 40)
+    compacted = compact(run, plan)
+    characters = [
+        sum(pq.read_table(pa.BufferReader(run.read(part_name(s.index))))["n_chars"].to_pylist())
+        for s in compacted.shards
+    ]
+    assert (max(characters) <= 40, len(compacted.shards)) == (True, 4)
+
+
+class Dying(Ledger):
+    """That of a worker which dies once its part is there."""
+
+    def complete(self, claim: Claim, **_: object) -> None:  # type: ignore[override]
+        """Never told."""
+
+
+def test_a_lease_that_is_left_over_does_not_come_back(planned_run, broker, serving):
+    run, plan = planned_run
+    queue = Queue(broker)
+    runs.send(run, plan, queue)
+    ledger = Dying(redis_client(broker))
+    left_over = ledger.claim(ARTIFACT, 60)
+    tag(left_over, ledger)
+    with serving() as server:
+        while len(server.done(plan.run_id)) < len(plan.shards) - 1:
+            pass
+    compacted = compact(run, plan)
+    assert ledger.progress(plan.run_id).leased == 1
+    assert retry(run, compacted, queue) == (1, 0)
+    after = ledger.progress(plan.run_id)
+    assert (after.waiting, after.leased, after.done) == (1, 0, 0)
+    claim = ledger.claim(ARTIFACT, 60)
+    assert runs.send(run, compacted, queue) == 0  # what is at work now is left alone
+    assert ledger.release(claim)
     with serving():
         assert runs.wait(run, compacted, queue).ok == 20
 
@@ -149,7 +200,7 @@ def test_readers_see_every_document_once(complete, reader):
     assert (wrong, looks > 0) == ([], True)
 
 
-@pytest.mark.parametrize("complete", ["store"], indirect=True)
+@pytest.mark.parametrize("planned_run", ["store"], indirect=True)
 @pytest.mark.parametrize("mend", ["compact", "resume"])
 def test_a_swap_that_is_interrupted_anywhere_is_taken_up(complete, broker, monkeypatch, mend):
     run, plan = complete
@@ -160,7 +211,9 @@ def test_a_swap_that_is_interrupted_anywhere_is_taken_up(complete, broker, monke
         with monkeypatch.context() as patch:
             calls = itertools.count(1)
             for name in ("pipe_file", "copy", "rm_file"):
-                patch.setattr(MemoryFileSystem, name, dying(getattr(MemoryFileSystem, name), calls, step))
+                patch.setattr(
+                    MemoryFileSystem, name, dying(getattr(MemoryFileSystem, name), calls, range(step, step + 1))
+                )
             try:
                 compact(run, plan, target)
                 break
@@ -179,12 +232,128 @@ def test_a_swap_that_is_interrupted_anywhere_is_taken_up(complete, broker, monke
     assert step > 30
 
 
-def dying(method: Callable[..., object], calls: Iterator[int], step: int) -> Callable[..., object]:
-    """The method, but the call of that number is never made."""
+@pytest.mark.parametrize("planned_run", ["store"], indirect=True)
+def test_a_retry_is_not_undone_by_an_interrupted_swap(complete, broker, serving, monkeypatch):
+    run, plan = complete
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "copy", dying(MemoryFileSystem.copy, itertools.count(1), range(2, 99)))
+        with pytest.raises(KeyboardInterrupt):
+            compact(run, plan)
+    queue = Queue(broker)
+    assert retry(run, plan, queue) == (1, 0)
+    compacted = runs.resume(run, read_plan(run), queue)
+    assert ([shard.index for shard in compacted.shards], run.committed()) == ([7], set())
+    with serving():
+        assert runs.wait(run, compacted, queue).ok == 20
+    assert table_of(run, compacted)["doc_index"].to_pylist() == list(range(21))
+
+
+@pytest.mark.parametrize(
+    ("planned_run", "step", "call"),
+    [
+        ("disk", "_join", 2), ("disk", "_whole", 1), ("disk", "_exchange", 1),
+        ("store", "_join", 2), ("store", "_begin", 1), ("store", "_files", 1),
+    ],
+    indirect=["planned_run"],
+)  # fmt: skip
+def test_of_two_compactions_that_overlap_none_loses_anything(complete, monkeypatch, step, call):
+    run, plan = complete
+    before, original, calls = table_of(run, plan), getattr(compacting, step), itertools.count(1)
+
+    def overlapped(*arguments: object) -> object:
+        if next(calls) == call:
+            compact(run, read_plan(run))
+        return original(*arguments)
+
+    monkeypatch.setattr(compacting, step, overlapped)
+    with suppress(StoreError):
+        compact(run, plan, 3 * len(run.read(part_name(0))))
+    after = read_plan(run)
+    assert len(after.shards) < len(plan.shards)
+    assert table_of(run, after) == before
+    assert run.committed() == run.shards() == {shard.index for shard in after.shards}
+    assert (run.exists(SUCCESS_FILE), len(list(read_rejects(run, after)))) == (True, 1)
+    assert left_aside(run) == []
+    assert len(compact(run, after).shards) == 1
+
+
+def test_a_second_compaction_takes_nothing_from_the_first(complete, monkeypatch):
+    run, plan = complete
+    before, size = table_of(run, plan), max(len(run.read(part_name(shard.index))) for shard in plan.shards)
+    original, calls = compacting._join, itertools.count(1)
+
+    def overlapped(*arguments: object) -> object:
+        call = next(calls)
+        if call == 2:
+            with pytest.raises(KeyboardInterrupt):
+                compact(run, plan, 2 * size)
+        if call == 4:  # the second's second
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(compacting, "_join", overlapped)
+    compacted = compact(run, plan, 3 * size)
+    assert (read_plan(run), table_of(run, compacted), left_aside(run)) == (compacted, before, [])
+    assert run.committed() == run.shards() == {shard.index for shard in compacted.shards}
+
+
+def left_aside(run: RunFolder) -> list[str]:
+    if not run.is_local:
+        return [name for name in MemoryFileSystem.store if name.startswith(run.path(compacting.ASIDE))]
+    folder, name = os.path.split(run.uri)
+    return [entry for entry in os.listdir(folder) if entry != name]
+
+
+@pytest.fixture
+def exchangeless(planned_run, complete, monkeypatch):
+    def refuse(*_: str) -> None:
+        raise OSError(errno.EINVAL, "renameat2")
+
+    monkeypatch.setattr(compacting, "_exchange", refuse)
+    return complete
+
+
+@pytest.mark.parametrize("planned_run", ["disk"], indirect=True)
+def test_a_disk_without_the_exchange_keeps_the_run(exchangeless, monkeypatch):
+    run, plan = exchangeless
+    before = table_of(run, plan)
+    for step in (1, 2):
+        with monkeypatch.context() as patch:
+            error = PermissionError(errno.EACCES, "Permission denied")
+            patch.setattr(os, "rename", dying(os.rename, itertools.count(1), range(step, step + 1), error))
+            with pytest.raises(StoreError, match=r"cannot compact it \(Permission denied\); give this user access$"):
+                compact(run, plan)
+        assert (read_plan(run), table_of(run, plan), left_aside(run)) == (plan, before, [])
+    compacted = compact(run, plan)
+    assert (len(compacted.shards), table_of(run, compacted), left_aside(run)) == (1, before, [])
+
+
+@pytest.mark.parametrize("planned_run", ["disk"], indirect=True)
+@pytest.mark.parametrize(("name", "is_gone"), [("os.rename", True), ("shutil.rmtree", False)])
+def test_a_swap_on_a_disk_without_the_exchange_is_taken_up(exchangeless, monkeypatch, name, is_gone):
+    run, plan = exchangeless
+    before = table_of(run, plan)
+    with monkeypatch.context() as patch:
+        method = os.rename if is_gone else shutil.rmtree
+        patch.setattr(name, dying(method, itertools.count(1), range(1 + is_gone, 99)))
+        with pytest.raises(KeyboardInterrupt):
+            compact(run, plan)
+    assert os.path.exists(run.uri) != is_gone
+    assert take_up(run) is None
+    after = read_plan(run)
+    assert (after == plan, table_of(run, after)) == (is_gone, before)
+    assert len(compact(run, after).shards) == 1
+    assert left_aside(run) == []
+
+
+def dying(
+    method: Callable[..., object], calls: Iterator[int], steps: range, error: BaseException | None = None
+) -> Callable[..., object]:
+    """The method, but the calls of these numbers are never made."""
 
     def call(*arguments: object, **keywords: object) -> object:
-        if next(calls) == step:
-            raise KeyboardInterrupt
+        if next(calls) in steps:
+            raise error or KeyboardInterrupt
         return method(*arguments, **keywords)
 
     return call

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pty
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -52,16 +54,32 @@ def _is_alive(pid: int) -> bool:
         return False
 
 
+def on_a_terminal(command: list[str]) -> tuple[int, str, str]:
+    """Runs a command whose standard error is a terminal; answers (exit code, standard output, standard error)."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=theirs, text=True) as process:
+        os.close(theirs)
+        shown = bytearray()
+        with suppress(OSError):  # its last user is gone
+            while block := os.read(ours, 4096):
+                shown += block
+        os.close(ours)
+        out, _ = process.communicate(timeout=100)
+    return process.returncode, out, shown.decode(errors="replace")
+
+
 def test_run_tags_scores_and_leaves_no_process(tmp_path, sample):
     sentences = [s for s in (sample / "wikigold.conll").read_text().split("\n\n") if not s.startswith("-DOCSTART-")]
     corpus = tmp_path / "in.conll"
     corpus.write_text("\n\n".join(sentences[:12]))
-    result = subprocess.run(
-        [*COMMAND, str(corpus), "--out", str(tmp_path / "out"), "--devices", "cpu", "--json"],
-        capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    body = json.loads(result.stdout)
+    code, out, shown = on_a_terminal(
+        [*COMMAND, str(corpus), "--out", str(tmp_path / "out"), "--devices", "cpu", "--json"]
+    )
+    assert code == 0, shown
+    assert "0 of 1 committed" in shown
+    assert "no worker listens" not in shown  # it starts its own
+    body = json.loads(out)
     assert (body["state"], body["documents"]) == ("complete", {"total": 12, "ok": 12, "rejected": 0})
     assert body["scores"]["f1"] > 0.3
     assert sorted(os.listdir(body["run"])) == [

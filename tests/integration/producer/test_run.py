@@ -120,6 +120,25 @@ def test_cancel_keeps_parts_and_resume_goes_on(broker, serving, planned):
     assert runs.cancel(run, plan, queue) == plan
 
 
+def test_a_run_is_sent_by_a_name_that_workers_in_other_folders_understand(planned, monkeypatch):
+    run, _ = planned
+    monkeypatch.chdir(Path(run.uri).parent)
+    name = Path(run.uri).name
+    for said in (name, f"{name}/", f"./{name}", f"file://{run.uri}"):
+        assert runs.open_run(said)[0].uri == run.uri
+
+
+def test_the_same_input_with_another_output_is_another_run_for_the_workers(broker, serving, tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"text": "Ada"}\n' * 10)
+    queue = Queue(broker)
+    both = [make_plan(Request((str(path),), str(tmp_path / out))) for out in ("one", "two")]
+    for run, plan in both:
+        runs.send(run, plan, queue)
+    with serving():
+        assert [runs.wait(run, plan, queue).state for run, plan in both] == ["complete", "complete"]
+
+
 def test_back_pressure_waits_for_the_workers(broker, serving, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "_BATCH", 1)
     monkeypatch.setattr(runs, "_POLL_SECONDS", (0.01, 0.02))

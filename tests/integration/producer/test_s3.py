@@ -12,7 +12,7 @@ import pytest
 from pyarrow import parquet as pq
 
 from producer import run as runs
-from producer.compact import compact
+from producer.compact import ASIDE, compact
 from producer.planning import Request, make_plan
 from producer.queue import Queue
 from producer.shards import ShardLimits
@@ -78,6 +78,7 @@ def test_a_run_on_s3_whose_worker_is_killed_is_the_run_on_disk(bucket, mill, tmp
         scores.append(evaluate(run)["strict"])
         compacted = compact(run, plan)
         assert (len(plan.shards), len(compacted.shards), len(run.committed())) == (20, 1, 1)
+        assert RunFolder(f"{run.uri}/{ASIDE}").list() == []
         assert [shown.row["doc_id"] for shown in read_rows(run, compacted, 2)] == [f"{corpus}:1", f"{corpus}:5"]
         tables.append(table_of(run, compacted))
         assert make_plan(Request((str(corpus),), out, limits=limits)) == (run, compacted)

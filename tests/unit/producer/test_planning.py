@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from producer.planning import Request, make_plan, nothing_half_written
+from producer.recovery import BEFORE, beside
 from producer.shards import ShardLimits
 from producer.sources import ReadOptions
 from worker.contracts.errors import StoreError, UsageError
@@ -54,6 +55,24 @@ def test_planning_again_mends_what_is_gone_or_damaged_and_has_no_part(request_):
     run.remove(run.shard_file(2))
     assert make_plan(request_) == (run, plan)
     assert [run.read(run.shard_file(shard)) for shard in range(3)] == [b"damaged", *whole[1:]]
+
+
+@pytest.mark.parametrize("others", [(5, 5), (4, 4), (4, 4, 1, 1), (3, 4, 3)])
+def test_a_plan_with_other_cuts_is_not_mended(request_, others):
+    run, plan = make_plan(request_)
+    shards = tuple(replace(plan.shards[0], index=index, documents=count) for index, count in enumerate(others))
+    replace(plan, shards=shards).write(run)
+    run.remove(run.shard_file(1))
+    with pytest.raises(UsageError, match=r"planned by another version of nermill.*; name another --out[^\n]*$"):
+        make_plan(request_)
+
+
+def test_a_run_that_a_compaction_left_beside_its_place_is_found(request_):
+    run, plan = make_plan(request_)
+    run.write(part_name(0), b"")
+    os.rename(run.uri, beside(run, BEFORE))
+    assert make_plan(request_) == (run, plan)
+    assert run.committed() == {0}
 
 
 def test_shards_of_a_planning_that_was_killed_are_replaced(request_):

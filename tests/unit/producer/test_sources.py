@@ -91,6 +91,15 @@ class TestJsonl:
         refused(rf"{path}:1: no field 'kye' \(found: key, text\); mend --id-column", path, id_column="kye")
         assert [d.id for d in read(path)] == [f"{path}:1", f"{path}:2"]
 
+    def test_lines_that_cannot_be_read_are_rejects_whatever_the_id_field(self, write, monkeypatch):
+        monkeypatch.setattr(files, "MAX_LINE_BYTES", 64)
+        path = write("a.jsonl", b'{"key": "a", "text": "\xff"}\n{"text": "' + b"x" * 100 + b'"}\n')
+        documents = read(path, id_column="key")
+        assert faults(documents) == ["not_utf8", "too_large"]
+        assert documents[0].id == "a"
+        path.write_bytes(path.read_bytes() + b'{"id": "b", "text": "Ada"}\n')
+        refused(rf"{path}:3: no field 'key' \(found: id, text\)", path, id_column="key")
+
     def test_a_line_above_the_limit_is_one_reject(self, write, monkeypatch):
         monkeypatch.setattr(files, "MAX_LINE_BYTES", 64)
         path = write("a.jsonl", json.dumps({"text": "x" * 100}) + "\n" + json.dumps({"text": "Ada"}) + "\n")
