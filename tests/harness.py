@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -24,7 +26,7 @@ from producer.run import send, wait
 from producer.shards import ShardLimits
 from producer.status import Status
 from worker.contracts.broker import redis_client
-from worker.contracts.layout import RunFolder
+from worker.contracts.layout import RunFolder, part_name
 from worker.contracts.plan import Plan
 
 ROOT = Path(__file__).parents[1]
@@ -236,6 +238,19 @@ def harness(folder: Path, **options: Any) -> Iterator[Harness]:
         yield made
     finally:
         made.close()
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+def table_of(run: RunFolder, plan: Plan) -> pa.Table:
+    """The rows of all parts as one table, in the plan's order, without the parts' metadata."""
+    tables = [pq.read_table(pa.BufferReader(run.read(part_name(shard.index)))) for shard in plan.shards]
+    return pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
 
 
 def rows(run: RunFolder) -> list[dict[str, Any]]:

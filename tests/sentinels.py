@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from typing import Any
 from redis import Redis
 
 from producer.broker import find_server_binary
-from tests.harness import DOUBLE, Harness, Server, harness, rows, texts
+from tests.harness import DOUBLE, Harness, Server, free_port, harness, rows, texts
 from worker.contracts.layout import SUCCESS_FILE, RunFolder
 
 PASSWORD = "grist"
@@ -138,10 +137,3 @@ def _is_complete(port: int) -> bool:
     with Redis(port=port, decode_responses=True) as client:
         known = client.sentinel_master(SERVICE)
     return (known["num-other-sentinels"], known["num-slaves"]) == (SENTINELS - 1, 1)
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])

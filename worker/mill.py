@@ -259,7 +259,8 @@ class Mill:
             log.info("run %s is complete", claim.run_id)
             if plan.has_gold:
                 self._evaluate(claim)
-        else:
+        else:  # nobody sends the last step before its time
+            self.metrics.refused()
             log.warning("run %s is not complete, %d parts are missing: nermill resume it", claim.run_id, len(missing))
         self._ledger.complete(claim, ok=0, rejected=0, tokens=0, computed=0)
         if is_whole:

@@ -17,18 +17,12 @@ from urllib.request import urlopen
 
 import pytest
 
-from tests.harness import Harness, rows, texts
+from tests.harness import Harness, free_port, rows, texts
 from worker import heartbeat, supervisor
 from worker.settings import Settings
 from worker.supervisor import SILENT_SECONDS
 
 HANG_SECONDS = 2.0
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 class Launcher:

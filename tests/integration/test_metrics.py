@@ -26,8 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from producer.status import look
 from tests.doubles.engine import HashEngine, manifest
-from tests.harness import Harness, texts
-from tests.integration.test_health import free_port
+from tests.harness import Harness, free_port, texts
 from worker.contracts.errors import EngineError
 from worker.engine import Batch
 from worker.metrics import FILL_BUCKETS, MeteredEngine

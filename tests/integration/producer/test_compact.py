@@ -24,11 +24,12 @@ from producer.queue import Queue
 from producer.rejects import read_rejects, retry
 from producer.shards import ShardLimits
 from producer.status import look
+from tests.harness import table_of
 from worker.contracts.broker import redis_client
 from worker.contracts.errors import StoreError, UsageError
 from worker.contracts.layout import SUCCESS_FILE, RunFolder, part_name
 from worker.contracts.ledger import Claim, Ledger
-from worker.contracts.plan import Plan, read_plan
+from worker.contracts.plan import read_plan
 from worker.contracts.schema import metadata_of
 
 from .conftest import ARTIFACT, POISON, tag
@@ -51,11 +52,6 @@ def complete(planned_run, broker, serving):
     with serving():
         runs.wait(run, plan, queue)
     return run, plan
-
-
-def table_of(run: RunFolder, plan: Plan) -> pa.Table:
-    tables = [pq.read_table(pa.BufferReader(run.read(part_name(shard.index)))) for shard in plan.shards]
-    return pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
 
 
 def test_nothing_but_the_files_changes(complete):

@@ -7,9 +7,7 @@ import time
 import uuid
 from collections.abc import Iterator
 
-import pyarrow as pa
 import pytest
-from pyarrow import parquet as pq
 
 from producer import run as runs
 from producer.compact import ASIDE, compact
@@ -18,10 +16,11 @@ from producer.queue import Queue
 from producer.shards import ShardLimits
 from producer.show import read_rows
 from producer.stream import Stream
+from tests.harness import table_of
 from worker.contracts.document import Document
 from worker.contracts.errors import StoreError, UsageError
-from worker.contracts.layout import SUCCESS_FILE, RunFolder, part_name
-from worker.contracts.plan import Plan, read_plan
+from worker.contracts.layout import SUCCESS_FILE, RunFolder
+from worker.contracts.plan import read_plan
 from worker.evaluation import evaluate
 
 pytest.importorskip("s3fs")
@@ -47,11 +46,6 @@ def bucket(monkeypatch) -> Iterator[str]:
     yield f"s3://{name}"
     s3fs.S3FileSystem.clear_instance_cache()
     server.stop()
-
-
-def table_of(run: RunFolder, plan: Plan) -> pa.Table:
-    tables = [pq.read_table(pa.BufferReader(run.read(part_name(shard.index)))) for shard in plan.shards]
-    return pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
 
 
 def test_a_run_on_s3_whose_worker_is_killed_is_the_run_on_disk(bucket, mill, tmp_path):
