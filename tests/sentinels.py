@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from typing import Any
 from redis import Redis
 
 from producer.broker import find_server_binary
+from producer.queue import Queue
+from producer.run import send
 from tests.harness import DOUBLE, Harness, Server, free_port, harness, rows, texts
 from worker.contracts.layout import SUCCESS_FILE, RunFolder
 
@@ -60,12 +63,14 @@ class Outcome:
     Attributes:
         pause: Seconds from the primary's end to the next part.
         killed_in_the_middle: Whether parts were missing then.
+        followers: How many of the two workers served a run of the new primary with nobody beside them.
     """
 
     table: list[dict[str, Any]]
     report: dict[str, Any]
     pause: float
     killed_in_the_middle: bool
+    followers: int
 
 
 def with_failover(failover: Failover) -> Outcome:
@@ -92,7 +97,9 @@ def with_failover(failover: Failover) -> Outcome:
             early = run.exists(SUCCESS_FILE)
             told, _ = producer.communicate(timeout=600)
         assert producer.returncode == 0, f"{told}\n{mill.logs()}"
-        return Outcome(rows(run), json.loads(told), pause, not early)
+        table = rows(run)
+        followers = sum(_serves_alone(mill, nth, url) for nth in range(len(mill.workers)))
+        return Outcome(table, json.loads(told), pause, not early, followers)
 
 
 def _pause(mill: Harness, run: RunFolder) -> float:
@@ -104,6 +111,19 @@ def _pause(mill: Harness, run: RunFolder) -> float:
         time.sleep(0.02)
     mill.until(lambda: run.committed() > before)
     return time.monotonic() - killed
+
+
+def _serves_alone(mill: Harness, nth: int, url: str) -> bool:
+    """Whether a worker that came over serves a run while the others stand still."""
+    others = [worker for worker in mill.workers if worker is not mill.workers[nth]]
+    for worker in others:
+        worker.signal(signal.SIGSTOP)
+    run, plan = mill.plan(texts(32 + nth))
+    send(run, plan, Queue(url))
+    mill.until(lambda: run.exists(SUCCESS_FILE), 25)
+    for worker in others:
+        worker.signal(signal.SIGCONT)
+    return len(rows(run)) == plan.documents
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from worker.contracts.patience import within
 from worker.doorkeeper import doorkeeper, fresh_bell
 from worker.heartbeat import beat
 from worker.metrics import Metrics, serve
-from worker.mill import Mill
+from worker.mill import HAND_BACK_SECONDS, Mill
 from worker.settings import Settings, read_settings
 
 if TYPE_CHECKING:
@@ -82,6 +82,13 @@ class Process:
     mill: Mill
     stop: threading.Event
     leaving: threading.Event
+    keeper: threading.Thread
+
+    def take_leave(self) -> None:
+        """Hands back what is held and signs off from the ledger, unless that stays silent."""
+        self.stop.set()
+        self.mill.hand_back()
+        self.keeper.join(HAND_BACK_SECONDS)
 
 
 _process: Process | None = None
@@ -132,15 +139,16 @@ def _start(**_: Any) -> None:
         logs.complain(error)
         raise SystemExit(1) from None
     stop = threading.Event()
-    _process = Process(mill, stop, leaving=threading.Event())
     loops: dict[str, Callable[[], None]] = {
         "keep": lambda: mill.keep(stop),
         "watch": lambda: mill.watch(stop),
         "beat": lambda: beat(os.environ, mill.complaint, stop),
         "broker": lambda: _watch_broker(client, metrics, stop),
     }
-    for name, loop in loops.items():
-        threading.Thread(target=loop, name=name, daemon=True).start()
+    threads = {name: threading.Thread(target=loop, name=name, daemon=True) for name, loop in loops.items()}
+    _process = Process(mill, stop, leaving=threading.Event(), keeper=threads["keep"])
+    for thread in threads.values():
+        thread.start()
 
 
 def _watch_broker(client: Redis, metrics: Metrics, stop: threading.Event) -> None:
@@ -167,13 +175,12 @@ def _announce(**_: Any) -> None:
 @worker_shutting_down.connect  # type: ignore[untyped-decorator]
 def _begin_grace(**_: Any) -> None:
     """Lets what is held be finished within the grace period, then hands it back and ends."""
-    if _process is None:
+    if (process := _process) is None:
         return
-    mill = _process.mill
-    _process.leaving.set()
+    process.leaving.set()
 
     def enforce() -> None:
-        mill.hand_back()
+        process.take_leave()
         with suppress(TimeoutError):
             within(TRACING_SECONDS, tracing.stop)
         os._exit(0)
@@ -186,7 +193,6 @@ def _begin_grace(**_: Any) -> None:
 @worker_shutdown.connect  # type: ignore[untyped-decorator]
 def _end(**_: Any) -> None:
     if _process is not None:
-        _process.stop.set()
-        _process.mill.hand_back()
+        _process.take_leave()
         _process.mill.pipeline.close()
         tracing.stop()

@@ -81,10 +81,11 @@ def celery_app(url: str) -> Celery:
     scheme = check_url(url)
     from celery import Celery
 
-    app = Celery("nermill", broker=url)
     options = dict(TRANSPORT_OPTIONS)
     if scheme == "sentinel":
         options["master_name"] = _sentinel_service(url)
+        url = ";".join(host.partition("?")[0] for host in url.split(";"))  # kombu falls over it at the next host
+    app = Celery("nermill", broker=url)
     app.conf.update(CELERY_SETTINGS, broker_transport_options=options)
     return app
 
