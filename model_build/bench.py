@@ -38,8 +38,7 @@ def bench(artifact: Path, device: str = "cpu", threads: int = 0, repeats: int = 
     try:
         manifest = engine.manifest
         sizes = Architecture(**manifest.details["architecture"])
-        largest = max(rows * length for rows, length in manifest.shapes) if manifest.shapes else manifest.token_budget
-        peak = _peak_gflops(engine, threads, (largest, sizes.hidden, sizes.intermediate), repeats)
+        peak = _peak_gflops(engine, threads, (manifest.batch_tokens, sizes.hidden, sizes.intermediate), repeats)
         return {
             "kind": "measured",
             "source": f"nermill-build bench on {_machine(device)}, median of {repeats}",

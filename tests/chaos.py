@@ -67,8 +67,7 @@ def disturbed(chaos: Chaos, seed: int) -> Outcome:
         mill.queue().ring(round(chaos.repeated * len(plan.shards)))
         workers = [mill.worker(FAULT_BATCH_SECONDS=str(chaos.batch_seconds)) for _ in range(2)]
         began = time.monotonic()
-        while not run.committed():
-            time.sleep(0.05)
+        mill.until(run.committed)
         deeds = (
             ["kill"] * chaos.kills + ["term"] * chaos.terms + ["stop"] * chaos.stops + ["server"] * chaos.server_kills
         )

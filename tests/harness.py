@@ -204,7 +204,7 @@ class Harness:
         (run,) = self.out.glob("run=*")
         return RunFolder(str(run))
 
-    def until(self, happened: Callable[[], bool], timeout: float = 120) -> float:
+    def until(self, happened: Callable[[], object], timeout: float = 120) -> float:
         """Waits for something; returns how many seconds it took."""
         began = time.monotonic()
         while not happened():

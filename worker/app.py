@@ -87,8 +87,8 @@ class Process:
     def take_leave(self) -> None:
         """Hands back what is held and signs off from the ledger, unless that stays silent."""
         self.stop.set()
-        self.mill.hand_back()
-        self.keeper.join(HAND_BACK_SECONDS)
+        if self.mill.hand_back():
+            self.keeper.join(HAND_BACK_SECONDS)
 
 
 _process: Process | None = None

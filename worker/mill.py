@@ -318,10 +318,13 @@ class Mill:
             return f"the device has not answered for {hung:.0f} s"
         return None
 
-    def hand_back(self) -> None:
+    def hand_back(self) -> bool:
         """Releases whatever is held: another worker may start on it at once.
 
         Where the ledger does not answer, the leases run out instead: whoever hands back is about to end.
+
+        Returns:
+            Whether the ledger answered, or nothing was held.
         """
 
         def release() -> None:
@@ -332,6 +335,8 @@ class Mill:
             within(HAND_BACK_SECONDS, release)
         except (RedisError, OSError) as error:
             log.warning("the ledger does not answer (%s); what was held is tried again when its leases end", error)
+            return False
+        return True
 
 
 def _condemned(document: pa.Table) -> pa.Table:

@@ -80,8 +80,7 @@ class Pipeline:
         self._longest = min(
             self.manifest.max_length, max((length for _, length in self.manifest.shapes), default=1 << 30)
         )
-        largest = max((rows * length for rows, length in self.manifest.shapes), default=self.manifest.token_budget)
-        self._pool = Pool(self.manifest, POOL_BATCHES * largest)
+        self._pool = Pool(self.manifest, POOL_BATCHES * self.manifest.batch_tokens)
         self._busy_since: dict[int, float] = {}
         self._answered = 0.0  # when the device last did
         self.broken: EngineError | None = None

@@ -86,7 +86,6 @@ class Pool:
     def __init__(self, manifest: Manifest, limit: int) -> None:
         self._manifest = manifest
         self._limit = limit
-        self._full_batch = max((rows * length for rows, length in manifest.shapes), default=manifest.token_budget)
         self._jobs: list[Job] = []
         self._owner = np.zeros(0, np.int64)
         self._number = np.zeros(0, np.int64)
@@ -111,7 +110,7 @@ class Pool:
             self._room.wait_for(lambda: self._closed or self._tokens <= self._limit)
             if self._closed:
                 raise self._closed
-            self._unfinished = {other for other in self._unfinished if not other.done.is_set()} | {job}
+            self._unfinished.add(job)
             self._jobs.append(job)
             self._owner = np.append(self._owner, np.full(len(lengths), len(self._jobs) - 1))
             self._number = np.append(self._number, np.arange(len(lengths)))
@@ -153,6 +152,7 @@ class Pool:
         """A batch that was taken is computed."""
         with self._lock:
             self._running -= 1
+            self._unfinished = {job for job in self._unfinished if not job.done.is_set()}
             self._batch.notify()
 
     def close(self, error: Exception | None = None) -> None:
@@ -160,10 +160,9 @@ class Pool:
         with self._lock:
             self._closed = error or EngineError("the pipeline was closed")
             for job in self._unfinished:
-                if job.done.is_set():
-                    continue
-                job.error = self._closed
-                job.done.set()
+                if not job.done.is_set():
+                    job.error = self._closed
+                    job.done.set()
             self._room.notify_all()
             self._batch.notify_all()
 
@@ -174,7 +173,7 @@ class Pool:
     def _ready(self) -> bool:
         if self._closed:
             return True
-        return self._tokens > 0 and (not self._running or self._tokens >= self._full_batch)
+        return self._tokens > 0 and (not self._running or self._tokens >= self._manifest.batch_tokens)
 
     def _work(self, placement: Placement) -> Work:
         owner = self._owner[placement.window]

@@ -15,13 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
+from producer.status import part_stats
 from tests.benchmarks.corpora import default_data, read_corpora
 from tests.benchmarks.host import APP, repeated
 from tests.harness import harness
 from worker.contracts.layout import RunFolder
-from worker.contracts.schema import metadata_of
 
 SIZES = (10_000, 100_000, 1_000_000)
 WARM_UP = 2_000
@@ -84,8 +82,7 @@ def measure(texts: Sequence[str], count: int, **environment: str) -> Cost:
 
 def _stages(run: RunFolder, documents: int) -> dict[str, float]:
     """Seconds a document, by stage, as the parts tell; what is left is reading, ledger and bell."""
-    names = [name for name in run.list() if name.startswith("part-")]
-    parts = [json.loads(metadata_of(pq.read_schema(run.path(name)))["stats"]) for name in names]
+    parts = [entry for shard in run.committed() for entry in part_stats(run, shard)]
     stages = {stage: sum(part.get(f"{stage}_seconds", 0.0) for part in parts) / documents for stage in STAGES}
     whole = max(part["finished"] for part in parts) - min(part["claimed"] for part in parts)
     return {**stages, "reading, ledger, bell": whole / documents - sum(stages.values())}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import signal
-import tempfile
 import time
-from pathlib import Path
 
 import pytest
 
 from producer.run import resume, send
-from tests.harness import Harness, harness, rows, texts
+from tests.chaos import undisturbed
+from tests.harness import Harness, rows, texts
 from worker.contracts.layout import SUCCESS_FILE
 
 DOCUMENTS = texts(600)
@@ -19,11 +18,7 @@ DOCUMENTS = texts(600)
 @pytest.fixture(scope="module")
 def expected() -> list[dict[str, object]]:
     """The table of an undisturbed run of one worker."""
-    with tempfile.TemporaryDirectory(prefix="nm-") as folder, harness(Path(folder)) as mill:
-        mill.worker()
-        run, plan = mill.submit(DOCUMENTS)
-        mill.wait(run, plan)
-        table = rows(run)
+    table = undisturbed(len(DOCUMENTS))
     assert [row["doc_id"] for row in table] == [f"d{n}" for n in range(len(DOCUMENTS))]
     assert sum(len(row["entities"]) for row in table) > len(DOCUMENTS)
     return table
@@ -53,8 +48,7 @@ def test_lost_bells_are_rung_again(mill: Harness, expected: list[dict[str, objec
 def test_a_killed_workers_shards_run_again_within_its_lease(mill: Harness, expected: list[dict[str, object]]) -> None:
     run, plan = mill.submit(DOCUMENTS)
     doomed = mill.worker(FAULT_BATCH_SECONDS="0.3")
-    while not run.committed():
-        time.sleep(0.05)
+    mill.until(run.committed)
     doomed.kill()
     killed = time.monotonic()
     mill.worker()
@@ -66,8 +60,7 @@ def test_a_killed_workers_shards_run_again_within_its_lease(mill: Harness, expec
 def test_a_worker_that_is_told_to_stop_finishes_or_hands_back(mill: Harness, expected: list[dict[str, object]]) -> None:
     run, plan = mill.submit(DOCUMENTS)
     leaving = mill.worker(FAULT_BATCH_SECONDS="0.2")
-    while not run.committed():
-        time.sleep(0.05)
+    mill.until(run.committed)
     leaving.terminate()
     with mill.queue().ledger() as ledger:
         assert ledger.progress(plan.run_id).leased == 0
@@ -81,8 +74,7 @@ def test_a_worker_that_is_told_to_stop_finishes_or_hands_back(mill: Harness, exp
 def test_a_zombie_writes_nothing_that_counts(mill: Harness, expected: list[dict[str, object]]) -> None:
     run, plan = mill.submit(DOCUMENTS)
     zombie = mill.worker(FAULT_BATCH_SECONDS="0.2")
-    while not run.committed():
-        time.sleep(0.05)
+    mill.until(run.committed)
     zombie.signal(signal.SIGSTOP)
     mill.worker()
     mill.wait(run, plan)
@@ -111,8 +103,7 @@ def test_death_between_commit_ledger_and_acknowledgement(
 def test_losing_the_whole_server_loses_progress_only(mill: Harness, expected: list[dict[str, object]]) -> None:
     run, plan = mill.submit(DOCUMENTS)
     mill.worker(FAULT_BATCH_SECONDS="0.1")
-    while not run.committed():
-        time.sleep(0.05)
+    mill.until(run.committed)
     with mill.server.client() as client:
         client.flushall()
     resume(run, plan, mill.queue())
@@ -123,8 +114,7 @@ def test_losing_the_whole_server_loses_progress_only(mill: Harness, expected: li
 def test_a_server_that_is_killed_and_started_again(mill: Harness, expected: list[dict[str, object]]) -> None:
     run, plan = mill.submit(DOCUMENTS)
     mill.worker(FAULT_BATCH_SECONDS="0.1")
-    while not run.committed():
-        time.sleep(0.05)
+    mill.until(run.committed)
     mill.server.kill()
     time.sleep(1)
     mill.server.start()

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import signal
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 
-from tests.harness import Harness, harness, rows, texts
+from producer.status import part_stats
+from tests.chaos import undisturbed
+from tests.harness import Harness, rows, texts
 from worker.contracts.layout import RunFolder
-from worker.contracts.schema import metadata_of
 from worker.mill import HAND_BACK_SECONDS
 
 DOCUMENTS = texts(960)
@@ -23,18 +20,12 @@ DELAY = 5.0  # of a machine that does much else
 
 @pytest.fixture(scope="module")
 def expected() -> list[dict[str, Any]]:
-    """The table of an undisturbed run."""
-    with tempfile.TemporaryDirectory(prefix="nm-") as folder, harness(Path(folder)) as mill:
-        mill.worker()
-        run, plan = mill.submit(DOCUMENTS)
-        mill.wait(run, plan)
-        return rows(run)
+    return undisturbed(len(DOCUMENTS))
 
 
 def attempts(run: RunFolder) -> set[int]:
     """How often the run's shards were tried, as their parts say."""
-    names = [name for name in run.list() if name.startswith("part-")]
-    return {json.loads(metadata_of(pq.read_schema(run.path(name)))["stats"])["attempts"] for name in names}
+    return {entry["attempts"] for shard in run.committed() for entry in part_stats(run, shard)}
 
 
 @pytest.mark.parametrize("grace", [20.0, 1.0], ids=["finishes what it holds", "hands it back"])
@@ -46,7 +37,7 @@ def test_a_worker_drains_within_its_grace_while_another_goes_on(
     for worker in (leaving, staying):
         worker.await_ready()
     run, plan = mill.submit(DOCUMENTS)
-    mill.until(lambda: bool(run.committed()))
+    mill.until(run.committed)
     began = time.monotonic()
     assert leaving.terminate() == 0
     seconds = time.monotonic() - began
@@ -65,7 +56,7 @@ def test_a_worker_leaves_though_the_broker_does_not_answer(mill: Harness, expect
     environment = {"FAULT_BATCH_SECONDS": "0.4", "NERMILL_GRACE_SECONDS": "1"}
     leaving = mill.worker(**environment)
     run, plan = mill.submit(DOCUMENTS)
-    mill.until(lambda: bool(run.committed()))
+    mill.until(run.committed)
     mill.server.signal(signal.SIGSTOP)
     began = time.monotonic()
     assert leaving.terminate() == 0

@@ -95,15 +95,20 @@ def test_a_run_keeps_to_the_artifact_that_began_it(ledger: Ledger) -> None:
     assert ledger.claim("first", LEASE) is not None
 
 
-def test_a_crash_while_a_document_is_probed_is_a_strike_against_it(ledger: Ledger) -> None:
+@pytest.mark.parametrize(
+    ("trials", "strikes"), [([7], {7: 3}), ([7, None], {})], ids=["while it is probed", "after the last trial"]
+)
+def test_a_crash_while_a_document_is_probed_is_a_strike_against_it(
+    ledger: Ledger, trials: list[int | None], strikes: dict[int, int]
+) -> None:
     begin(ledger, 1)
     for n in range(3):
         claim = ledger.claim("art", LEASE, now=n * 100)
         assert claim is not None
-        assert ledger.probe(claim, 7)
+        assert all(ledger.probe(claim, trial) for trial in trials)
         ledger.reap(now=n * 100 + LEASE + 1)
     ledger.claim("art", LEASE, now=1000)
-    assert ledger.strikes("r") == {7: 3}
+    assert ledger.strikes("r") == strikes
 
 
 def test_a_claim_says_how_long_its_shard_waited(ledger: Ledger, client: Redis) -> None:
@@ -122,17 +127,6 @@ def test_a_claim_says_how_long_its_shard_waited(ledger: Ledger, client: Redis) -
     assert other is not None
     assert other.waited == 0
     assert client.hlen(ledger._key("r", "since")) == 0
-
-
-def test_a_crash_after_the_last_trial_is_no_strike(ledger: Ledger) -> None:
-    begin(ledger, 1)
-    for n in range(3):
-        claim = ledger.claim("art", LEASE, now=n * 100)
-        assert claim is not None
-        assert ledger.probe(claim, 7)
-        assert ledger.probe(claim, None)
-        ledger.reap(now=n * 100 + LEASE + 1)
-    assert ledger.strikes("r") == {}
 
 
 def test_handing_back_is_no_attempt_and_no_strike(ledger: Ledger) -> None:

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -58,8 +57,7 @@ def test_json_logs_are_one_object_a_line_with_run_shard_device_and_worker(mill: 
         mill.wait(run, plan)
         _, broken = mill.submit(texts(10), out=str(mill.folder / "elsewhere"))
         with mill.queue().ledger() as ledger:
-            while not ledger.progress(broken.run_id).buried:
-                time.sleep(0.05)
+            mill.until(lambda: ledger.progress(broken.run_id).buried)
         process.terminate()
         out, _ = process.communicate(timeout=40)
     assert NEVER not in out

@@ -157,8 +157,7 @@ def test_waiting_and_leased_shards_are_those_of_the_ledger(mill: Harness) -> Non
 def test_a_shard_of_a_dead_worker_is_counted_as_a_redelivery(mill: Harness) -> None:
     first, second = start(mill, 2, FAULT_BATCH_SECONDS="0.3", NERMILL_CONCURRENCY="2")
     run, plan = mill.submit(texts(300), documents_per_shard=20)
-    while not totals(scrape(first))["nermill_leased_shards"]:
-        time.sleep(0.02)
+    mill.until(lambda: totals(scrape(first))["nermill_leased_shards"])
     mill.workers[0].kill()
     mill.wait(run, plan)
     found = totals(scrape(second))

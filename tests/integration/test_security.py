@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,10 +123,7 @@ def test_a_worker_whose_server_goes_away_tells_no_password(mill: Harness, user_u
 
 
 def wait_for(mill: Harness, words: str) -> None:
-    deadline = time.monotonic() + 30
-    while words not in mill.logs():
-        assert time.monotonic() < deadline, mill.logs()
-        time.sleep(0.1)
+    mill.until(lambda: words in mill.logs(), 30)
 
 
 @pytest.mark.parametrize(

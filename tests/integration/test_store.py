@@ -77,10 +77,9 @@ def hand_back_then_end(mill: Harness, run: RunFolder, plan: Plan, told: str, men
 
 
 def await_log(mill: Harness, *told: str) -> None:
-    deadline = time.monotonic() + 60
-    while not any(all(words in line for words in ("handed back", *told)) for line in mill.logs().splitlines()):
-        assert time.monotonic() < deadline, mill.logs()
-        time.sleep(0.1)
+    mill.until(
+        lambda: any(all(words in line for words in ("handed back", *told)) for line in mill.logs().splitlines()), 60
+    )
 
 
 def test_a_full_disk(mill: Harness, expected: list[dict[str, object]]) -> None:

@@ -36,13 +36,6 @@ def start_new(mill: Harness) -> Worker:
     return worker
 
 
-def await_parts(run: RunFolder, count: int) -> None:
-    deadline = time.monotonic() + 60
-    while len(run.committed()) < count:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def artifacts(run: RunFolder) -> set[str]:
     """The artifacts that made the run's parts, as the parts say."""
     found = (metadata_of(pq.read_schema(run.path(name))) for name in run.list() if name.startswith("part-"))
@@ -60,7 +53,7 @@ def ask(mill: Harness, *command: str) -> tuple[int, dict[str, Any]]:
 def test_a_run_ends_with_the_artifact_that_began_it_and_the_next_takes_the_new_one(mill: Harness) -> None:
     leaving = [start_old(mill, 0.8) for _ in range(2)]
     run, plan = mill.submit(DOCUMENTS, documents_per_shard=32)
-    await_parts(run, 2)
+    mill.until(lambda: len(run.committed()) >= 2)
     start_new(mill)
     for worker in leaving:
         assert worker.terminate() == 0
@@ -92,7 +85,7 @@ def test_a_run_ends_with_the_artifact_that_began_it_and_the_next_takes_the_new_o
 def test_a_run_stays_with_its_artifact_though_the_broker_forgot_it(mill: Harness) -> None:
     worker = start_old(mill, 0.4)
     run, plan = mill.submit(DOCUMENTS[:480], documents_per_shard=32)
-    await_parts(run, 2)
+    mill.until(lambda: len(run.committed()) >= 2)
     worker.terminate()
     made = run.committed()
     with mill.server.client() as client:

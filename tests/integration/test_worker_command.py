@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,14 +101,10 @@ def children(process: subprocess.Popen[bytes]) -> list[int]:
 
 def test_a_process_that_dies_is_started_again_and_nothing_outlives_the_supervisor(mill: Harness) -> None:
     with supervisor(mill, "--lease-seconds", "2") as process:
-        deadline = time.monotonic() + 60
-        while not children(process):
-            time.sleep(0.05)
+        mill.until(lambda: children(process))
         (first,) = children(process)
         os.kill(first, signal.SIGKILL)
-        while children(process) in ([], [first]):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        mill.until(lambda: children(process) not in ([], [first]))
         run_folder, plan = mill.submit(texts(100))
         mill.wait(run_folder, plan)
         assert len(rows(run_folder)) == 100
@@ -138,11 +133,8 @@ def test_a_run_outside_the_allowed_roots_is_refused_and_untouched(mill: Harness)
     _, plan = mill.submit(texts(10), out=str(mill.out / "link"))
     before = sorted(outside.rglob("*"))
     worker = mill.worker(REAL)
-    deadline = time.monotonic() + 30
     with mill.queue().ledger() as ledger:
-        while not ledger.progress(plan.run_id).buried:
-            assert time.monotonic() < deadline, mill.logs()
-            time.sleep(0.1)
+        mill.until(lambda: ledger.progress(plan.run_id).buried, 30)
     assert worker.is_alive
     assert "outside the allowed roots" in mill.logs()
     assert sorted(outside.rglob("*")) == before

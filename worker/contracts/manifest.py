@@ -79,6 +79,11 @@ class Manifest:
     details: dict[str, Any] = field(default_factory=dict)
     sha256: str = ""
 
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of the largest batch, padding included."""
+        return max((rows * length for rows, length in self.shapes), default=self.token_budget)
+
     def write(self, folder: Path) -> None:
         """Writes ``manifest.json`` into the artifact's folder."""
         body = {"schema_version": SCHEMA_VERSION, **asdict(self)}

@@ -40,29 +40,16 @@ def deeds(trace: Path) -> Counter[str]:
     return Counter(deed for _, deed in lines_of(trace))
 
 
-def await_evaluation(mill: Harness, trace: Path) -> None:
-    deadline = time.monotonic() + 30
-    while not deeds(trace)["evaluates"]:
-        assert time.monotonic() < deadline, mill.logs()
-        time.sleep(0.02)
-
-
 def await_report(mill: Harness, run: RunFolder) -> dict[str, Any]:
-    deadline = time.monotonic() + 60
-    while not run.exists(REPORT_HTML):
-        assert time.monotonic() < deadline, mill.logs()
-        time.sleep(0.02)
+    mill.until(lambda: run.exists(REPORT_HTML), 60)
     report: dict[str, Any] = json.loads(run.read(REPORT_JSON))
     return report
 
 
 def await_closed(mill: Harness, plan: Plan) -> None:
     """Waits until no worker is sent to the run any more."""
-    deadline = time.monotonic() + 10
     with mill.queue().ledger() as ledger:
-        while plan.run_id in ledger.runs():
-            assert time.monotonic() < deadline, mill.logs()
-            time.sleep(0.02)
+        mill.until(lambda: plan.run_id not in ledger.runs(), 10)
 
 
 def test_it_happens_once_though_the_last_two_shards_end_together(mill: Harness) -> None:
@@ -87,7 +74,7 @@ def test_it_happens_once_more_after_a_kill_in_the_middle_of_it(mill: Harness) ->
     trace = mill.folder / "trace"
     run, plan = submit(mill, 40, per_shard=20)
     doomed = mill.worker(FAULT_TRACE=str(trace), FAULT_EVALUATION_SECONDS="60")
-    await_evaluation(mill, trace)
+    mill.until(lambda: deeds(trace)["evaluates"], 30)
     doomed.kill()
     assert run.exists(SUCCESS_FILE)
     assert not run.exists(REPORT_JSON)
@@ -120,7 +107,7 @@ def test_a_waiting_producer_ends_though_the_only_worker_died_in_the_evaluation(
     trace = mill.folder / "trace"
     run, plan = submit(mill, 40, per_shard=20)
     doomed = mill.worker(FAULT_TRACE=str(trace), FAULT_EVALUATION_SECONDS="60")
-    await_evaluation(mill, trace)
+    mill.until(lambda: deeds(trace)["evaluates"], 30)
     doomed.kill()
     assert mill.wait(run, plan, timeout=mill.lease_seconds + 15).state == "complete"
     assert run.exists(SUCCESS_FILE)
@@ -133,10 +120,7 @@ def test_an_evaluation_that_ends_every_process_is_left_alone(mill: Harness) -> N
     with mill.server.client() as client:
         client.hset(f"nermill:run:{plan.run_id}:attempts", "-1", 3)  # as after three kills in the middle of it
     mill.worker(FAULT_TRACE=str(trace))
-    deadline = time.monotonic() + 30
-    while not run.exists(SUCCESS_FILE):
-        assert time.monotonic() < deadline, mill.logs()
-        time.sleep(0.02)
+    mill.until(lambda: run.exists(SUCCESS_FILE))
     await_closed(mill, plan)
     assert not run.exists(REPORT_JSON)
     assert deeds(trace)["evaluates"] == 0

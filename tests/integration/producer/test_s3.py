@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 import uuid
 from collections.abc import Iterator
 
@@ -59,10 +58,7 @@ def test_a_run_on_s3_whose_worker_is_killed_is_the_run_on_disk(bucket, mill, tmp
         runs.send(run, plan, mill.queue())
         if not mill.workers:
             doomed = mill.worker(FAULT_BATCH_SECONDS="0.2", **roots)
-            deadline = time.monotonic() + 40
-            while not run.committed():
-                assert time.monotonic() < deadline, mill.logs()
-                time.sleep(0.05)
+            mill.until(run.committed, 40)
             doomed.kill()
             assert len(run.committed()) < len(plan.shards)
             mill.worker(**roots)
