@@ -17,7 +17,7 @@ from worker.batching import Placement, Shape, cost, place, spread
 from worker.contracts.errors import EngineError
 from worker.contracts.manifest import Manifest
 from worker.engine import Batch
-from worker.windows import SPECIAL_TOKENS, Tokens, Windows, concatenate
+from worker.windows import Tokens, Windows, concatenate
 
 Int = NDArray[np.int64]
 
@@ -87,9 +87,8 @@ class Pool:
         self._manifest = manifest
         self._limit = limit
         self._jobs: list[Job] = []
-        self._owner = np.zeros(0, np.int64)
-        self._number = np.zeros(0, np.int64)
-        self._length = np.zeros(0, np.int64)
+        self._owner = np.zeros(0, np.int64)  # of each waiting window, as a position in ``_jobs``
+        self._windows = Windows(np.zeros((5, 0), np.int64))
         self._tokens = 0
         self._running = 0
         self._unfinished: set[Job] = set()
@@ -101,8 +100,7 @@ class Pool:
 
     def put(self, job: Job) -> None:
         """Adds a job's windows; waits while the pool is over its limit."""
-        lengths = job.windows.lengths
-        job.remaining = len(lengths)
+        job.remaining = len(job.windows)
         if not job.remaining:
             job.done.set()
             return
@@ -112,10 +110,9 @@ class Pool:
                 raise self._closed
             self._unfinished.add(job)
             self._jobs.append(job)
-            self._owner = np.append(self._owner, np.full(len(lengths), len(self._jobs) - 1))
-            self._number = np.append(self._number, np.arange(len(lengths)))
-            self._length = np.append(self._length, lengths)
-            self._tokens += int(lengths.sum())
+            self._owner = np.append(self._owner, np.full(len(job.windows), len(self._jobs) - 1))
+            self._windows = concatenate([self._windows, job.windows])
+            self._tokens += int(job.windows.lengths.sum())
             self._batch.notify()
 
     def take(self) -> Work | None:
@@ -124,13 +121,13 @@ class Pool:
             self._batch.wait_for(self._ready)
             if self._closed:
                 return None
-            placement = place(self._length, self._manifest, self._cost)
+            placement = place(self._windows.lengths, self._manifest, self._cost)
             work = self._work(placement)
-            kept = np.ones(len(self._length), bool)
+            kept = np.ones(len(self._windows), bool)
             kept[placement.window] = False
-            self._owner, self._number, self._length = self._owner[kept], self._number[kept], self._length[kept]
+            self._owner, self._windows = self._owner[kept], self._windows.of(kept)
             self._forget_empty_jobs()
-            self._tokens -= int(work.windows.lengths.sum())
+            self._tokens -= placement.tokens
             self._running += 1
             self._room.notify_all()
             self._batch.notify()
@@ -176,14 +173,11 @@ class Pool:
         return self._tokens > 0 and (not self._running or self._tokens >= self._manifest.batch_tokens)
 
     def _work(self, placement: Placement) -> Work:
+        placement = placement.reordered(self._owner[placement.window].argsort(kind="stable"))
         owner = self._owner[placement.window]
-        by_owner = np.argsort(owner, kind="stable")
-        placement = placement.of(by_owner)
-        owners, first = np.unique(owner[by_owner], return_index=True)
-        jobs = [self._jobs[index] for index in owners.tolist()]
-        number = np.split(self._number[placement.window], first[1:])
-        windows = concatenate([job.windows.of(mine) for job, mine in zip(jobs, number, strict=True)])
-        return Work(jobs, np.append(first, len(owner)), windows, placement)
+        first = np.flatnonzero(np.diff(owner, prepend=-1))
+        jobs = [self._jobs[index] for index in owner[first].tolist()]
+        return Work(jobs, np.append(first, len(owner)), self._windows.of(placement.window), placement)
 
     def _forget_empty_jobs(self) -> None:
         if not len(self._owner):
@@ -203,15 +197,14 @@ def lay_out(work: Work, manifest: Manifest) -> Batch:
     segments = np.zeros(shape, np.int64).reshape(-1)
     positions = np.zeros(shape, np.int64).reshape(-1)
     begin, length = work.begin, windows.lengths
-    content = length - SPECIAL_TOKENS
-    source, target = spread(windows.start, content), spread(begin + 1, content)
-    for job, mine in work.by_job(content):
-        ids[target[mine]] = job.tokens.ids[source[mine]]
+    nth = spread(np.zeros_like(begin), length)  # of each token in its window
+    target, source = np.repeat(begin, length) + nth, np.repeat(windows.start - 1, length) + nth
+    for job, mine in work.by_job(length):
+        ids[target[mine]] = job.tokens.ids.take(source[mine], mode="clip")  # the special tokens come next
     ids[begin] = manifest.cls_id
-    ids[begin + content + 1] = manifest.sep_id
-    everywhere = spread(begin, length)
-    segments[everywhere] = np.repeat(_number_in_row(placement), length)
-    positions[everywhere] = spread(np.full_like(begin, manifest.position_offset), length)
+    ids[begin + length - 1] = manifest.sep_id
+    segments[target] = np.repeat(_number_in_row(placement), length)
+    positions[target] = nth + manifest.position_offset
     return Batch(ids.reshape(shape), segments.reshape(shape), positions.reshape(shape))
 
 
@@ -266,7 +259,8 @@ def _settle(job: Job, windows: int) -> None:
 def alone(work: Work) -> Iterator[Work]:
     """The batch's windows one by one, each in the shape that the batch had."""
     first = np.zeros(1, np.int64)
-    place = Placement(work.placement.rows, work.placement.length, first, first, first)
     for job, mine in work.by_job(np.ones(len(work.windows), np.int64)):
         for number in range(mine.start, mine.stop):
-            yield Work([job], np.array([0, 1]), work.windows.of(np.array([number])), place)
+            window = work.windows.of(np.array([number]))
+            place = Placement(work.placement.rows, work.placement.length, int(window.lengths[0]), first, first, first)
+            yield Work([job], np.array([0, 1]), window, place)

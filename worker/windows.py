@@ -47,38 +47,53 @@ class Windows:
     Neighbouring windows of a long document overlap. A token that two windows saw is taken from the one that
     shows it with more context on its poorer side, which is: cut each overlap in its middle.
 
-    Attributes (int64, shape (windows,), positions count in ``Tokens.ids``):
-        document: Document of the window.
-        start, end: Its tokens.
-        keep_start, keep_end: Those whose logits are taken from it.
+    Attributes:
+        columns: The five columns below, int64, shape (5, windows).
     """
 
-    document: Int
-    start: Int
-    end: Int
-    keep_start: Int
-    keep_end: Int
+    columns: Int
 
     def __len__(self) -> int:
-        return len(self.start)
+        return int(self.columns.shape[1])
+
+    @property
+    def document(self) -> Int:
+        """Document of each window, shape (windows,)."""
+        return np.asarray(self.columns[0])
+
+    @property
+    def start(self) -> Int:
+        """Where its tokens begin in ``Tokens.ids``, shape (windows,)."""
+        return np.asarray(self.columns[1])
+
+    @property
+    def end(self) -> Int:
+        """Where they end, shape (windows,)."""
+        return np.asarray(self.columns[2])
+
+    @property
+    def keep_start(self) -> Int:
+        """Where the tokens begin whose logits are taken from it, shape (windows,)."""
+        return np.asarray(self.columns[3])
+
+    @property
+    def keep_end(self) -> Int:
+        """Where they end, shape (windows,)."""
+        return np.asarray(self.columns[4])
 
     @property
     def lengths(self) -> Int:
         """Length of each window in tokens, special tokens included."""
         return self.end - self.start + SPECIAL_TOKENS
 
-    def of(self, chosen: Int) -> Windows:
-        """Some of the windows, by number."""
-        return Windows(*(column[chosen] for column in self._columns))
-
-    @property
-    def _columns(self) -> tuple[Int, ...]:
-        return self.document, self.start, self.end, self.keep_start, self.keep_end
+    def of(self, chosen: Int | NDArray[np.bool_]) -> Windows:
+        """Some of the windows, by number or by a mask."""
+        return Windows(self.columns[:, chosen])
 
 
 def concatenate(parts: Sequence[Windows]) -> Windows:
     """Windows one behind the other; their positions stay as they are."""
-    return Windows(*map(np.concatenate, zip(*(part._columns for part in parts), strict=True)))
+    return Windows(np.concatenate([part.columns for part in parts], axis=1))
 
 
 def tokenize(tokenizer: Tokenizer, documents: Sequence[str] | Sequence[Sequence[str]], *, split: bool) -> Tokens:
@@ -117,4 +132,4 @@ def cut(bounds: Int, max_length: int, overlap: int) -> Windows:
     middle = (start[joined + 1] + end[joined]) // 2
     keep_end[joined] = middle
     keep_start[joined + 1] = middle
-    return Windows(document, start, end, keep_start, keep_end)
+    return Windows(np.stack([document, start, end, keep_start, keep_end]))

@@ -165,7 +165,8 @@ def test_an_error_of_ours_ends_the_wait_for_the_device(tokenizer: Tokenizer, mon
 def test_a_shape_costs_what_the_device_took_for_it() -> None:
     shapes = ((1, 64), (8, 64))
     lengths = np.full(8, 64)
-    windows = Windows(*([np.arange(8), np.zeros(8, np.int64), lengths - SPECIAL_TOKENS] + [np.zeros(8, np.int64)] * 2))
+    nothing = np.zeros(8, np.int64)
+    windows = Windows(np.stack([np.arange(8), nothing, lengths - SPECIAL_TOKENS, nothing, nothing]))
     tokens = Tokens(np.zeros(62, np.int64), np.zeros(9, np.int64), np.zeros(62, np.int64), ())
     for seconds, rows in [((1.0, 2.0), 8), ((0.1, 2.0), 1)]:
         pool = Pool(manifest(shapes), limit=1 << 20)
