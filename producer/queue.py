@@ -11,7 +11,7 @@ from typing import Any
 from worker.contracts.broker import celery_app, check_broker, redacted
 from worker.contracts.errors import BrokerError
 from worker.contracts.ledger import Ledger, Progress, WorkerProcess
-from worker.contracts.message import KEY_PREFIX, QUEUE, TASK, bell
+from worker.contracts.message import KEY_PREFIX, MAX_BELLS, QUEUE, TASK, bell
 
 DEFAULT_BROKER = "redis://localhost:6379/0"
 HIGH_WATER = 5_000_000  # documents that may be unfinished before the producer waits
@@ -49,10 +49,11 @@ class Queue:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise BrokerError(f"{redacted(self.url)}: the broker does not answer any more ({reason})") from None
 
-    def ring(self, bells: int) -> None:
-        """Tells workers that there is work, once a shard."""
+    def ring(self, shards: int) -> None:
+        """Tells workers that there is work: a bell for each shard, until MAX_BELLS lie in the queue."""
         with self.ledger(), self._app.producer_pool.acquire(block=True) as producer:
-            for _ in range(bells):
+            heard = self._client.llen(KEY_PREFIX + QUEUE) if shards > 1 else 0
+            for _ in range(min(shards, MAX_BELLS - heard)):
                 self._app.send_task(
                     TASK, kwargs=bell(), queue=QUEUE, producer=producer, ignore_result=True, retry=False
                 )

@@ -67,10 +67,12 @@ def send(run: RunFolder, plan: Plan, queue: Queue, high_water: int = HIGH_WATER,
     missing = [shard for shard in plan.shards if shard.index not in committed]
     _check_documents(run, missing)
     with queue.ledger() as ledger:
-        if plan.details.get("compacted") and ledger.done(plan.run_id) - {shard.index for shard in plan.shards}:
+        done = ledger.done(plan.run_id)
+        if plan.details.get("compacted") and done - {shard.index for shard in plan.shards}:
             queue.drop(plan.run_id)  # it knows the shards of before
+            done = set()
         open_ledger(ledger, run, plan)
-        for shard in ledger.done(plan.run_id) - committed:
+        for shard in done - committed:
             ledger.forget(plan.run_id, shard)
     if missing:
         run.remove(SUCCESS_FILE)  # a part of a complete run was taken away

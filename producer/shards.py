@@ -26,7 +26,7 @@ class ShardLimits:
         tokens: Estimated tokens in a shard; they bound its time on a device.
     """
 
-    documents: int = 256
+    documents: int = 1024
     characters: int = 1 << 20
     tokens: int = 1 << 15
 

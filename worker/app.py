@@ -32,7 +32,7 @@ from worker.contracts.broker import celery_app, redis_client
 from worker.contracts.errors import MessageError, NermillError
 from worker.contracts.ledger import Ledger
 from worker.contracts.manifest import resolve_artifact
-from worker.contracts.message import KEY_PREFIX, QUEUE, TASK
+from worker.contracts.message import KEY_PREFIX, MAX_BELLS, QUEUE, TASK
 from worker.contracts.patience import within
 from worker.doorkeeper import doorkeeper, fresh_bell
 from worker.heartbeat import beat
@@ -47,7 +47,6 @@ log = logging.getLogger("nermill.worker")
 
 TRACING_SECONDS = 3.0  # for the last spans, when the grace is over
 BROKER_SECONDS = 10.0  # between two looks at the broker
-MAX_BELLS = 256  # rung at once for work that waits unheard
 CHATTY_LOGGERS = ("celery.worker.strategy", "celery.app.trace")  # two lines a bell
 
 

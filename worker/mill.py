@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -40,7 +40,9 @@ from worker.suspects import trials
 log = logging.getLogger("nermill.worker")
 
 HAND_BACK_SECONDS = 5.0  # of a worker that has to go
+FEEDERS = 0.25  # of the shards in the process, at least two: on their way to the device, the others on their way back
 LEDGER_PAUSE = 0.5  # seconds between two looks at a ledger that does not answer
+HUNGER_PAUSE = 0.5  # seconds between two looks at whether we leave, while the device has enough to do
 LONGEST_PAUSE = 10.0  # seconds before a shard is handed back whose store goes on failing
 EXIT_AGAIN = 75  # sysexits' EX_TEMPFAIL: start me again
 
@@ -77,6 +79,7 @@ class Mill:
         self._written = ("", 0.0)  # run and seconds of the last part that this process wrote
         self._faults: dict[tuple[str, int], int] = {}  # of the store, since the shard was last served
         self._gate = Gate()
+        self._feeders = threading.Semaphore(max(2, round(FEEDERS * settings.concurrency)))
 
     @property
     def held(self) -> list[Claim]:
@@ -86,14 +89,19 @@ class Mill:
     def work(self, leaving: threading.Event) -> None:
         """Mills one shard after another until none is left for us, or we leave.
 
+        A shard is claimed when the device will soon be idle, since until then another worker may begin on it.
         One bell is enough, since others may go to workers of another artifact. A ledger that does not answer is waited
         for: Celery could not acknowledge the bell, and a worker whose bells are not acknowledged is given no more.
         """
         answers = True
         while not leaving.is_set():
             try:
-                if not self.answer_bell():
-                    return
+                with ExitStack() as feeding:
+                    feeding.enter_context(self._feeders)
+                    if not self.pipeline.await_hunger(HUNGER_PAUSE):
+                        continue
+                    if leaving.is_set() or not self.answer_bell(feeding.close):
+                        return
                 answers = True
             except (RedisConnectionError, RedisTimeoutError) as error:
                 if answers:
@@ -101,11 +109,14 @@ class Mill:
                 answers = False
                 leaving.wait(LEDGER_PAUSE)
 
-    def answer_bell(self) -> bool:
+    def answer_bell(self, on_fed: Callable[[], object] = lambda: None) -> bool:
         """Claims a shard and mills it; False where there was none.
 
         A fault of the store hands the shard back for another try; an entry that makes no sense is buried; a fault
         of the device is raised.
+
+        Args:
+            on_fed: Called as soon as the shard's windows wait for the device, or will not for a while.
         """
         try:
             claim = self._ledger.claim(self.pipeline.manifest.sha256, self._settings.lease_seconds)
@@ -117,15 +128,15 @@ class Mill:
             return False
         self.metrics.claimed(claim.attempts)
         with about(run=claim.run_id, shard=claim.shard.index, attempt=claim.attempts):
-            self._serve(claim)
+            self._serve(claim, on_fed)
         return True
 
-    def _serve(self, claim: Claim) -> None:
+    def _serve(self, claim: Claim, on_fed: Callable[[], object]) -> None:
         key = (claim.run_id, claim.shard.index)
         self._held[key] = claim
         try:
             with tracing.shard(claim):
-                self._mill(claim)
+                self._mill(claim, on_fed)
             self._faults.pop(key, None)
         except (MessageError, UsageError) as error:
             self._ledger.bury(claim, str(error))
@@ -137,6 +148,7 @@ class Mill:
         except StoreError as error:
             self.metrics.handed_back()
             log.error("run %s shard %d handed back, to be tried again: %s", claim.run_id, claim.shard.index, error)
+            on_fed()
             faults = self._faults[key] = self._faults.get(key, 0) + 1
             time.sleep(min(self._settings.lease_seconds / 3, LONGEST_PAUSE, 2.0 ** min(faults - 2, 8)))
             self._ledger.release(claim, str(error))
@@ -147,22 +159,24 @@ class Mill:
             if self._held.get(key) is claim:  # else its lease ran out, and another of our threads has it
                 del self._held[key]
 
-    def _mill(self, claim: Claim) -> None:
+    def _mill(self, claim: Claim, on_fed: Callable[[], object]) -> None:
         run, shard = claim.folder, claim.shard
         self._check_roots(claim)
         if shard.index == FINISH:
+            on_fed()
             self._finish(claim)
             return
         if run.exists(part_name(shard.index)):
             self._complete(claim, parts.read_committed(run, shard.index))
             return
         claimed = time.time()
+        may_be_lost = time.monotonic() + self._settings.lease_seconds / 2
         table = read_shard(run, shard.index, shard.sha256)
         if table.num_rows != shard.documents:
             raise MessageError(f"the ledger speaks of {shard.documents} documents, the shard has {table.num_rows}")
         read = time.time()
-        annotated = self._annotate(claim, table)
-        if not self._ledger.renew(claim, self._settings.lease_seconds):
+        annotated = self._annotate(claim, table, on_fed)
+        if time.monotonic() > may_be_lost and not self._ledger.renew(claim, self._settings.lease_seconds):
             raise LeaseLostError
         tagged = time.time()
         committed, is_ours = self._commit(claim, claimed, annotated)
@@ -217,10 +231,10 @@ class Mill:
             "attempts": claim.attempts,
         }
 
-    def _annotate(self, claim: Claim, table: pa.Table) -> Annotated:
+    def _annotate(self, claim: Claim, table: pa.Table, on_fed: Callable[[], object]) -> Annotated:
         if claim.attempts <= MAX_ATTEMPTS:
             with self._gate.shared():
-                return self.pipeline.annotate(table, claim.options, claim.shard.first)
+                return self.pipeline.annotate(table, claim.options, claim.shard.first, on_fed)
         with self._gate.exclusive():
             return self._annotate_suspects(claim, table)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,7 +32,6 @@ from worker.windows import Tokens, cut, tokenize
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-POOL_BATCHES = 64  # batches' worth of tokens that may wait for the device
 WARM_ROWS = 1  # rows of the batch that warms an engine whose shapes are free
 
 
@@ -80,7 +79,7 @@ class Pipeline:
         self._longest = min(
             self.manifest.max_length, max((length for _, length in self.manifest.shapes), default=1 << 30)
         )
-        self._pool = Pool(self.manifest, POOL_BATCHES * self.manifest.batch_tokens)
+        self._pool = Pool(self.manifest)
         self._busy_since: dict[int, float] = {}
         self._answered = 0.0  # when the device last did
         self.broken: EngineError | None = None
@@ -110,7 +109,7 @@ class Pipeline:
             self.engine.run(batch)
             begun = time.monotonic()
             self.engine.run(batch)
-            self._pool.learn(shape, time.monotonic() - begun)
+            self._pool.learn(shape, shape[0] * shape[1], time.monotonic() - begun)
 
     def busy_seconds(self) -> float:
         """How long the oldest call of the engine has been under way; 0.0 when idle."""
@@ -120,13 +119,20 @@ class Pipeline:
         """Tokens that wait for the device."""
         return self._pool.waiting_tokens()
 
-    def annotate(self, table: pa.Table, options: Options, first: int = 0) -> Annotated:
+    def await_hunger(self, timeout: float) -> bool:
+        """Waits until the device will soon have nothing to do; False where that is further off than ``timeout``."""
+        return self._pool.await_hunger(timeout)
+
+    def annotate(
+        self, table: pa.Table, options: Options, first: int = 0, on_fed: Callable[[], object] = lambda: None
+    ) -> Annotated:
         """Tags the documents of a shard; blocks until they are done.
 
         Args:
             table: Documents, with the SHARD schema.
             options: The run's options.
             first: ``doc_index`` of the first row.
+            on_fed: Called when the shard's windows wait for the device.
 
         Raises:
             EngineError: the device failed for good; no document is to blame.
@@ -137,6 +143,7 @@ class Pipeline:
         job = self._job(tokens, options)
         tokenized = time.monotonic()
         self._pool.put(job)
+        on_fed()
         job.done.wait()
         computed = time.monotonic()
         if job.error:
@@ -192,7 +199,7 @@ class Pipeline:
             done = time.monotonic()
             seconds = max(0.0, done - max(begun, self._answered))  # it waited for the batch before it
             self._answered = done
-            self._pool.learn(batch.input_ids.shape, seconds)
+            self._pool.learn(batch.input_ids.shape, work.placement.tokens, seconds)
             return logits, seconds
         except EngineError as error:
             self._find_culprit(work, error)

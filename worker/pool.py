@@ -1,7 +1,8 @@
-"""Windows of all shards that are in the worker at once, waiting for the device; the back-pressure between them.
+"""Windows of all shards that are in the worker at once, waiting for the device.
 
 Task threads put their tokenized jobs in and wait; compute threads take batches out that mix windows of any job.
-No timer delays a batch: one leaves as soon as the device is idle, and while it is busy the pool fills.
+No timer delays a batch: one leaves as soon as the device is idle, and while it is busy the pool fills, until the
+device has enough to do for a while: what is claimed later may as well go to another worker.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from worker.windows import Tokens, Windows, concatenate
 
 Int = NDArray[np.int64]
 
-LEARNING_RATE = 0.1  # of a shape's time, with each batch
+LEARNING_RATE = 0.1  # of the device's times, with each batch
+AHEAD_SECONDS = 0.5  # of the device's work that waits for it: longer than a claim, a store and the tokenizer take
+AHEAD_BATCHES = (2, 64)  # the least and the most of it
 
 
 @dataclass(eq=False)
@@ -80,12 +83,10 @@ class Pool:
 
     Args:
         manifest: Says how windows become batches.
-        limit: Tokens that may wait before ``put`` blocks.
     """
 
-    def __init__(self, manifest: Manifest, limit: int) -> None:
+    def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
-        self._limit = limit
         self._jobs: list[Job] = []
         self._owner = np.zeros(0, np.int64)  # of each waiting window, as a position in ``_jobs``
         self._windows = Windows(np.zeros((5, 0), np.int64))
@@ -94,18 +95,23 @@ class Pool:
         self._unfinished: set[Job] = set()
         self._closed: Exception | None = None
         self._lock = threading.Lock()
-        self._room = threading.Condition(self._lock)
+        self._hunger = threading.Condition(self._lock)
         self._batch = threading.Condition(self._lock)
         self._seconds: dict[Shape, float] = {}
+        self._rate = 0.0  # tokens a second of the device, padding left out
+
+    def await_hunger(self, timeout: float) -> bool:
+        """Waits until the device will soon have nothing to do; False where that is further off than the timeout."""
+        with self._lock:
+            return self._hunger.wait_for(self._is_hungry, timeout)
 
     def put(self, job: Job) -> None:
-        """Adds a job's windows; waits while the pool is over its limit."""
+        """Adds a job's windows."""
         job.remaining = len(job.windows)
         if not job.remaining:
             job.done.set()
             return
         with self._lock:
-            self._room.wait_for(lambda: self._closed or self._tokens <= self._limit)
             if self._closed:
                 raise self._closed
             self._unfinished.add(job)
@@ -129,12 +135,15 @@ class Pool:
             self._forget_empty_jobs()
             self._tokens -= placement.tokens
             self._running += 1
-            self._room.notify_all()
+            if self._is_hungry():
+                self._hunger.notify_all()
             self._batch.notify()
             return work
 
-    def learn(self, shape: Shape, seconds: float) -> None:
-        """Takes in how long the device had a batch of a compiled shape."""
+    def learn(self, shape: Shape, tokens: int, seconds: float) -> None:
+        """Takes in how long the device had a batch of that shape, with so many tokens that are not padding."""
+        rate = tokens / max(seconds, 1e-6)
+        self._rate += LEARNING_RATE * (rate - self._rate) if self._rate else rate
         if shape in self._manifest.shapes:
             known = self._seconds.get(shape, seconds)
             self._seconds[shape] = known + LEARNING_RATE * (seconds - known)
@@ -160,12 +169,18 @@ class Pool:
                 if not job.done.is_set():
                     job.error = self._closed
                     job.done.set()
-            self._room.notify_all()
+            self._hunger.notify_all()
             self._batch.notify_all()
 
     def waiting_tokens(self) -> int:
         """Tokens that wait, for metrics."""
         return self._tokens
+
+    def _is_hungry(self) -> bool:
+        if self._closed:
+            return True
+        least, most = (batches * self._manifest.batch_tokens for batches in AHEAD_BATCHES)
+        return self._tokens < min(max(least, AHEAD_SECONDS * self._rate), most)
 
     def _ready(self) -> bool:
         if self._closed:

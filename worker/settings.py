@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from worker.contracts.errors import UsageError
 from worker.logs import FORMATS
@@ -47,7 +48,7 @@ class Settings:
     def worker_name(self) -> str:
         return f"nermill-{self.device_name.replace(':', '')}@{socket.gethostname()}-{os.getpid()}"
 
-    @property
+    @cached_property
     def roots(self) -> tuple[str, ...]:
         """The allowed roots, resolved; the working directory where none are set."""
         given = self.allowed_roots.replace(",", "\n").replace(":", "\n").replace("\n//", "://").split("\n")

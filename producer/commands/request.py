@@ -50,7 +50,7 @@ def make_request(
     aggregation: o.AggregationOption = "first",
     max_chars: o.MaxChars = 1_000_000,
     overlap: o.Overlap = 64,
-    shard_documents: o.ShardDocuments = 256,
+    shard_documents: o.ShardDocuments = 1024,
 ) -> Request:
     """The request that the options describe.
 

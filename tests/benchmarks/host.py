@@ -24,6 +24,7 @@ from worker.contracts.manifest import TOKENIZER_FILE, load_manifest, resolve_art
 from worker.contracts.plan import Options
 from worker.contracts.shard import shard_table
 from worker.pipeline import Pipeline
+from worker.supervisor import Device, cores_of
 
 APP = "tests.benchmarks.app"
 COSTS = "310p3-bert-large"
@@ -50,11 +51,16 @@ def tokenizer_rate(texts: Sequence[str], part: int = 4096) -> float:
 
 
 def null_over_tokenizer(texts: Sequence[str], rounds: int) -> list[dict[str, float]]:
-    """The mill on the null engine, by one worker process and by one a core, beside the tokenizer, round by round."""
+    """The mill on the null engine, by one worker process and by one a core, beside the tokenizer, round by round.
+
+    Processes share out the cores, as those of ``nermill-worker --devices cpu,cpu`` do.
+    """
     cores = len(os.sched_getaffinity(0))
     found: list[dict[str, float]] = [{} for _ in range(rounds)]
-    with _mill() as mill:
-        for processes in sorted({1, cores}):
+    for processes in sorted({1, cores}):
+        with _mill() as mill:
+            for share in cores_of([Device("cpu", 0)] * processes):
+                mill.worker(APP, within=["taskset", "--cpu-list", ",".join(map(str, share))])
             _start(mill, processes)
             mill_rate(mill, texts[: len(texts) // 4])
             for entry in found:

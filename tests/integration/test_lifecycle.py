@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -15,7 +15,8 @@ import pytest
 from producer.rejects import read_rejects, retry
 from producer.run import cancel, open_run, resume
 from producer.status import look
-from tests.harness import Harness, harness, rows, texts
+from tests.chaos import undisturbed
+from tests.harness import Harness, rows, texts
 from worker.contracts.layout import SUCCESS_FILE, RunFolder
 from worker.contracts.plan import Plan
 
@@ -24,23 +25,11 @@ DOCUMENTS = texts(640)
 
 @pytest.fixture(scope="module")
 def expected() -> list[dict[str, Any]]:
-    """The table of an undisturbed run."""
-    with tempfile.TemporaryDirectory(prefix="nm-") as folder, harness(Path(folder)) as mill:
-        mill.worker()
-        run, plan = mill.submit(DOCUMENTS, documents_per_shard=32)
-        mill.wait(run, plan)
-        return rows(run)
+    return undisturbed(len(DOCUMENTS))
 
 
 def submit(mill: Harness) -> tuple[RunFolder, Plan]:
     return mill.submit(DOCUMENTS, documents_per_shard=32)
-
-
-def await_parts(run: RunFolder, count: int) -> None:
-    deadline = time.monotonic() + 30
-    while len(run.committed()) < count:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def ask(mill: Harness, command: str, run: RunFolder) -> tuple[int, dict[str, Any]]:
@@ -56,7 +45,7 @@ def test_a_cancelled_run_says_so_keeps_its_parts_and_is_taken_up_again(
 ) -> None:
     run, plan = submit(mill)
     mill.worker(FAULT_BATCH_SECONDS="0.3", NERMILL_CONCURRENCY="2")
-    await_parts(run, 2)
+    mill.until(lambda: len(run.committed()) >= 2)
     code, told = ask(mill, "cancel", run)
     assert (code, told["state"]) == (0, "cancelled")
     status = mill.wait(run, plan.cancel(run))
@@ -95,10 +84,21 @@ def test_success_is_said_when_every_shard_has_its_part_and_not_before(mill: Harn
     assert run.committed() == everything
 
 
+def test_a_slow_device_takes_no_more_shards_than_it_is_about_to_compute(mill: Harness) -> None:
+    mill.worker(FAULT_BATCH_SECONDS="0.3", NERMILL_CONCURRENCY="8").await_ready()
+    run, plan = mill.submit(texts(1_600), documents_per_shard=100)  # a shard is two of its batches
+    leased = []
+    with mill.queue().ledger() as ledger:
+        while not run.exists(SUCCESS_FILE):
+            leased.append(ledger.progress(plan.run_id).leased)
+            time.sleep(0.01)
+    assert 2 <= median(leased) <= 5, "what waits for the device, and what is on its way to it and back"
+
+
 def test_a_dead_workers_shards_are_taken_up_within_its_lease_and_five_seconds(mill: Harness) -> None:
     run, plan = mill.submit(texts(640), documents_per_shard=16)
     doomed, _ = [mill.worker(FAULT_BATCH_SECONDS="0.3", NERMILL_CONCURRENCY="4") for _ in range(2)]
-    await_parts(run, 8)
+    mill.until(lambda: len(run.committed()) >= 8)
     key = f"nermill:run:{plan.run_id}"
     with mill.server.client() as client:
         held = {shard: client.hget(f"{key}:tokens", shard) for shard in client.zrange(f"{key}:leases", 0, -1)}

@@ -21,7 +21,7 @@ from worker.contracts.manifest import TOKENIZER_FILE, resolve_artifact
 from worker.engine import Batch
 from worker.pipeline import Pipeline, Tagger
 from worker.pool import Job, Pool, lay_out
-from worker.windows import SPECIAL_TOKENS, Tokens, Windows
+from worker.windows import SPECIAL_TOKENS, Tokens, Windows, cut
 
 PIECES = st.sampled_from(
     [*"abc ABC.,-'\r\n\t\0", "é", "e\u0301", "ß", "İ", "我", "א", "ع", "\u200f", "👩‍👩‍👧", "🇺🇳", "\ufeff"]
@@ -169,13 +169,27 @@ def test_a_shape_costs_what_the_device_took_for_it() -> None:
     windows = Windows(np.stack([np.arange(8), nothing, lengths - SPECIAL_TOKENS, nothing, nothing]))
     tokens = Tokens(np.zeros(62, np.int64), np.zeros(9, np.int64), np.zeros(62, np.int64), ())
     for seconds, rows in [((1.0, 2.0), 8), ((0.1, 2.0), 1)]:
-        pool = Pool(manifest(shapes), limit=1 << 20)
+        pool = Pool(manifest(shapes))
         for shape, measured in zip(shapes, seconds, strict=True):
-            pool.learn(shape, measured)
+            pool.learn(shape, shape[0] * shape[1], measured)
         pool.put(Job(tokens, windows, np.zeros((62, 9), np.float32)))
         work = pool.take()
         assert work is not None
         assert work.placement.rows == rows
+
+
+def test_the_device_is_hungry_until_half_a_second_of_work_waits() -> None:
+    nothing, bounds = np.zeros(62, np.int64), np.array([0, 62])
+    tokens, windows = Tokens(nothing, bounds, nothing, ()), cut(bounds, 64, 0)
+    for tokens_per_second, jobs in [(0, 2), (1_280, 10), (1e9, 64)]:
+        pool = Pool(manifest(token_budget=64))
+        pool.learn((1, 64), round(tokens_per_second / 10), 0.1)
+        while pool.await_hunger(0.01):
+            pool.put(Job(tokens, windows, np.zeros((62, 9), np.float32)))
+            jobs -= 1
+        assert jobs == 0
+        assert pool.take() is not None
+        assert pool.await_hunger(0.01)
 
 
 def test_empty_and_oversized_documents_are_named(tokenizer: Tokenizer) -> None:

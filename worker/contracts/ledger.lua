@@ -51,10 +51,12 @@ end
 
 local step = {}
 
--- header as field, value pairs after the run's id; true where the run is new to this server
-function step.open(run, ...)
+-- header as field, value pairs after the artifact, which stays as it is where '' is given; true where the run is new
+function step.open(run, artifact, ...)
   local fresh = redis.call('EXISTS', key(run)) == 0
   redis.call('HSET', key(run), ...)
+  if artifact == '' then redis.call('HSETNX', key(run), 'artifact', '')
+  else redis.call('HSET', key(run), 'artifact', artifact) end
   redis.call('HSETNX', key(run), 'opened', clock(''))
   redis.call('ZADD', runs, 'NX', 0, run)
   for _, part in ipairs(PARTS) do redis.call('PERSIST', key(run, part)) end

@@ -134,11 +134,8 @@ class Ledger:
         Returns:
             Whether this server did not know the run.
         """
-        header: list[object] = ["uri", uri, "options", json.dumps(asdict(options)), "state", state]
-        known = self._client.hgetall(self._key(run_id))
-        if artifact or "artifact" not in known:
-            header += ["artifact", artifact]
-        return bool(self._step("open", run_id, *header))
+        header = ("uri", uri, "options", json.dumps(asdict(options)), "state", state)
+        return bool(self._step("open", run_id, artifact, *header))
 
     def send(self, run_id: str, shards: Iterable[Shard]) -> int:
         """Lets shards wait for a worker, unless they wait, are leased or done already; returns how many now do."""

@@ -17,6 +17,7 @@ MESSAGE_VERSION = 1
 TASK = "nermill.tag"
 QUEUE = "nermill"
 KEY_PREFIX = "nermill:"
+MAX_BELLS = 256  # in the queue: each is answered until no shard is left, and workers ring for what waits unheard
 MAX_BODY = 4096  # characters; a bell's own body has 120
 
 
