@@ -13,11 +13,11 @@ from tokenizers import Tokenizer
 
 from model_build.corpus import encode, read_texts
 from model_build.shapes import Costs, Packing, best_shapes, load_costs, packing
+from worker.batching import LOOK_AHEAD
 from worker.contracts.manifest import TOKENIZER_FILE, Manifest, load_manifest
 from worker.windows import cut
 
 OVERLAP = 64  # tokens that windows of a long text share, as in a run
-WAITING = 4096  # windows that a worker's pool holds
 
 
 def advise(
@@ -44,7 +44,7 @@ def advise(
     texts, windows = _window_lengths(inputs, artifact, longest)
     # rows are never quite full: more shapes than help are not compiled
     choices = {best_shapes(windows, costs, number) for number in range(1, count + 1)}
-    chosen = min((packing(windows, costs, shapes, WAITING) for shapes in sorted(choices)), key=lambda p: p.seconds)
+    chosen = min((packing(windows, costs, shapes, LOOK_AHEAD) for shapes in sorted(choices)), key=lambda p: p.seconds)
     padded = _padded_seconds(windows, costs)
     rate = texts / chosen.seconds
     body = {

@@ -52,8 +52,8 @@ class Queue:
     def ring(self, shards: int) -> None:
         """Tells workers that there is work: a bell for each shard, until MAX_BELLS lie in the queue."""
         with self.ledger(), self._app.producer_pool.acquire(block=True) as producer:
-            heard = self._client.llen(KEY_PREFIX + QUEUE) if shards > 1 else 0
-            for _ in range(min(shards, MAX_BELLS - heard)):
+            unheard = self._client.llen(KEY_PREFIX + QUEUE)
+            for _ in range(min(shards, MAX_BELLS - unheard)):
                 self._app.send_task(
                     TASK, kwargs=bell(), queue=QUEUE, producer=producer, ignore_result=True, retry=False
                 )

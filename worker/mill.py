@@ -98,9 +98,9 @@ class Mill:
             try:
                 with ExitStack() as feeding:
                     feeding.enter_context(self._feeders)
-                    if not self.pipeline.await_hunger(HUNGER_PAUSE):
-                        continue
-                    if leaving.is_set() or not self.answer_bell(feeding.close):
+                    while not self.pipeline.await_hunger(HUNGER_PAUSE) and not leaving.is_set():
+                        pass
+                    if leaving.is_set() or self.pipeline.broken or not self.answer_bell(feeding.close):
                         return
                 answers = True
             except (RedisConnectionError, RedisTimeoutError) as error:
@@ -170,13 +170,12 @@ class Mill:
             self._complete(claim, parts.read_committed(run, shard.index))
             return
         claimed = time.time()
-        may_be_lost = time.monotonic() + self._settings.lease_seconds / 2
         table = read_shard(run, shard.index, shard.sha256)
         if table.num_rows != shard.documents:
             raise MessageError(f"the ledger speaks of {shard.documents} documents, the shard has {table.num_rows}")
         read = time.time()
         annotated = self._annotate(claim, table, on_fed)
-        if time.monotonic() > may_be_lost and not self._ledger.renew(claim, self._settings.lease_seconds):
+        if time.monotonic() > claim.fresh_until and not self._ledger.renew(claim, self._settings.lease_seconds):
             raise LeaseLostError
         tagged = time.time()
         committed, is_ours = self._commit(claim, claimed, annotated)

@@ -1,7 +1,8 @@
-"""Documents in, annotations out: tokenize ∥ compute ∥ decode, bounded between them.
+"""Documents in, annotations out: tokenize ∥ compute ∥ decode.
 
 Any number of threads call ``Pipeline.annotate``; each tokenizes and decodes its own shard while the compute
-threads keep the device busy with batches mixed from all of them.
+threads keep the device busy with batches mixed from all of them. How much waits between them is the callers' to
+bound: they may ask ``await_hunger`` before they begin.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ class Pipeline:
         return self._pool.waiting_tokens()
 
     def await_hunger(self, timeout: float) -> bool:
-        """Waits until the device will soon have nothing to do; False where that is further off than ``timeout``."""
+        """Waits until the device will soon have nothing to do, or broke; False where it has enough for ``timeout``."""
         return self._pool.await_hunger(timeout)
 
     def annotate(

@@ -1,8 +1,8 @@
 """Windows of all shards that are in the worker at once, waiting for the device.
 
 Task threads put their tokenized jobs in and wait; compute threads take batches out that mix windows of any job.
-No timer delays a batch: one leaves as soon as the device is idle, and while it is busy the pool fills, until the
-device has enough to do for a while: what is claimed later may as well go to another worker.
+No timer delays a batch: one leaves as soon as the device is idle, and while it is busy the pool fills. Whoever claims
+shards asks before whether the device is hungry: what is claimed later may as well go to another worker.
 """
 
 from __future__ import annotations
@@ -98,10 +98,10 @@ class Pool:
         self._hunger = threading.Condition(self._lock)
         self._batch = threading.Condition(self._lock)
         self._seconds: dict[Shape, float] = {}
-        self._rate = 0.0  # tokens a second of the device, padding left out
+        self._seconds_a_token = 0.0  # of the device, padding left out
 
     def await_hunger(self, timeout: float) -> bool:
-        """Waits until the device will soon have nothing to do; False where that is further off than the timeout."""
+        """Waits until the device will soon have nothing to do, or broke; False where it has enough for ``timeout``."""
         with self._lock:
             return self._hunger.wait_for(self._is_hungry, timeout)
 
@@ -142,11 +142,12 @@ class Pool:
 
     def learn(self, shape: Shape, tokens: int, seconds: float) -> None:
         """Takes in how long the device had a batch of that shape, with so many tokens that are not padding."""
-        rate = tokens / max(seconds, 1e-6)
-        self._rate += LEARNING_RATE * (rate - self._rate) if self._rate else rate
-        if shape in self._manifest.shapes:
-            known = self._seconds.get(shape, seconds)
-            self._seconds[shape] = known + LEARNING_RATE * (seconds - known)
+        with self._lock:
+            known = self._seconds_a_token or seconds / tokens
+            self._seconds_a_token = known + LEARNING_RATE * (seconds / tokens - known)
+            if shape in self._manifest.shapes:
+                known = self._seconds.get(shape, seconds)
+                self._seconds[shape] = known + LEARNING_RATE * (seconds - known)
 
     def _cost(self, shape: Shape) -> float:
         """What a shape costs here, once every compiled one was measured; until then, and of free ones, an estimate."""
@@ -180,7 +181,8 @@ class Pool:
         if self._closed:
             return True
         least, most = (batches * self._manifest.batch_tokens for batches in AHEAD_BATCHES)
-        return self._tokens < min(max(least, AHEAD_SECONDS * self._rate), most)
+        has_time = self._tokens * self._seconds_a_token < AHEAD_SECONDS
+        return self._tokens < (most if has_time else least)
 
     def _ready(self) -> bool:
         if self._closed:

@@ -25,7 +25,7 @@ class Settings:
         hang_seconds: How long one call of the engine may take before the process is given up.
         grace_seconds: How long a stopping worker may go on with what it holds.
         allowed_roots: Folders and URIs below which runs may lie, separated by ``:`` or ``,``.
-        concurrency: Shards that are in the process at once.
+        concurrency: Shards in the process at once; a quarter of them, at least two, are being read and tokenized.
         threads: Compute threads on a CPU; 0 takes all that the process may use.
         metrics_port: First port of the Prometheus endpoints (device N listens on port + N); 0 for none.
         log_format: ``text`` for people, ``json`` for one object a line.
@@ -50,7 +50,7 @@ class Settings:
 
     @cached_property
     def roots(self) -> tuple[str, ...]:
-        """The allowed roots, resolved; the working directory where none are set."""
+        """The allowed roots, resolved once; the working directory where none are set."""
         given = self.allowed_roots.replace(",", "\n").replace(":", "\n").replace("\n//", "://").split("\n")
         return tuple(resolve(root) for root in given if root) or (os.getcwd(),)
 

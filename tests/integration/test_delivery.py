@@ -11,6 +11,7 @@ from producer.run import resume, send
 from tests.chaos import undisturbed
 from tests.harness import Harness, rows, texts
 from worker.contracts.layout import SUCCESS_FILE
+from worker.contracts.message import KEY_PREFIX, MAX_BELLS, QUEUE
 
 DOCUMENTS = texts(600)
 
@@ -29,6 +30,9 @@ def test_bells_sent_twice_and_late_or_second_workers_change_nothing(
 ) -> None:
     run, plan = mill.submit(DOCUMENTS)
     mill.queue().ring(3 * len(plan.shards))
+    mill.queue().ring(2 * MAX_BELLS)
+    with mill.server.client() as client:
+        assert client.llen(KEY_PREFIX + QUEUE) == MAX_BELLS
     mill.worker(FAULT_BATCH_SECONDS="0.02")
     mill.worker(FAULT_BATCH_SECONDS="0.02")
     mill.wait(run, plan)

@@ -118,6 +118,7 @@ def test_a_claim_says_how_long_its_shard_waited(ledger: Ledger, client: Redis) -
     claim = ledger.claim("art", LEASE)
     assert claim is not None
     assert 0.2 <= claim.waited < 5
+    assert 0 < claim.fresh_until - time.monotonic() < LEASE / 2
     assert ledger.release(claim)
     again = ledger.claim("art", LEASE)
     assert again is not None

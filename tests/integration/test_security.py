@@ -17,7 +17,7 @@ from producer.queue import Queue
 from producer.run import send
 from tests.doubles.tls import make_certificate, tls_proxy
 from tests.harness import DOUBLE, Harness, rows, texts
-from worker.contracts.broker import redacted
+from worker.contracts.broker import celery_app, redacted
 from worker.contracts.errors import BrokerError, StoreError
 
 PASSWORD = "s3cret-pass"
@@ -139,3 +139,9 @@ def wait_for(mill: Harness, words: str) -> None:
 def test_urls_in_messages_have_no_password(url: str) -> None:
     assert PASSWORD not in redacted(url)
     assert redacted(url).partition(":")[0] == url.partition(":")[0]
+
+
+def test_celery_takes_the_sentinels_service_apart_from_their_hosts() -> None:
+    app = celery_app("sentinel://:grist@one:26379;sentinel://:grist@two:26379/0?master_name=m")
+    assert app.conf.broker_url == "sentinel://:grist@one:26379;sentinel://:grist@two:26379/0"
+    assert app.conf.broker_transport_options["master_name"] == "m"

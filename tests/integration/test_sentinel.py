@@ -11,4 +11,3 @@ def test_a_run_outlives_the_primary() -> None:
     assert outcome.killed_in_the_middle
     assert outcome.table == undisturbed(SHORT.documents)
     assert outcome.pause < SHORT.down_after + 10
-    assert outcome.followers == 2, "both workers went over to the new primary"

@@ -9,6 +9,7 @@ lease finds its token stale.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -42,7 +43,13 @@ class RedisClient(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A leased shard: what to do, the token that proves the lease, and how long it had waited, in seconds."""
+    """A leased shard: what to do, and the token that proves the lease.
+
+    Attributes:
+        waited: How long it had waited, in seconds.
+        fresh_until: Time by ``time.monotonic`` until which half of the lease is left at least, so that nobody else can
+            have been given it.
+    """
 
     run_id: str
     uri: str
@@ -51,6 +58,7 @@ class Claim:
     token: str
     attempts: int
     waited: float
+    fresh_until: float
 
     @property
     def folder(self) -> RunFolder:
@@ -151,11 +159,12 @@ class Ledger:
         Raises:
             MessageError: the entry does not fit the contract; it is counted and nobody is sent it again.
         """
+        fresh_until = time.monotonic() + lease_seconds / 2
         entry = self._step("claim", artifact, _ms(lease_seconds), _now(now))
         if entry is None:
             return None
         try:
-            return _parse_claim(entry)
+            return _parse_claim(entry, fresh_until)
         except MessageError as error:
             self._step("bury", *entry[:2], str(error))
             raise
@@ -268,14 +277,14 @@ def _now(now: float | None) -> object:
     return "" if now is None else _ms(now)
 
 
-def _parse_claim(entry: list[Any]) -> Claim:
+def _parse_claim(entry: list[Any], fresh_until: float) -> Claim:
     try:
         run_id, shard, token, attempts, waited, uri, options, spec = entry
         if not RUN_ID.fullmatch(run_id) or not uri:
             raise ValueError("run id or folder")
         parsed = _parse_shard(int(shard), spec)
         options = options_from(json.loads(options))
-        return Claim(run_id, str(uri), options, parsed, str(token), int(attempts), waited / 1000)
+        return Claim(run_id, str(uri), options, parsed, str(token), int(attempts), waited / 1000, fresh_until)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise MessageError(f"a ledger entry does not fit the contract ({error}): {entry!r:.200}") from None
 

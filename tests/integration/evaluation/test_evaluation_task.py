@@ -13,7 +13,7 @@ import pytest
 from producer.planning import Request, make_plan
 from producer.run import send
 from producer.shards import ShardLimits
-from tests.harness import Harness
+from tests.harness import Harness, texts
 from worker.contracts.layout import REPORT_HTML, REPORT_JSON, SUCCESS_FILE, RunFolder
 from worker.contracts.plan import Plan
 
@@ -86,6 +86,16 @@ def test_it_happens_once_more_after_a_kill_in_the_middle_of_it(mill: Harness) ->
     time.sleep(1)
     assert (deeds(trace)["evaluates"], deeds(trace)["evaluated"]) == (2, 1), mill.logs()
     assert report["documents"] == 40
+
+
+def test_evaluations_keep_no_other_run_waiting(mill: Harness) -> None:
+    trace = mill.folder / "trace"
+    gold = [submit(mill, sentences, per_shard=20)[0] for sentences in (20, 40)]
+    mill.worker(FAULT_TRACE=str(trace), FAULT_EVALUATION_SECONDS="6")
+    mill.until(lambda: deeds(trace)["evaluates"] == len(gold))
+    run, _ = mill.submit(texts(40))
+    mill.until(lambda: run.exists(SUCCESS_FILE))
+    assert not any(evaluated.exists(REPORT_JSON) for evaluated in gold)
 
 
 def test_a_waiting_producer_leaves_a_long_evaluation_to_its_worker(
