@@ -279,5 +279,5 @@ def alone(work: Work) -> Iterator[Work]:
     for job, mine in work.by_job(np.ones(len(work.windows), np.int64)):
         for number in range(mine.start, mine.stop):
             window = work.windows.of(np.array([number]))
-            place = Placement(work.placement.rows, work.placement.length, int(window.lengths[0]), first, first, first)
-            yield Work([job], np.array([0, 1]), window, place)
+            lone = Placement(work.placement.rows, work.placement.length, int(window.lengths[0]), first, first, first)
+            yield Work([job], np.array([0, 1]), window, lone)
