@@ -22,10 +22,9 @@ from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from worker import parts, tracing
-from worker.contracts.document import Fault
 from worker.contracts.errors import MessageError, NermillError, StoreError, UsageError
 from worker.contracts.layout import SUCCESS_FILE, part_name
-from worker.contracts.ledger import FINISH, MAX_ATTEMPTS, MAX_STRIKES, Claim, Ledger, WorkerProcess
+from worker.contracts.ledger import FINISH, MAX_ATTEMPTS, Claim, Ledger, WorkerProcess
 from worker.contracts.patience import within
 from worker.contracts.plan import read_plan
 from worker.contracts.shard import read_shard
@@ -33,9 +32,9 @@ from worker.evaluation import evaluate, write_report
 from worker.gate import Gate
 from worker.logs import about
 from worker.metrics import Metrics
-from worker.pipeline import Annotated, Pipeline, Stats
+from worker.pipeline import Annotated, Pipeline
 from worker.settings import Settings, is_allowed
-from worker.suspects import trials
+from worker.suspects import annotate_in_trials
 
 log = logging.getLogger("nermill.worker")
 
@@ -98,9 +97,7 @@ class Mill:
             try:
                 with ExitStack() as feeding:
                     feeding.enter_context(self._feeders)
-                    while not self.pipeline.await_hunger(HUNGER_PAUSE) and not leaving.is_set():
-                        pass
-                    if leaving.is_set() or self.pipeline.broken or not self.answer_bell(feeding.close):
+                    if not self._await_hunger(leaving) or not self.answer_bell(feeding.close):
                         return
                 answers = True
             except (RedisConnectionError, RedisTimeoutError) as error:
@@ -108,6 +105,12 @@ class Mill:
                     log.warning("the ledger does not answer (%s); a shard that was in hand is tried again", error)
                 answers = False
                 leaving.wait(LEDGER_PAUSE)
+
+    def _await_hunger(self, leaving: threading.Event) -> bool:
+        """Waits until the device will soon be idle; False where it broke, or we leave."""
+        while not self.pipeline.await_hunger(HUNGER_PAUSE) and not leaving.is_set():
+            pass
+        return not leaving.is_set() and not self.pipeline.broken
 
     def answer_bell(self, on_fed: Callable[[], object] = lambda: None) -> bool:
         """Claims a shard and mills it; False where there was none.
@@ -235,26 +238,10 @@ class Mill:
             with self._gate.shared():
                 return self.pipeline.annotate(table, claim.options, claim.shard.first, on_fed)
         with self._gate.exclusive():
-            return self._annotate_suspects(claim, table)
-
-    def _annotate_suspects(self, claim: Claim, table: pa.Table) -> Annotated:
-        """Tags a shard that outlived its attempts in trials that the ledger knows, alone in the process."""
-        first = claim.shard.first
-        tagged, stats = [], []
-        faults: dict[int, Fault] = {}
-        for trial in trials(first, table.num_rows, self._ledger.strikes(claim.run_id)):
-            documents = table.slice(trial.start, trial.end - trial.start)
-            if trial.is_condemned:
-                documents = _condemned(documents)
-            elif not self._ledger.probe(claim, trial.name):
-                raise LeaseLostError
-            annotated = self.pipeline.annotate(documents, claim.options, first + trial.start)
-            tagged.append(annotated.part)
-            faults |= {trial.start + row: fault for row, fault in annotated.faults.items()}
-            stats.append(annotated.stats)
-        self._ledger.probe(claim, None)  # what may still go wrong is no document's fault
-        totals = (sum(getattr(s, name) for s in stats) for name in Stats.__slots__)
-        return Annotated(pa.concat_tables(tagged), faults, Stats(*totals))
+            annotated = annotate_in_trials(self.pipeline, self._ledger, claim, table)
+        if annotated is None:
+            raise LeaseLostError
+        return annotated
 
     def _complete(self, claim: Claim, committed: parts.Committed) -> None:
         if self._ledger.complete(claim, **asdict(committed)).last:
@@ -350,9 +337,3 @@ class Mill:
             log.warning("the ledger does not answer (%s); what was held is tried again when its leases end", error)
             return False
         return True
-
-
-def _condemned(document: pa.Table) -> pa.Table:
-    message = f"its worker died {MAX_STRIKES} times while it was tagged alone"
-    row = {**document.to_pylist()[0], "fault_reason": "crashed_worker", "fault_message": message}
-    return pa.Table.from_pylist([row], schema=document.schema)

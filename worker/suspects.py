@@ -9,7 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from worker.contracts.ledger import MAX_STRIKES
+import pyarrow as pa
+
+from worker.contracts.document import Fault
+from worker.contracts.ledger import MAX_STRIKES, Claim, Ledger
+from worker.pipeline import Annotated, Pipeline, Stats
 
 GROUPS = 8
 
@@ -50,3 +54,39 @@ def trials(first: int, count: int, strikes: dict[int, int]) -> Iterator[Trial]:
             continue
         for row in range(start, end):
             yield Trial(row, row + 1, first + row, strikes.get(first + row, 0) >= MAX_STRIKES)
+
+
+def annotate_in_trials(pipeline: Pipeline, ledger: Ledger, claim: Claim, table: pa.Table) -> Annotated | None:
+    """Tags a shard that outlived its attempts in trials that the ledger knows; None where the lease was lost.
+
+    Args:
+        pipeline: The model, which nobody else may use meanwhile.
+        ledger: Where trials are named and strikes are counted.
+        claim: The shard.
+        table: Its documents, with the SHARD schema.
+
+    Raises:
+        EngineError: the device failed for good; no document is to blame.
+    """
+    first = claim.shard.first
+    tagged, stats = [], []
+    faults: dict[int, Fault] = {}
+    for trial in trials(first, table.num_rows, ledger.strikes(claim.run_id)):
+        documents = table.slice(trial.start, trial.end - trial.start)
+        if trial.is_condemned:
+            documents = _condemned(documents)
+        elif not ledger.probe(claim, trial.name):
+            return None
+        annotated = pipeline.annotate(documents, claim.options, first + trial.start)
+        tagged.append(annotated.part)
+        faults |= {trial.start + row: fault for row, fault in annotated.faults.items()}
+        stats.append(annotated.stats)
+    ledger.probe(claim, None)  # what may still go wrong is no document's fault
+    totals = (sum(getattr(s, name) for s in stats) for name in Stats.__slots__)
+    return Annotated(pa.concat_tables(tagged), faults, Stats(*totals))
+
+
+def _condemned(document: pa.Table) -> pa.Table:
+    message = f"its worker died {MAX_STRIKES} times while it was tagged alone"
+    row = {**document.to_pylist()[0], "fault_reason": "crashed_worker", "fault_message": message}
+    return pa.Table.from_pylist([row], schema=document.schema)
