@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from packaging import version
@@ -40,8 +42,8 @@ def to_onnx(model: Encoder, path: Path, dtype: torch.dtype) -> None:
     Raises:
         UsageError: this torch is too old for the exporter.
     """
-    if version.parse(torch.__version__) < version.parse("2.5"):
-        raise UsageError(f"--backend onnx needs torch >= 2.5 to export, and here is {torch.__version__}")
+    if version.parse(torch.__version__) < version.parse("2.6"):
+        raise UsageError(f"--backend onnx needs torch >= 2.6 to export, and here is {torch.__version__}")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of operators that we do not use
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own use of what torch deprecates
@@ -53,6 +55,7 @@ def to_onnx(model: Encoder, path: Path, dtype: torch.dtype) -> None:
             output_names=["logits"],
             dynamic_shapes=({0: "rows", 1: "length"},) * len(model.inputs),
             opset_version=OPSET,
+            custom_translation_table={torch.ops.aten.gelu.default: _gelu},
             verbose=False,
         )
     assert program is not None
@@ -61,6 +64,21 @@ def to_onnx(model: Encoder, path: Path, dtype: torch.dtype) -> None:
         node.doc_string = None
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     program.save(path, external_data=size > INLINE_BYTES)
+
+
+def _gelu(x: Any, approximate: str = "none") -> Any:
+    """GELU in the form that onnxruntime knows and fuses; as torch writes it, it would be five passes over its input."""
+    from onnxscript import opset18 as op
+
+    def constant(value: float) -> Any:
+        return op.CastLike(value, x)
+
+    if approximate == "tanh":
+        cubed = op.Mul(op.Pow(x, constant(3.0)), constant(0.044715))
+        curve = op.Tanh(op.Mul(op.Add(x, cubed), constant(math.sqrt(2 / math.pi))))
+    else:
+        curve = op.Erf(op.Div(x, constant(math.sqrt(2))))
+    return op.Mul(op.Mul(x, constant(0.5)), op.Add(curve, constant(1.0)))
 
 
 def to_torchscript(model: Encoder, path: Path, dtype: torch.dtype) -> None:

@@ -13,6 +13,9 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+import onnx
+import onnxruntime
+
 from model_build.artifact import Order, compile_artifact
 from model_build.checkpoint import open_checkpoint
 from model_build.oracle import oracle_logits, windows_of
@@ -49,6 +52,20 @@ def test_pickled_weights_read_the_same(make_checkpoint: Callable[..., Path], ber
     pickled = open_checkpoint(str(make_checkpoint("bert", pickled=True))).weights()
     for name, tensor in open_checkpoint(str(bert)).weights().items():
         assert (pickled[name] == tensor).all(), name
+
+
+@pytest.mark.parametrize(("activation", "fused"), [("gelu", "BiasGelu"), ("gelu_new", "FastGelu")])
+def test_activations_are_fused(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, activation: str, fused: str
+) -> None:
+    compile_artifact(str(make_checkpoint("bert", hidden_act=activation)), tmp_path / "art", Order("onnx"))
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(str(tmp_path / "art" / "model.onnx"), options)
+    kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert fused in kinds
+    assert not {"Erf", "Tanh"} & set(kinds)
 
 
 @pytest.mark.parametrize("backend", ["onnx", "torch"])
