@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from producer.run import OnStatus
 from producer.status import Status
+from worker.contracts.console import visible
 from worker.contracts.ledger import WorkerProcess
 
 if TYPE_CHECKING:
@@ -20,17 +20,11 @@ LINE_SECONDS = 10.0
 LABEL_WIDTH = 10
 _BAR_WIDTH = 50
 _SHOWN_WORKERS = 8
-_CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
 
 
 def say(text: str) -> None:
     """A line for the person at the terminal, on standard error."""
     print(f"nermill: {visible(text)}", file=sys.stderr, flush=True)
-
-
-def visible(text: str) -> str:
-    """Text from a document or the broker as it may go to a terminal: control characters could steer it."""
-    return _CONTROLS.sub("\ufffd", text)
 
 
 @contextmanager

@@ -9,9 +9,10 @@ import sys
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from producer.progress import LABEL_WIDTH, counted, duration, rows, visible
+from producer.progress import LABEL_WIDTH, counted, duration, rows
 from producer.show import Shown
 from producer.status import Status
+from worker.contracts.console import visible
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
 
+from worker.contracts.console import visible
 from worker.contracts.errors import NermillError
 
 FORMATS = ("text", "json")
@@ -81,7 +82,7 @@ def complain(error: NermillError) -> None:
     if any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers):
         log.critical("%s", error)
     else:
-        print(f"nermill-worker: {error}", file=sys.stderr)
+        print(f"nermill-worker: {visible(str(error))}", file=sys.stderr)
 
 
 def _log_exception(

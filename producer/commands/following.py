@@ -87,12 +87,13 @@ def rejects(
     """List the documents that could not be tagged, with the reason (--json: one object a line)."""
     from itertools import islice
 
-    from producer.progress import say, visible
+    from producer.progress import say
     from producer.queue import Queue
     from producer.rejects import read_rejects
     from producer.rejects import retry as retry_rejects
     from producer.run import open_run
     from producer.view import print_json
+    from worker.contracts.console import visible
 
     folder, plan = open_run(run)
     if retry:

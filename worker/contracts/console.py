@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 
@@ -9,6 +10,7 @@ from worker.contracts.errors import NermillError, UsageError
 
 INTERRUPTED = 3  # not complete; it can be gone on with
 _SHELL_INTERRUPTED = 130  # what the parser answers after Ctrl-C
+_CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
 
 
 def exit_code(program: str, command: Callable[[], int | None], aborted: type[Exception]) -> int:
@@ -42,5 +44,10 @@ def exit_code(program: str, command: Callable[[], int | None], aborted: type[Exc
 
 
 def _fail(program: str, message: str, code: int) -> int:
-    print(f"{program}: {message}", file=sys.stderr)
+    print(f"{program}: {visible(message)}", file=sys.stderr)
     return code
+
+
+def visible(text: str) -> str:
+    """Text of a document, a file name or the broker as it may go to a terminal: control characters could steer it."""
+    return _CONTROLS.sub("\ufffd", text)

@@ -210,7 +210,8 @@ def test_hostile_text_does_not_steer_the_terminal(nermill, broker, corpus, tmp_p
     ledger.open(runs.open_run(run)[1].run_id, run, Options(), artifact="a" * 64)
     ledger.greet(WorkerProcess("w1", "npu:3", steering, "b" * 64), 60)
     shown += nermill("status", run, "--broker", broker)[1] + nermill("doctor", "--broker", broker)[1]
-    assert shown.count("]0;owned") == 3
+    shown += nermill("plan", tmp_path / f"{steering}.jsonl")[2]
+    assert shown.count("]0;owned") == 4
     painted = io.StringIO()
     console = Console(file=painted, force_terminal=True, color_system=None, width=1_000)
     console.print(_painted(look(*runs.open_run(run), Queue(broker)), own_worker=False))
