@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +19,7 @@ from redis import Redis
 from producer.broker import find_server_binary
 from producer.queue import Queue
 from producer.run import send
+from producer.status import part_stats
 from tests.harness import DOUBLE, Harness, Server, free_port, harness, rows, texts
 from worker.contracts.layout import SUCCESS_FILE, RunFolder
 
@@ -61,7 +63,7 @@ class Outcome:
     """What came of it.
 
     Attributes:
-        pause: Seconds from the primary's end to the next part.
+        pause: Longest stretch without a part from the primary's end on, in seconds.
         killed_in_the_middle: Whether parts were missing then.
     """
 
@@ -95,24 +97,19 @@ def with_failover(failover: Failover) -> Outcome:
         with mill.submitting(texts(failover.documents), url=url) as producer:
             run = mill.run_at_work()
             mill.server.kill()
-            pause = _pause(mill, run)
+            killed = time.time()
             early = run.exists(SUCCESS_FILE)
             told, _ = producer.communicate(timeout=600)
         assert producer.returncode == 0, f"{told}\n{mill.logs()}"
         for nth in range(len(mill.workers)):
             _await_service_of_one(mill, nth, url)
-        return Outcome(rows(run), json.loads(told), pause, not early)
+        return Outcome(rows(run), json.loads(told), _longest_pause(run, killed), not early)
 
 
-def _pause(mill: Harness, run: RunFolder) -> float:
-    """Seconds until parts come again, those aside whose last word to the ledger was said already."""
-    killed = time.monotonic()
-    before = run.committed()
-    while time.monotonic() < killed + 0.3:
-        before = run.committed()
-        time.sleep(0.02)
-    mill.until(lambda: run.committed() > before)
-    return time.monotonic() - killed
+def _longest_pause(run: RunFolder, since: float) -> float:
+    finished = sorted(stats["finished"] for shard in run.committed() for stats in part_stats(run, shard))
+    times = [since, *(moment for moment in finished if moment > since)]
+    return float(max(later - earlier for earlier, later in pairwise(times)))
 
 
 def _await_service_of_one(mill: Harness, nth: int, url: str) -> None:
