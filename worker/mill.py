@@ -22,7 +22,7 @@ from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from worker import parts, tracing
-from worker.contracts.errors import MessageError, NermillError, StoreError, UsageError
+from worker.contracts.errors import LeaseLostError, MessageError, NermillError, StoreError, UsageError
 from worker.contracts.layout import SUCCESS_FILE, part_name
 from worker.contracts.ledger import FINISH, MAX_ATTEMPTS, Claim, Ledger, WorkerProcess
 from worker.contracts.patience import within
@@ -44,10 +44,6 @@ LEDGER_PAUSE = 0.5  # seconds between two looks at a ledger that does not answer
 HUNGER_PAUSE = 0.5  # seconds between two looks at whether we leave, while the device has enough to do
 LONGEST_PAUSE = 10.0  # seconds before a shard is handed back whose store goes on failing
 EXIT_AGAIN = 75  # sysexits' EX_TEMPFAIL: start me again
-
-
-class LeaseLostError(NermillError):
-    """The shard went to another worker while we held it."""
 
 
 class Mill:
@@ -238,10 +234,7 @@ class Mill:
             with self._gate.shared():
                 return self.pipeline.annotate(table, claim.options, claim.shard.first, on_fed)
         with self._gate.exclusive():
-            annotated = annotate_in_trials(self.pipeline, self._ledger, claim, table)
-        if annotated is None:
-            raise LeaseLostError
-        return annotated
+            return annotate_in_trials(self.pipeline, self._ledger, claim, table)
 
     def _complete(self, claim: Claim, committed: parts.Committed) -> None:
         if self._ledger.complete(claim, **asdict(committed)).last:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from worker.contracts.document import Fault
+from worker.contracts.errors import LeaseLostError
 from worker.contracts.ledger import MAX_STRIKES, Claim, Ledger
 from worker.pipeline import Annotated, Pipeline, Stats
 
@@ -56,8 +57,8 @@ def trials(first: int, count: int, strikes: dict[int, int]) -> Iterator[Trial]:
             yield Trial(row, row + 1, first + row, strikes.get(first + row, 0) >= MAX_STRIKES)
 
 
-def annotate_in_trials(pipeline: Pipeline, ledger: Ledger, claim: Claim, table: pa.Table) -> Annotated | None:
-    """Tags a shard that outlived its attempts in trials that the ledger knows; None where the lease was lost.
+def annotate_in_trials(pipeline: Pipeline, ledger: Ledger, claim: Claim, table: pa.Table) -> Annotated:
+    """Tags a shard that outlived its attempts in trials that the ledger knows.
 
     Args:
         pipeline: The model, which nobody else may use meanwhile.
@@ -67,6 +68,7 @@ def annotate_in_trials(pipeline: Pipeline, ledger: Ledger, claim: Claim, table: 
 
     Raises:
         EngineError: the device failed for good; no document is to blame.
+        LeaseLostError: another worker has the shard.
     """
     first = claim.shard.first
     tagged, stats = [], []
@@ -76,7 +78,7 @@ def annotate_in_trials(pipeline: Pipeline, ledger: Ledger, claim: Claim, table: 
         if trial.is_condemned:
             documents = _condemned(documents)
         elif not ledger.probe(claim, trial.name):
-            return None
+            raise LeaseLostError
         annotated = pipeline.annotate(documents, claim.options, first + trial.start)
         tagged.append(annotated.part)
         faults |= {trial.start + row: fault for row, fault in annotated.faults.items()}

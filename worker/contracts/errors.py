@@ -8,7 +8,8 @@
     ├── BrokerError         the queue does not answer        exit code 1
     ├── StoreError          a folder or store that does not take or give files
     ├── EngineError         an accelerator that failed
-    └── MessageError        a queue or ledger entry that is not ours
+    ├── MessageError        a queue or ledger entry that is not ours
+    └── LeaseLostError      the shard is another worker's by now
 """
 
 from __future__ import annotations
@@ -44,3 +45,7 @@ class EngineError(NermillError):
 
 class MessageError(NermillError):
     """A message or ledger entry that does not fit the contract; it is counted and dropped."""
+
+
+class LeaseLostError(NermillError):
+    """The shard went to another worker while we held it; what we made of it is dropped."""
