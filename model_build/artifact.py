@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from safetensors.torch import save_file
 
 from model_build import aie, export, int8
 from model_build.checkpoint import open_checkpoint
 from model_build.oracle import golden
 from model_build.shapes import parse_shapes
-from model_build.wrap import Encoder, build
 from worker.contracts.errors import EngineError, StoreError, UsageError
 from worker.contracts.manifest import (
     TOKENIZER_FILE,
@@ -33,6 +33,7 @@ from worker.contracts.manifest import (
     load_manifest,
 )
 from worker.engine import load_engine
+from worker.engine.encoder import Encoder, build
 from worker.engine.golden import golden_difference, load_golden
 
 TOKEN_BUDGET = 1024  # padded tokens of a batch where shapes are free; measured best on CPUs
@@ -175,8 +176,9 @@ def _compile(
         return "model.onnx", {}
     if precision == "int8":
         int8.quantize_module(model)
-    export.to_torchscript(model, folder / "model.pt", dtype)
-    return "model.pt", {}
+    save_file(model.state_dict(), folder / "model.safetensors")
+    shutil.copymode(folder / TOKENIZER_FILE, folder / "model.safetensors")  # safetensors keeps others out
+    return "model.safetensors", {}
 
 
 def _try(folder: Path, device: str) -> None:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from model_build.wrap import Architecture
 from worker.contracts.errors import EngineError
 from worker.engine import load_engine
+from worker.engine.encoder import Architecture
 from worker.engine.golden import lay_rows
 
 if TYPE_CHECKING:
@@ -143,16 +143,21 @@ def _onnx_product(engine: Engine, threads: int, shape: tuple[int, int, int]) -> 
 def _torch_product(engine: Engine, shape: tuple[int, int, int]) -> Callable[[], object]:
     import torch
 
+    from worker.engine.layers import Linear, fuse
+
     rows, inner, columns = shape
+    device = torch.device(engine.device)
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
     dtype = dtypes[engine.manifest.precision]
-    x = torch.ones(rows, inner, dtype=dtype, device=engine.device)
-    weight = torch.ones(inner, columns, dtype=dtype, device=engine.device)
-    multiply = torch._int_mm if dtype == torch.int8 else torch.mm
+    x = torch.ones(rows, inner, dtype=dtype, device=device)
+    weight = torch.ones(inner, columns, dtype=dtype, device=device)
 
-    def call() -> None:
-        multiply(x, weight)
-        if x.is_cuda:
-            torch.cuda.synchronize()
+    def product() -> object:
+        return torch._int_mm(x, weight) if dtype == torch.int8 else model(x)
 
-    return call
+    model = torch.nn.Sequential(Linear(inner, columns)).requires_grad_(False)
+    model.load_state_dict({"0.weight": weight, "0.bias": weight[0]}, assign=True)
+    fuse(model, device)
+    if device.type != "cuda":
+        return product
+    return lambda: (product(), torch.cuda.synchronize())

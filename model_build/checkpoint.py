@@ -14,9 +14,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from model_build.families import architecture, translate
-from model_build.wrap import Architecture
 from worker.contracts.errors import UsageError
 from worker.contracts.manifest import file_sha256
+from worker.engine.encoder import Architecture
 
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)@([\w./-]+)")
 _WANTED = ["*.json", "*.safetensors", "pytorch_model*.bin", "vocab.txt", "merges.txt", "*.model"]

@@ -1,4 +1,4 @@
-"""From a module to a compiled file: ONNX and TorchScript."""
+"""From a module to an ONNX graph."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from packaging import version
 from torch import Tensor
 
-from model_build.wrap import Encoder
 from worker.contracts.errors import UsageError
+from worker.engine.encoder import Encoder
 
 OPSET = 18
 INLINE_BYTES = 500_000_000
@@ -79,11 +79,3 @@ def _gelu(x: Any, approximate: str = "none") -> Any:
     else:
         curve = op.Erf(op.Div(x, constant(math.sqrt(2))))
     return op.Mul(op.Mul(x, constant(0.5)), op.Add(curve, constant(1.0)))
-
-
-def to_torchscript(model: Encoder, path: Path, dtype: torch.dtype) -> None:
-    """Writes a traced module whose ``forward`` keeps the names of its inputs."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript is deprecated, and still what compilers for NPUs take
-        traced = torch.jit.trace(model, example_inputs(model, dtype), check_trace=False)
-        torch.jit.save(traced, str(path))

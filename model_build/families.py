@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model_build.wrap import ACTIVATIONS, Architecture
 from worker.contracts.errors import UsageError
+from worker.engine.encoder import Architecture
+from worker.engine.layers import ACTIVATIONS
 
 
 @dataclass(frozen=True)

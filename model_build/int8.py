@@ -14,23 +14,21 @@ import onnx
 import torch
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
-from torch import Tensor, nn
 
-from model_build.wrap import Encoder, Linear
 from worker.contracts.errors import UsageError
+from worker.engine.encoder import Encoder
+from worker.engine.layers import SMALLEST, TOKEN_RANGE, Int8Linear, Linear, replace
 
 # Processors without VNNI add two products in 16 bits, and 2 × 255 × 64 is the most that fits: with weights in ±64
 # an artifact gives the same answers on all of them. It costs about 20 tags of CoNLL valid's 51,362, and no F1.
 WEIGHT_RANGE = 64
 TABLE_RANGE = 127  # embedding rows are looked up, not multiplied in 8 bits
-TOKEN_RANGE = 127
-_SMALLEST = 1e-10  # absolute maximum of a token that is all zeros
 _FLOAT_TABLES = ("positions.weight",)  # small, and added to every token
 
 Float = NDArray[np.float32]
 _CONSTANTS = {
     "int8.last_axis": np.array([-1], np.int64),
-    "int8.smallest": np.float32(_SMALLEST),
+    "int8.smallest": np.float32(SMALLEST),
     "int8.range": np.float32(TOKEN_RANGE),
     "int8.one": np.float32(1),
     "int8.zero_point": np.uint8(128),
@@ -40,7 +38,7 @@ _CONSTANTS = {
 
 def quantize(weight: Float, axis: int, limit: int) -> tuple[NDArray[np.int8], Float]:
     """Symmetric int8 with one scale for each slice along ``axis``; the scale keeps the reduced axis."""
-    scale = np.maximum(np.abs(weight).max(axis, keepdims=True), _SMALLEST) / limit
+    scale = np.maximum(np.abs(weight).max(axis, keepdims=True), SMALLEST) / limit
     return np.rint(weight / scale).astype(np.int8), scale.astype(np.float32)
 
 
@@ -143,27 +141,6 @@ def read_weights(path: Path) -> dict[str, Float]:
     return weights
 
 
-class Int8Linear(nn.Module):
-    """``Linear`` with int8 weights and activations quantized per token."""
-
-    weight: Tensor
-    scale: Tensor
-    bias: Tensor
-
-    def __init__(self, linear: Linear) -> None:
-        super().__init__()
-        values, scale = quantize(linear.weight.numpy(), 0, TOKEN_RANGE)
-        self.register_buffer("weight", torch.from_numpy(values))
-        self.register_buffer("scale", torch.from_numpy(scale))
-        self.register_buffer("bias", linear.bias.detach())
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)
-        step = rows.abs().amax(-1, keepdim=True).clamp(min=_SMALLEST) / TOKEN_RANGE
-        product = torch._int_mm((rows / step).round().to(torch.int8), self.weight)
-        return (product * step * self.scale + self.bias).unflatten(0, x.shape[:-1])
-
-
 def quantize_module(model: Encoder) -> None:
     """Replaces every ``Linear`` of a float32 encoder in place.
 
@@ -174,7 +151,10 @@ def quantize_module(model: Encoder) -> None:
         torch._int_mm(torch.zeros(32, 32, dtype=torch.int8), torch.zeros(32, 32, dtype=torch.int8))
     except (AttributeError, RuntimeError, NotImplementedError):
         raise UsageError(f"--precision int8: torch {torch.__version__} has no int8 product on the CPU") from None
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, Linear):
-                setattr(parent, name, Int8Linear(child))
+    replace(model, Linear, quantize_linear)
+
+
+def quantize_linear(linear: Linear) -> Int8Linear:
+    """The int8 form of a float32 layer."""
+    values, scale = quantize(linear.weight.numpy(), 0, TOKEN_RANGE)
+    return Int8Linear(torch.from_numpy(values), torch.from_numpy(scale), linear.bias.detach(), linear.activation)

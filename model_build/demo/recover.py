@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -55,6 +56,7 @@ def recover(out: Path) -> None:
         save_file(untranslate(weights, sizes["layers"]), folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         (folder / TOKENIZER_FILE).write_bytes((artifact / TOKENIZER_FILE).read_bytes())
+        shutil.copymode(folder / TOKENIZER_FILE, folder / "model.safetensors")  # safetensors keeps others out
 
 
 def main() -> None:

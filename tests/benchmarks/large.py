@@ -79,7 +79,7 @@ def run(*arguments: str) -> tuple[float, float, str]:
 def speed(work: Path, checkpoint: Path) -> None:
     """Prints the fp32 mill beside its engine, the pipeline and the recipe on the same sentences."""
     artifact = work / "free-fp32"
-    run("compile", str(checkpoint), "--out", str(artifact), "--backend", "onnx")
+    run("compile", str(checkpoint), "--out", str(artifact), "--backend", "torch")
     corpus = read_corpora(default_data(), DOCUMENTS)["sentences"]
     samples, peaks = side_by_side(corpus, Models(artifact, artifact, checkpoint), SPEED_WAYS, ROUNDS)
     flops, peak = flops_of(corpus, artifact), median(peaks)

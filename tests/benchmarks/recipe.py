@@ -26,9 +26,9 @@ from tokenizers import Tokenizer
 from model_build.checkpoint import open_checkpoint
 from model_build.corpus import Text, read_texts
 from model_build.demo.recover import recover
-from model_build.wrap import Encoder, build
 from worker import Tagger
 from worker.contracts.manifest import TOKENIZER_FILE, load_manifest, resolve_artifact
+from worker.engine.encoder import Encoder, build
 
 LENGTH = 512
 CONSTANTS = {"fp32-min": float(torch.finfo(torch.float32).min), "-10000": -10_000.0, "-1000": -1000.0}

@@ -7,6 +7,7 @@ module that was compiled in parts may lie on the CPU already.
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from worker.contracts.errors import ArtifactError
 from worker.contracts.manifest import Manifest
 from worker.engine import Batch
 from worker.engine.inputs import check_names, named_inputs, refusal
-from worker.engine.torch import load_script
 
 PACKAGES = ("mindietorch", "torch_aie")
 
@@ -54,7 +54,7 @@ class AieEngine:
         index = int(number or 0)
         try:
             self._package.set_device(index)
-            self._module = load_script(artifact / manifest.model_file)
+            self._module = _load_script(artifact / manifest.model_file)
             self._streams = [self._package.npu.Stream(f"npu:{index}") for _ in range(self.in_flight)]
         except RuntimeError as error:
             raise ArtifactError(f"{artifact}: {device} does not load it ({str(error).splitlines()[0]})") from None
@@ -83,3 +83,9 @@ class AieEngine:
         del self._module
         self._streams.clear()
         self._package.finalize()
+
+
+def _load_script(path: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, and still what compilers for NPUs take
+        return torch.jit.load(str(path)).eval()  # type: ignore[no-untyped-call]

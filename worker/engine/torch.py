@@ -1,23 +1,25 @@
-"""The engine on TorchScript: CPU, CUDA, and Ascend NPUs through torch_npu (that one has not been tried on hardware)."""
+"""The engine on plain torch: CPU, CUDA, and Ascend NPUs through torch_npu (those two are untried on their devices)."""
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from worker.contracts.errors import ArtifactError
 from worker.contracts.manifest import Manifest
 from worker.engine import Batch
+from worker.engine.encoder import Architecture, Encoder, build
 from worker.engine.inputs import check_names, named_inputs, refusal
+from worker.engine.layers import fuse
 
 
 class TorchEngine:
-    """A traced module on one device; see ``worker.engine.Engine``."""
+    """Our forward pass with an artifact's weights on one device; see ``worker.engine.Engine``."""
 
     def __init__(self, artifact: Path, manifest: Manifest, device: str = "cpu", threads: int = 0) -> None:
         self.manifest = manifest
@@ -27,13 +29,13 @@ class TorchEngine:
         if threads:
             torch.set_num_threads(threads)
         try:
-            self._module = load_script(artifact / manifest.model_file, map_location=target)
-        except RuntimeError as error:
+            self._model = _load(artifact / manifest.model_file, manifest, target)
+        except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise ArtifactError(
-                f"{artifact}: torch {torch.__version__} does not load it on {device} ({reason})"
+                f"{artifact}: torch {torch.__version__} does not load it on {device} ({reason}); build it again"
             ) from None
-        check_names(manifest, [argument.name for argument in self._module.forward.schema.arguments[1:]])
+        check_names(manifest, list(self._model.inputs))
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """Logits of shape (rows, length, labels)."""
@@ -41,21 +43,26 @@ class TorchEngine:
         try:
             with torch.inference_mode():
                 tensors = {name: torch.from_numpy(array).to(self.device) for name, array in feeds.items()}
-                logits: NDArray[np.float32] = self._module(**tensors).cpu().numpy()
+                logits: NDArray[np.float32] = self._model(**tensors).cpu().numpy()
         except RuntimeError as error:
             raise refusal("torch", self.device, batch, error) from error
         return logits
 
     def close(self) -> None:
-        """Frees the module."""
-        del self._module
+        """Frees the model."""
+        del self._model
 
 
-def load_script(path: Path, **options: Any) -> Any:
-    """``torch.jit.load``, quiet: TorchScript is deprecated, and still what compilers for NPUs take."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.jit.load(str(path), **options).eval()  # type: ignore[no-untyped-call]
+def _load(file: Path, manifest: Manifest, device: torch.device) -> Encoder:
+    model = build(
+        Architecture(**manifest.details["architecture"]),
+        load_file(file),
+        plain=manifest.layout == "plain",
+        int8=manifest.precision == "int8",
+    )
+    fuse(model, device)
+    model.to(device)
+    return model
 
 
 def _device(device: str) -> torch.device:

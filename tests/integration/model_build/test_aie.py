@@ -19,10 +19,10 @@ from model_build.checkpoint import open_checkpoint
 from model_build.export import example_inputs
 from model_build.oracle import windows_of
 from model_build.verify import run_packed
-from model_build.wrap import build
 from tests.doubles import mindie
 from worker.contracts.errors import ArtifactError, EngineError, UsageError
 from worker.engine import load_engine
+from worker.engine.encoder import build
 from worker.engine.golden import lay_rows
 
 TEXTS = ["george washington went to washington.", "oslo", "a train left paris at 10.45"]
@@ -64,7 +64,7 @@ def test_answers_as_the_torch_engine(bert_checkpoint: Path, tmp_path: Path, monk
     double = mindie.install(monkeypatch)  # the worker is another process
     on_npu = load_engine(tmp_path / "aie", "npu:3")
     for mine, theirs in zip(run_packed(on_npu, windows), expected, strict=True):
-        np.testing.assert_array_equal(mine, theirs)
+        np.testing.assert_allclose(mine, theirs, atol=1e-6)
     with pytest.raises(EngineError, match="2x32 was not compiled"):
         on_npu.run(lay_rows([], (2, 32), on_npu.manifest))
     on_npu.close()

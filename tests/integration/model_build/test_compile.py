@@ -20,11 +20,11 @@ from model_build.artifact import Order, compile_artifact
 from model_build.checkpoint import open_checkpoint
 from model_build.oracle import oracle_logits, windows_of
 from model_build.verify import run_packed
-from model_build.wrap import MASKED
 from tests.checkpoints import FAMILIES, LABELS, MAX_LENGTH, vocabulary
 from worker.contracts.errors import ArtifactError, EngineError
 from worker.contracts.manifest import Precision, load_manifest
 from worker.engine import load_engine
+from worker.engine.encoder import MASKED
 from worker.engine.golden import lay_rows, run_alone
 
 TEXTS = ["george washington went to washington.", "oslo", "a very long train (of thought) left paris at 10.45"]

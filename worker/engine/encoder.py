@@ -6,22 +6,14 @@ Rows hold many windows one behind another; tokens see those of their own segment
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+
+from worker.engine.layers import Attention, Linear, empty_int8, replace
 
 MASKED = -10_000.0  # dominates every score, and float16 holds it: no infinity, no NaN (fp32's minimum has both there)
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": functional.gelu,
-    "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-    "relu": functional.relu,
-    "silu": functional.silu,
-}
 
 
 @dataclass(frozen=True)
@@ -33,7 +25,7 @@ class Architecture:
         embedding: Width of the embeddings; projected to ``hidden`` where it differs (ELECTRA).
         hidden, layers, heads, intermediate: Of the encoder.
         labels: Logits of each token.
-        activation: Key of ``ACTIVATIONS``.
+        activation: Key of ``worker.engine.layers.ACTIVATIONS``.
         epsilon: Of the layer norms.
         position_offset: Position id of a window's first token.
     """
@@ -58,41 +50,22 @@ class Architecture:
         return 2 * self.layers * (dense + attention) + 2 * self.hidden * self.labels
 
 
-class Linear(nn.Module):
-    """``x @ weight + bias``; the weight is (inputs, outputs), and so it reaches the compiled graph by its name."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(inputs, outputs))
-        self.bias = nn.Parameter(torch.empty(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
-
-
 class Layer(nn.Module):
     """Self-attention within segments, then the feed-forward block; each with its residual and layer norm."""
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()
-        self.heads = a.heads
-        self.scale = (a.hidden // a.heads) ** -0.5
-        self.activation = ACTIVATIONS[a.activation]
         self.qkv = Linear(a.hidden, 3 * a.hidden)
+        self.attention = Attention(a.heads, (a.hidden // a.heads) ** -0.5)
         self.attended = Linear(a.hidden, a.hidden)
         self.attended_norm = nn.LayerNorm(a.hidden, a.epsilon)
-        self.wide = Linear(a.hidden, a.intermediate)
+        self.wide = Linear(a.hidden, a.intermediate, a.activation)
         self.narrow = Linear(a.intermediate, a.hidden)
         self.narrow_norm = nn.LayerNorm(a.hidden, a.epsilon)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        query, key, value = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1)
-        )
-        scores = (query * self.scale) @ key.transpose(-1, -2) + bias
-        seen = (scores.softmax(-1) @ value).transpose(1, 2).flatten(-2)
-        x = self.attended_norm(x + self.attended(seen))
-        return self.narrow_norm(x + self.narrow(self.activation(self.wide(x))))
+        x = self.attended_norm(x + self.attended(self.attention(self.qkv(x), bias)))
+        return self.narrow_norm(x + self.narrow(self.wide(x)))
 
 
 class Encoder(nn.Module):
@@ -152,17 +125,20 @@ class PlainEncoder(Encoder):
         return self.encode(input_ids, positions, types, 1 - attention_mask[:, None, None, :])
 
 
-def build(a: Architecture, weights: dict[str, Tensor], *, plain: bool = False) -> Encoder:
+def build(a: Architecture, weights: dict[str, Tensor], *, plain: bool = False, int8: bool = False) -> Encoder:
     """An encoder with its weights, ready to run; the tensors are taken over, not copied.
 
     Args:
         a: Its sizes.
         weights: By the names of this module's parameters; emptied on the way.
         plain: The recipe's contract instead of packed rows.
+        int8: The weights of linear layers are int8, each with its scale.
     """
     with torch.device("meta"):
         model = PlainEncoder(a) if plain else Encoder(a)
-    if a.types and not plain:
+    if int8:
+        replace(model, Linear, empty_int8)
+    if "types.weight" in weights and not plain:  # a checkpoint's table, of which packed rows need the first type alone
         weights["first_type"] = weights.pop("types.weight")[0].clone()
     model.load_state_dict(weights, assign=True)
     weights.clear()

@@ -1,4 +1,4 @@
-"""The packed forward itself, its weights' names, and int8 with one scale a token."""
+"""The packed forward itself, its weights' names, and the forms of its linear layers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ pytest.importorskip("onnx")
 import torch
 
 from model_build.families import translate, untranslate
-from model_build.int8 import Int8Linear, quantize
-from model_build.wrap import Architecture, Encoder, Linear, build
+from model_build.int8 import quantize, quantize_linear
+from worker.engine.encoder import MASKED, Architecture, Encoder, build
+from worker.engine.layers import ACTIVATIONS, Attention, FusedAttention, Linear, OneDnnLinear, fuse
 
 SIZES = Architecture(50, 40, 2, 16, 16, 2, 4, 32, 5, "gelu", 1e-12)
 
@@ -88,10 +89,52 @@ def test_one_loud_token_leaves_the_others_as_they_are() -> None:
     linear = Linear(16, 8).requires_grad_(False)
     torch.nn.init.normal_(linear.weight)
     torch.nn.init.normal_(linear.bias)
-    quantized = Int8Linear(linear)
+    quantized = quantize_linear(linear)
     x = torch.randn(1, 6, 16)
     loud = x.clone()
     loud[0, 2] *= 1000
     kept = [0, 1, 3, 4, 5]
     assert torch.equal(quantized(x)[0, kept], quantized(loud)[0, kept])
     assert (quantized(x) - linear(x)).abs().max() < 0.15
+
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+@needs_onednn
+@pytest.mark.parametrize("activation", ["", *ACTIVATIONS])
+def test_weights_laid_out_for_onednn_answer_the_same(activation: str) -> None:
+    torch.manual_seed(4)
+    linear = Linear(24, 40, activation).requires_grad_(False)
+    torch.nn.init.normal_(linear.weight)
+    torch.nn.init.normal_(linear.bias)
+    laid_out = OneDnnLinear(linear)
+    for rows in (1, 7, 300):
+        x = torch.randn(2, rows, 24)
+        torch.testing.assert_close(laid_out(x), linear(x), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_fused_attention_answers_the_same(dtype: torch.dtype) -> None:
+    torch.manual_seed(5)
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}[dtype]
+    scale = 8**-0.5
+    qkv = torch.randn(3, 24, 96, dtype=dtype)
+    segments = torch.arange(24)[None] // 7
+    packed = (segments[:, None, :, None] - segments[:, None, None, :]).abs().clamp(max=1).to(dtype) * MASKED
+    padded = (torch.arange(24) >= 20)[None, None, None].to(dtype) * MASKED
+    for bias in (packed, padded):
+        torch.testing.assert_close(
+            FusedAttention(4, scale)(qkv, bias), Attention(4, scale)(qkv, bias), atol=tolerance, rtol=tolerance
+        )
+
+
+@needs_onednn
+def test_a_cpu_computes_in_the_fused_forms() -> None:
+    def kinds(dtype: torch.dtype) -> set[type]:
+        model = build(SIZES, random_weights(SIZES)).to(dtype)
+        fuse(model, torch.device("cpu"))
+        return {type(module) for module in model.modules()}
+
+    assert {Linear, Attention}.isdisjoint(kinds(torch.float32))
+    assert {Linear, FusedAttention} <= kinds(torch.float16)  # oneDNN has no float16 on most processors
