@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,13 +19,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from worker import decode
-from worker.batching import Shape
 from worker.contracts.document import Annotation, Document, Entity, Fault
 from worker.contracts.errors import EngineError
 from worker.contracts.manifest import TOKENIZER_FILE, Manifest, resolve_artifact
 from worker.contracts.plan import Options
 from worker.contracts.shard import shard_table
 from worker.engine import Batch, Engine, load_engine
+from worker.engine.warmup import blank_batch, token_budget
 from worker.pool import Job, Pool, Work, alone, give_up, hand_out, lay_out
 from worker.table import Prediction, Spelling, part_table, spell
 from worker.windows import Tokens, cut, tokenize
@@ -227,12 +227,6 @@ class Pipeline:
         self._pool.close(error)
 
 
-def blank_batch(shape: Shape, manifest: Manifest) -> Batch:
-    """A batch that means nothing, to warm a shape up: each row is one full window of [CLS] tokens."""
-    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int64) + manifest.position_offset, shape)
-    return Batch(np.full(shape, manifest.cls_id, np.int64), np.ones(shape, np.int64), np.ascontiguousarray(positions))
-
-
 def load_pipeline(artifact: Path, device: str = "cpu", threads: int = 0) -> Pipeline:
     """Loads an artifact on a device and warms it up.
 
@@ -243,6 +237,7 @@ def load_pipeline(artifact: Path, device: str = "cpu", threads: int = 0) -> Pipe
     from tokenizers import Tokenizer
 
     engine = load_engine(artifact, device, threads)
+    engine.manifest = replace(engine.manifest, token_budget=token_budget(engine))
     tokenizer = Tokenizer.from_file(str(artifact / TOKENIZER_FILE))
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -1,4 +1,4 @@
-"""The engine room: inputs by name, golden windows in a batch, and what the onnx engine does not import."""
+"""The engine room: inputs by name, golden windows in a batch, its size, and what the onnx engine does not import."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from tests.doubles.engine import HashEngine, manifest
+from worker import pipeline
 from worker.contracts.errors import ArtifactError, EngineError
-from worker.contracts.manifest import Input, resolve_artifact
-from worker.engine import load_engine
+from worker.contracts.manifest import Input, load_manifest, resolve_artifact
+from worker.engine import Batch, load_engine, warmup
 from worker.engine.golden import Golden, golden_difference, lay_rows, load_golden, run_alone, smallest_shape
 from worker.engine.inputs import check_names, named_inputs
+from worker.engine.warmup import token_budget
 
 PLAIN = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -86,3 +90,63 @@ def test_onnx_engine_imports_neither_torch_nor_transformers(root: Path) -> None:
     answer = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.strip() == "[('Angela Merkel', 'PER'), ('Barack Obama', 'PER'), ('Berlin', 'LOC')]"
+
+
+class Card(HashEngine):
+    """An accelerator that has the same time for every batch up to a size, as its own clock tells."""
+
+    device = "cuda:0"
+
+    def __init__(self, *, busy: int, memory: int = 1 << 30, **layout: Any) -> None:
+        super().__init__(manifest(**layout))
+        self._busy = busy
+        self._memory = memory
+        self._now = 0.0
+
+    def run(self, batch: Batch) -> NDArray[np.float32]:
+        if batch.input_ids.size > self._memory:
+            raise EngineError("out of memory")
+        self._now += max(batch.input_ids.size, self._busy)
+        return np.zeros((*batch.input_ids.shape, 1), np.float32)
+
+    def perf_counter(self) -> float:
+        return self._now
+
+
+@pytest.mark.parametrize(
+    ("card", "budget"),
+    [
+        (Card(busy=10), 256),
+        (Card(busy=5_000), 8_192),
+        (Card(busy=5_000, layout="plain"), 8_192),
+        (Card(busy=5_000, memory=3_000), 2_048),
+        (Card(busy=1 << 20), 65_536),
+        (Card(busy=5_000, shapes=((4, 64),)), 256),
+    ],
+)
+def test_an_accelerator_gets_batches_of_the_size_that_keeps_it_busy(
+    card: Card, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warmup, "time", card)
+    assert token_budget(card) == budget
+
+
+def test_a_cpu_takes_the_artifacts_word() -> None:
+    cpu = HashEngine(manifest())
+    assert token_budget(cpu) == 256
+    assert not cpu.batches
+
+
+def test_an_accelerator_that_takes_no_batch_at_all() -> None:
+    with pytest.raises(EngineError, match="out of memory"):
+        token_budget(Card(busy=10, memory=100))
+
+
+def test_the_worker_batches_as_large_as_its_device_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "token_budget", lambda engine: 4 * engine.manifest.token_budget)
+    artifact = resolve_artifact("demo")
+    loaded = pipeline.load_pipeline(artifact)
+    try:
+        assert loaded.manifest.token_budget == 4 * load_manifest(artifact).token_budget
+    finally:
+        loaded.close()

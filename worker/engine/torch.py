@@ -36,17 +36,28 @@ class TorchEngine:
                 f"{artifact}: torch {torch.__version__} does not load it on {device} ({reason}); build it again"
             ) from None
         check_names(manifest, list(self._model.inputs))
+        self._is_cuda = target.type == "cuda"
+        self._streams = [torch.cuda.Stream(target) if self._is_cuda else None for _ in range(self.in_flight)]
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """Logits of shape (rows, length, labels)."""
         feeds = named_inputs(batch, self.manifest)
+        stream = self._streams.pop()  # one a call: at most ``in_flight`` calls are under way
         try:
-            with torch.inference_mode():
-                tensors = {name: torch.from_numpy(array).to(self.device) for name, array in feeds.items()}
+            with torch.inference_mode(), torch.cuda.stream(stream):
+                tensors = {name: self._send(array) for name, array in feeds.items()}
                 logits: NDArray[np.float32] = self._model(**tensors).cpu().numpy()
         except RuntimeError as error:
             raise refusal("torch", self.device, batch, error) from error
+        finally:
+            self._streams.append(stream)
         return logits
+
+    def _send(self, array: NDArray[np.integer]) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        if self._is_cuda:  # from pinned memory the copy runs beside the products of the batch before
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
     def close(self) -> None:
         """Frees the model."""
