@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 import torch
@@ -30,8 +31,8 @@ class TorchEngine:
             torch.set_num_threads(threads)
         try:
             self._model = _load(artifact / manifest.model_file, manifest, target)
-        except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            reason = str(error).splitlines()[0]
+        except (KeyError, TypeError, ArithmeticError, RuntimeError, SafetensorError) as error:
+            reason = shorten(str(error), 200, placeholder=" ...")
             raise ArtifactError(
                 f"{artifact}: torch {torch.__version__} does not load it on {device} ({reason}); build it again"
             ) from None

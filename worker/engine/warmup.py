@@ -22,8 +22,8 @@ REPEATS = 3
 
 def blank_batch(shape: tuple[int, int], manifest: Manifest) -> Batch:
     """A batch of (rows, length): each row is one full window of [CLS] tokens."""
-    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int64) + manifest.position_offset, shape)
-    return Batch(np.full(shape, manifest.cls_id, np.int64), np.ones(shape, np.int64), np.ascontiguousarray(positions))
+    positions = np.arange(shape[1], dtype=np.int64) + manifest.position_offset
+    return Batch(np.full(shape, manifest.cls_id, np.int64), np.ones(shape, np.int64), np.tile(positions, (shape[0], 1)))
 
 
 def token_budget(engine: Engine) -> int:

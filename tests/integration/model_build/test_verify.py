@@ -21,6 +21,7 @@ from model_build.corpus import Text
 from model_build.verify import Check, report, verify
 from worker.contracts.errors import ArtifactError, UsageError
 from worker.engine.encoder import Encoder, Layer, PlainEncoder
+from worker.pipeline import load_pipeline
 
 Compiled = Callable[..., Path]
 FORWARD, PLAIN_FORWARD = Encoder.forward, PlainEncoder.forward
@@ -158,6 +159,27 @@ def test_loading_says_what_is_missing(compiled: Compiled, tmp_path: Path) -> Non
     (art / "golden.json").unlink()
     with pytest.raises(ArtifactError, match=r"golden\.json"):
         verify(art)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("layers", 9, "Missing key"),
+        ("heads", 0, "zero"),
+        ("hidden", "wide", "tuple of ints"),
+        ("activation", "magic", "magic"),
+        ("depth", 1, "unexpected keyword"),
+    ],
+)
+def test_weights_that_do_not_fit_their_manifest(
+    compiled: Compiled, tmp_path: Path, key: str, value: object, reason: str
+) -> None:
+    art = shutil.copytree(compiled("torch"), tmp_path / "art")
+    body = json.loads((art / "manifest.json").read_text("utf-8"))
+    body["details"]["architecture"][key] = value
+    (art / "manifest.json").write_text(json.dumps(body), "utf-8")
+    with pytest.raises(ArtifactError, match=f"does not load it on cpu .*{reason}.*; build it again"):
+        load_pipeline(art)
 
 
 def test_compile_refuses_a_graph_that_does_not_answer_as_the_checkpoint(
