@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from producer.status import part_stats
 from tests.benchmarks.corpora import default_data, read_corpora
@@ -23,35 +24,34 @@ from worker.contracts.layout import RunFolder
 
 SIZES = (10_000, 100_000, 1_000_000)
 WARM_UP = 2_000
+PROCESSES = ("producer", "worker", "server")
 STAGES = ("tokenize", "wait", "compute", "decode", "write")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one run cost; memory in bytes, each process at its peak."""
+    """What one run cost; ``peaks`` is each process's memory at its most, in bytes."""
 
     documents_per_second: float
-    producer_bytes: int
-    worker_bytes: int
-    server_bytes: int
+    peaks: dict[str, int]
     stage_seconds: dict[str, float]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints a table, a row for each size, and where the time of one shard at a time goes."""
+    """Prints medians and highest peaks, a row for each size, and where the time of one shard at a time goes."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.growth", description=__doc__)
     parser.add_argument("--data", type=Path, default=default_data(), help="CoNLL file; default %(default)s")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each size; default %(default)s")
     parser.add_argument("sizes", nargs="*", type=int, default=SIZES, help="documents; default %(default)s")
     options = parser.parse_args(arguments)
     texts = read_corpora(options.data, 3250)["sentences"].texts
-    print("| documents | documents/s | µs a document | producer | worker | server |\n|---|---|---|---|---|---|")
-    for count in options.sizes:
-        cost = measure(texts, count)
-        memory = " | ".join(
-            f"{size / 1e6:,.0f} MB" for size in (cost.producer_bytes, cost.worker_bytes, cost.server_bytes)
-        )
-        rate = cost.documents_per_second
-        print(f"| {count:,} | {rate:,.0f} | {1e6 / rate:.1f} | {memory} |", flush=True)
+    rounds = [[measure(texts, count) for count in options.sizes] for _ in range(options.rounds)]
+    print(f"| documents | documents/s | µs a document | {' | '.join(PROCESSES)} |\n|---|---|---|---|---|---|")
+    for count, costs in zip(options.sizes, zip(*rounds, strict=True), strict=True):
+        rate = median(cost.documents_per_second for cost in costs)
+        peaks = [max(cost.peaks[process] for cost in costs) for process in PROCESSES]
+        memory = " | ".join(f"{peak / 1e6:,.0f} MB" for peak in peaks)
+        print(f"| {count:,} | {rate:,.0f} | {1e6 / rate:.1f} | {memory} |")
     stages = measure(texts, options.sizes[0], NERMILL_CONCURRENCY="1").stage_seconds
     print("\n| stage, one shard at a time | µs a document |\n|---|---|")
     for stage, seconds in stages.items():
@@ -77,7 +77,8 @@ def measure(texts: Sequence[str], count: int, **environment: str) -> Cost:
             server = int(client.info("memory")["used_memory_peak"])
         peak = int(Path(f"/proc/{worker.process.pid}/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
         stages = _stages(RunFolder(said["run"]), count)
-        return Cost(said["documents_per_second"], usage.ru_maxrss * 1024, peak, server, stages)
+        peaks = dict(zip(PROCESSES, (usage.ru_maxrss * 1024, peak, server), strict=True))
+        return Cost(said["documents_per_second"], peaks, stages)
 
 
 def _stages(run: RunFolder, documents: int) -> dict[str, float]:
