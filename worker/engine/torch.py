@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from textwrap import shorten
 
@@ -10,10 +11,12 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from worker.contracts.errors import ArtifactError
 from worker.contracts.manifest import Manifest
 from worker.engine import Batch
+from worker.engine.cuda import Lane
 from worker.engine.encoder import Architecture, Encoder, build
 from worker.engine.inputs import check_names, named_inputs, refusal
 from worker.engine.layers import fuse
@@ -31,38 +34,37 @@ class TorchEngine:
             torch.set_num_threads(threads)
         try:
             self._model = _load(artifact / manifest.model_file, manifest, target)
+            check_names(manifest, list(self._model.inputs))
+            self._forward = [self._lane(target) for _ in range(self.in_flight)]
         except (KeyError, TypeError, ArithmeticError, RuntimeError, SafetensorError) as error:
             reason = shorten(str(error), 200, placeholder=" ...")
             raise ArtifactError(
                 f"{artifact}: torch {torch.__version__} does not load it on {device} ({reason}); build it again"
             ) from None
-        check_names(manifest, list(self._model.inputs))
-        self._is_cuda = target.type == "cuda"
-        self._streams = [torch.cuda.Stream(target) if self._is_cuda else None for _ in range(self.in_flight)]
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """Logits of shape (rows, length, labels)."""
-        feeds = named_inputs(batch, self.manifest)
-        stream = self._streams.pop()  # one a call: at most ``in_flight`` calls are under way
+        inputs = {name: torch.from_numpy(array) for name, array in named_inputs(batch, self.manifest).items()}
+        forward = self._forward.pop()  # at most ``in_flight`` calls are under way
         try:
-            with torch.inference_mode(), torch.cuda.stream(stream):
-                tensors = {name: self._send(array) for name, array in feeds.items()}
-                logits: NDArray[np.float32] = self._model(**tensors).cpu().numpy()
+            with torch.inference_mode():
+                logits: NDArray[np.float32] = forward(inputs).numpy()
         except RuntimeError as error:
             raise refusal("torch", self.device, batch, error) from error
         finally:
-            self._streams.append(stream)
+            self._forward.append(forward)
         return logits
 
-    def _send(self, array: NDArray[np.integer]) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        if self._is_cuda:  # from pinned memory the copy runs beside the products of the batch before
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
+    def _lane(self, device: torch.device) -> Callable[[Mapping[str, Tensor]], Tensor]:
+        return Lane(self._model, self.manifest, device) if device.type == "cuda" else self._compute
+
+    def _compute(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        logits: Tensor = self._model(**{name: tensor.to(self.device) for name, tensor in inputs.items()})
+        return logits.cpu()
 
     def close(self) -> None:
         """Frees the model."""
-        del self._model
+        del self._forward, self._model
 
 
 def _load(file: Path, manifest: Manifest, device: torch.device) -> Encoder:
