@@ -26,7 +26,7 @@ from worker.contracts.plan import Options
 from worker.contracts.shard import shard_table
 from worker.engine import Batch, Engine, load_engine
 from worker.engine.warmup import blank_batch, token_budget
-from worker.pool import Job, Pool, Work, alone, give_up, hand_out, lay_out
+from worker.pool import Job, Pool, Work, give_up, halves, hand_out, lay_out
 from worker.table import Prediction, Spelling, part_table, spell
 from worker.windows import Tokens, cut, tokenize
 
@@ -192,7 +192,7 @@ class Pipeline:
             self._fail(EngineError(f"{type(error).__name__}: {error}"))
 
     def _run(self, work: Work, batch: Batch) -> tuple[NDArray[np.float32], float] | None:
-        """A batch's logits and seconds; None where it failed and its windows were tried one by one."""
+        """A batch's logits and seconds; None where it failed, and was run again in parts."""
         me = threading.get_ident()
         begun = self._busy_since[me] = time.monotonic()
         try:
@@ -209,18 +209,26 @@ class Pipeline:
             del self._busy_since[me]
 
     def _find_culprit(self, work: Work, error: EngineError) -> None:
-        """Runs the windows of a failed batch one by one, so that one bad document costs that document."""
+        """Runs a failed batch again, and what fails again in halves: a bad document costs that document alone.
+
+        A batch that was only too large for the device's memory costs none.
+        """
         try:
             self.warm_up()
         except EngineError:
             self._fail(error)
             return
-        for single in alone(work):
+        suspected = [work]
+        while suspected:
+            part = suspected.pop()
             begun = self._busy_since[threading.get_ident()] = time.monotonic()
             try:
-                hand_out(single, self.engine.run(lay_out(single, self.manifest)), time.monotonic() - begun)
+                hand_out(part, self.engine.run(lay_out(part, self.manifest)), time.monotonic() - begun)
             except EngineError as reason:
-                give_up(single, str(reason))
+                if len(part.windows) > 1:
+                    suspected += halves(part, self.manifest)
+                else:
+                    give_up(part, str(reason))
 
     def _fail(self, error: EngineError) -> None:
         self.broken = error

@@ -191,10 +191,7 @@ class Pool:
 
     def _work(self, placement: Placement) -> Work:
         placement = placement.reordered(self._owner[placement.window].argsort(kind="stable"))
-        owner = self._owner[placement.window]
-        first = np.flatnonzero(np.diff(owner, prepend=-1))
-        jobs = [self._jobs[index] for index in owner[first].tolist()]
-        return Work(jobs, np.append(first, len(owner)), self._windows.of(placement.window), placement)
+        return _owned(self._jobs, self._owner[placement.window], self._windows.of(placement.window), placement)
 
     def _forget_empty_jobs(self) -> None:
         if not len(self._owner):
@@ -273,11 +270,23 @@ def _settle(job: Job, windows: int) -> None:
             job.done.set()
 
 
-def alone(work: Work) -> Iterator[Work]:
-    """The batch's windows one by one, each in the shape that the batch had."""
-    first = np.zeros(1, np.int64)
-    for job, mine in work.by_job(np.ones(len(work.windows), np.int64)):
-        for number in range(mine.start, mine.stop):
-            window = work.windows.of(np.array([number]))
-            lone = Placement(work.placement.rows, work.placement.length, int(window.lengths[0]), first, first, first)
-            yield Work([job], np.array([0, 1]), window, lone)
+def halves(work: Work, manifest: Manifest) -> list[Work]:
+    """The batch's windows as two batches: of its shape where shapes are compiled, else of fewer rows."""
+    placement = work.placement
+    owner = np.repeat(np.arange(len(work.jobs)), np.diff(work.bounds))
+    made = []
+    for half in np.array_split(placement.row.argsort(kind="stable"), 2):
+        chosen = np.sort(half)  # they stay ordered by job
+        windows, row, rows = work.windows.of(chosen), placement.row[chosen], placement.rows
+        if not manifest.shapes:
+            row, rows = row - row.min(), int(np.ptp(row)) + 1
+        tokens = int(windows.lengths.sum())
+        lying = Placement(rows, placement.length, tokens, placement.window[chosen], row, placement.column[chosen])
+        made.append(_owned(work.jobs, owner[chosen], windows, lying))
+    return made
+
+
+def _owned(jobs: Sequence[Job], owner: Int, windows: Windows, placement: Placement) -> Work:
+    """Windows as work; ``owner`` is the job of each, as a position in ``jobs``, ascending."""
+    first = np.flatnonzero(np.diff(owner, prepend=-1))
+    return Work([jobs[index] for index in owner[first].tolist()], np.append(first, len(owner)), windows, placement)

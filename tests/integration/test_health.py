@@ -118,9 +118,9 @@ def test_a_worker_is_unhealthy_while_a_call_of_the_device_is_overdue() -> None:
     ("faults", "documents"),
     [
         ({"FAULT_BATCH_SECONDS": str(HANG_SECONDS * 0.6)}, texts(120)),
-        ({"FAULT_BATCH_SECONDS": "0.1", "FAULT_REFUSE_WORD": "poison"}, ["A poison comes to London.", *texts(40)]),
+        ({"FAULT_BATCH_SECONDS": "0.3", "FAULT_REFUSE_WORD": "poison"}, ["A poison comes to London.", *texts(40)]),
     ],
-    ids=["slow", "trying the documents of a failed batch one by one"],
+    ids=["slow", "running a failed batch again in parts"],
 )
 def test_a_busy_worker_stays_healthy(mill: Harness, faults: dict[str, str], documents: list[str]) -> None:
     with launcher(mill, **faults) as made:

@@ -125,6 +125,42 @@ def test_one_document_that_fails_the_model_costs_that_document(tokenizer: Tokeni
     assert annotations[16] == tag(tokenizer, [texts[16]])[0]
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_batch_that_fails_is_run_again_in_halves(tokenizer: Tokenizer, layout: dict) -> None:
+    poison = tokenizer.token_to_id("poison")
+    texts = [f"document {n} of London" for n in range(64)]
+    texts[5] = texts[40] = "a poison pill"
+    engine = HashEngine(manifest(**{"token_budget": 1024, **layout}), poison=poison)
+    with tagger(tokenizer, engine) as made:
+        annotations = made.tag(texts)
+    assert [n for n, a in enumerate(annotations) if a.fault] == [5, 40]
+    sound = [n for n in range(64) if n not in (5, 40)]
+    assert [annotations[n] for n in sound] == tag(tokenizer, [texts[n] for n in sound], **layout)
+
+
+def test_the_culprit_of_a_large_batch_is_found_in_a_few_steps(tokenizer: Tokenizer) -> None:
+    poison = tokenizer.token_to_id("poison")
+    engine = HashEngine(manifest(token_budget=1 << 14), poison=poison)
+    with tagger(tokenizer, engine) as made:
+        made.tag([*["here is nothing"] * 255, "a poison pill", *["here is nothing"] * 256])
+    assert len(engine.batches) < 30
+
+
+class Small(HashEngine):
+    """A device that has memory for so many tokens."""
+
+    def run(self, batch: Batch) -> NDArray[np.float32]:
+        if batch.input_ids.size > 100:
+            raise EngineError("out of memory")
+        return super().run(batch)
+
+
+def test_a_batch_too_large_for_the_device_costs_no_document(tokenizer: Tokenizer) -> None:
+    texts = [f"document {n} of London" for n in range(64)]
+    with tagger(tokenizer, Small(manifest(token_budget=1024))) as made:
+        assert made.tag(texts) == tag(tokenizer, texts)
+
+
 def test_a_device_that_fails_for_good_blames_no_document(tokenizer: Tokenizer) -> None:
     cls = manifest().cls_id
     with (
