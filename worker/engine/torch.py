@@ -30,6 +30,8 @@ class TorchEngine:
         self.device = device
         self.in_flight = 1 if device == "cpu" else 2
         target = _device(device)
+        if manifest.precision == "int8" and target.type != "cpu":  # CUDA's _int_mm takes eights of labels alone
+            raise ArtifactError(f"{artifact}: int8 is for CPUs; for {device} build it with --precision fp16")
         if threads:
             torch.set_num_threads(threads)
         try:

@@ -182,6 +182,12 @@ def test_weights_that_do_not_fit_their_manifest(
         load_pipeline(art)
 
 
+def test_int8_of_torch_is_for_cpus(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ArtifactError, match="int8 is for CPUs; for cuda:0 build it with --precision fp16"):
+        load_pipeline(compiled("torch", precision="int8"), "cuda:0")
+
+
 def test_compile_refuses_a_graph_that_does_not_answer_as_the_checkpoint(
     bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
