@@ -89,7 +89,7 @@ class Pool:
         self._manifest = manifest
         self._jobs: list[Job] = []
         self._owner = np.zeros(0, np.int64)  # of each waiting window, as a position in ``_jobs``
-        self._windows = Windows(np.zeros((5, 0), np.int64))
+        self._windows = Windows(*[np.zeros(0, np.int64)] * 5)
         self._tokens = 0
         self._running = 0
         self._unfinished: set[Job] = set()
@@ -117,7 +117,7 @@ class Pool:
             self._unfinished.add(job)
             self._jobs.append(job)
             self._owner = np.append(self._owner, np.full(len(job.windows), len(self._jobs) - 1))
-            self._windows = concatenate([self._windows, job.windows])
+            self._windows = concatenate(self._windows, job.windows)
             self._tokens += int(job.windows.lengths.sum())
             self._batch.notify()
 

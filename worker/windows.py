@@ -48,52 +48,38 @@ class Windows:
     shows it with more context on its poorer side, which is: cut each overlap in its middle.
 
     Attributes:
-        columns: The five columns below, int64, shape (5, windows).
+        document: Document of each window, int64, shape (windows,); so are the others.
+        start, end: Where its tokens begin and end in ``Tokens.ids``.
+        keep_start, keep_end: Where the tokens begin and end whose logits are taken from it.
     """
 
-    columns: Int
+    document: Int
+    start: Int
+    end: Int
+    keep_start: Int
+    keep_end: Int
 
     def __len__(self) -> int:
-        return int(self.columns.shape[1])
-
-    @property
-    def document(self) -> Int:
-        """Document of each window, shape (windows,)."""
-        return np.asarray(self.columns[0])
-
-    @property
-    def start(self) -> Int:
-        """Where its tokens begin in ``Tokens.ids``, shape (windows,)."""
-        return np.asarray(self.columns[1])
-
-    @property
-    def end(self) -> Int:
-        """Where they end, shape (windows,)."""
-        return np.asarray(self.columns[2])
-
-    @property
-    def keep_start(self) -> Int:
-        """Where the tokens begin whose logits are taken from it, shape (windows,)."""
-        return np.asarray(self.columns[3])
-
-    @property
-    def keep_end(self) -> Int:
-        """Where they end, shape (windows,)."""
-        return np.asarray(self.columns[4])
+        return len(self.document)
 
     @property
     def lengths(self) -> Int:
         """Length of each window in tokens, special tokens included."""
         return self.end - self.start + SPECIAL_TOKENS
 
+    @property
+    def columns(self) -> tuple[Int, ...]:
+        """The five attributes."""
+        return self.document, self.start, self.end, self.keep_start, self.keep_end
+
     def of(self, chosen: Int | NDArray[np.bool_]) -> Windows:
         """Some of the windows, by number or by a mask."""
-        return Windows(self.columns[:, chosen])
+        return Windows(*(column[chosen] for column in self.columns))
 
 
-def concatenate(parts: Sequence[Windows]) -> Windows:
+def concatenate(*parts: Windows) -> Windows:
     """Windows one behind the other; their positions stay as they are."""
-    return Windows(np.concatenate([part.columns for part in parts], axis=1))
+    return Windows(*map(np.concatenate, zip(*(part.columns for part in parts), strict=True)))
 
 
 def tokenize(tokenizer: Tokenizer, documents: Sequence[str] | Sequence[Sequence[str]], *, split: bool) -> Tokens:
@@ -132,4 +118,4 @@ def cut(bounds: Int, max_length: int, overlap: int) -> Windows:
     middle = (start[joined + 1] + end[joined]) // 2
     keep_end[joined] = middle
     keep_start[joined + 1] = middle
-    return Windows(np.stack([document, start, end, keep_start, keep_end]))
+    return Windows(document, start, end, keep_start, keep_end)

@@ -203,7 +203,7 @@ def test_a_shape_costs_what_the_device_took_for_it() -> None:
     shapes = ((1, 64), (8, 64))
     lengths = np.full(8, 64)
     nothing = np.zeros(8, np.int64)
-    windows = Windows(np.stack([np.arange(8), nothing, lengths - SPECIAL_TOKENS, nothing, nothing]))
+    windows = Windows(np.arange(8), nothing, lengths - SPECIAL_TOKENS, nothing, nothing)
     tokens = Tokens(np.zeros(62, np.int64), np.zeros(9, np.int64), np.zeros(62, np.int64), ())
     for seconds, rows in [((1.0, 2.0), 8), ((0.1, 2.0), 1)]:
         pool = Pool(manifest(shapes))
