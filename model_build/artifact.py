@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from model_build import aie, export, int8
@@ -176,7 +177,10 @@ def _compile(
         return "model.onnx", {}
     if precision == "int8":
         int8.quantize_module(model)
-    save_file(model.state_dict(), folder / "model.safetensors")
+    try:
+        save_file(model.state_dict(), folder / "model.safetensors")
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
     shutil.copymode(folder / TOKENIZER_FILE, folder / "model.safetensors")  # safetensors keeps others out
     return "model.safetensors", {}
 

@@ -160,4 +160,4 @@ def _torch_product(engine: Engine, shape: tuple[int, int, int]) -> Callable[[], 
     fuse(model, device)
     if device.type != "cuda":
         return product
-    return lambda: (product(), torch.cuda.synchronize())
+    return lambda: (product(), torch.cuda.synchronize(device))

@@ -137,6 +137,9 @@ def _start(**_: Any) -> None:
     except NermillError as error:  # the device or the port may be free next time
         logs.complain(error)
         raise SystemExit(1) from None
+    except Exception:  # Celery would swallow it, and go on without a model
+        log.exception("the worker cannot start")
+        raise SystemExit(1) from None
     stop = threading.Event()
     loops: dict[str, Callable[[], None]] = {
         "keep": lambda: mill.keep(stop),

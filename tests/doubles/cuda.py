@@ -41,7 +41,7 @@ def simulate(patch: pytest.MonkeyPatch) -> None:
     """Puts recordings on the CPU in the place of torch's streams, graphs and pinned memory."""
 
     @contextmanager
-    def capture(graph: RecordedGraph, *, stream: object) -> Any:
+    def capture(graph: RecordedGraph, *, pool: object, stream: object) -> Any:
         assert stream is not None, "captures are not allowed on the default stream"
         with graph:
             yield
@@ -57,6 +57,7 @@ def simulate(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch.cuda, "Stream", lambda device: object())
     patch.setattr(torch.cuda, "stream", on)
     patch.setattr(torch.cuda, "current_stream", lambda: current[-1] if current else None)
+    patch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     patch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
     patch.setattr(torch.cuda, "graph", capture)
     patch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)

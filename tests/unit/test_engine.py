@@ -120,7 +120,7 @@ class Card(HashEngine):
         (Card(busy=5_000), 8_192),
         (Card(busy=5_000, layout="plain"), 8_192),
         (Card(busy=5_000, memory=3_000), 2_048),
-        (Card(busy=1 << 20), 65_536),
+        (Card(busy=1 << 20), 16_384),
         (Card(busy=5_000, shapes=((4, 64),)), 256),
     ],
 )

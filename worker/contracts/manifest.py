@@ -150,6 +150,8 @@ def _parse(body: dict[str, Any], sha256: str) -> Manifest:
             raise ValueError(f"file name {name!r}: files lie in the artifact's own folder")
     if unsworn := {body["model_file"], TOKENIZER_FILE} - body["files"].keys():
         raise ValueError(f"no sha256 of {', '.join(sorted(unsworn))}")
+    if not (isinstance(body["token_budget"], int) and body["token_budget"] > 0):
+        raise ValueError(f"token_budget {body['token_budget']!r}: at least 1")
     return Manifest(**body, sha256=sha256)
 
 

@@ -5,6 +5,7 @@ Untried on a card; the tests put a recording of the CPU's operators in the place
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -23,13 +24,14 @@ class Graph:
     Args:
         model: The encoder, on the device.
         inputs: A batch of that shape on the device; taken over.
+        pool: Memory shared with graphs that never run at the same time.
     """
 
-    def __init__(self, model: nn.Module, inputs: dict[str, Tensor]) -> None:
+    def __init__(self, model: nn.Module, inputs: dict[str, Tensor], pool: tuple[int, int]) -> None:
         self._inputs = inputs
         model(**inputs)  # the first call loads kernels, which a capture cannot
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=torch.cuda.current_stream()):
+        with torch.cuda.graph(self._graph, pool=pool, stream=torch.cuda.current_stream()):
             self._logits: Tensor = model(**inputs)
 
     def __call__(self, **inputs: Tensor) -> Tensor:
@@ -45,7 +47,7 @@ class Lane:
 
     Args:
         model: The encoder, on the device.
-        manifest: Says which shapes are compiled; each becomes a graph. Others run kernel by kernel.
+        manifest: Says which shapes are compiled; each becomes a graph. Free ones run kernel by kernel.
         device: The CUDA device.
     """
 
@@ -55,10 +57,11 @@ class Lane:
         self._stream = torch.cuda.Stream(device)
         self._graphs: dict[tuple[int, ...], Graph] = {}
         with torch.inference_mode(), torch.cuda.stream(self._stream):
-            for shape in manifest.shapes:
+            pool = torch.cuda.graph_pool_handle()
+            for shape in sorted(manifest.shapes, key=math.prod, reverse=True):  # the largest makes room for all
                 arrays = named_inputs(blank_batch(shape, manifest), manifest)
                 inputs = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-                self._graphs[shape] = Graph(model, inputs)
+                self._graphs[shape] = Graph(model, inputs, pool)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Logits on the CPU, float32, shape (rows, length, labels)."""

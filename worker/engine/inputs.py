@@ -37,11 +37,16 @@ def named_inputs(batch: Batch, manifest: Manifest) -> dict[str, NDArray[np.integ
     return {entry.name: np.ascontiguousarray(arrays[entry.name], entry.dtype) for entry in manifest.inputs}
 
 
-def refusal(runtime: str, device: str, batch: Batch, error: Exception) -> EngineError:
-    """What a device said of a batch, in one line with the batch's shape."""
+def refusal(runtime: str, device: str, batch: Batch, error: Exception | str) -> EngineError:
+    """What a device said of a batch, the last line of it, with the batch's shape."""
     rows, length = batch.input_ids.shape
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return EngineError(f"{runtime} on {device} refuses shape {rows}x{length}: {lines[-1]}")
+
+
+def first_line(error: Exception) -> str:
+    """Where torch says what is wrong; frames and hints follow."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def check_names(manifest: Manifest, graph: list[str]) -> None:

@@ -9,16 +9,15 @@ from textwrap import shorten
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from worker.contracts.errors import ArtifactError
+from worker.contracts.errors import ArtifactError, EngineError
 from worker.contracts.manifest import Manifest
 from worker.engine import Batch
 from worker.engine.cuda import Lane
 from worker.engine.encoder import Architecture, Encoder, build
-from worker.engine.inputs import check_names, named_inputs, refusal
+from worker.engine.inputs import check_names, first_line, named_inputs, refusal
 from worker.engine.layers import fuse
 
 
@@ -37,8 +36,14 @@ class TorchEngine:
         try:
             self._model = _load(artifact / manifest.model_file, manifest, target)
             check_names(manifest, list(self._model.inputs))
+            with torch.inference_mode():  # weights that do not go together show now
+                self._compute({name: torch.zeros(1, 2, dtype=torch.int64) for name in self._model.inputs})
             self._forward = [self._lane(target) for _ in range(self.in_flight)]
-        except (KeyError, TypeError, ArithmeticError, RuntimeError, SafetensorError) as error:
+        except ArtifactError:
+            raise
+        except torch.cuda.OutOfMemoryError as error:
+            raise EngineError(f"{device} has no memory for {artifact}: {first_line(error)}") from None
+        except Exception as error:
             reason = shorten(str(error), 200, placeholder=" ...")
             raise ArtifactError(
                 f"{artifact}: torch {torch.__version__} does not load it on {device} ({reason}); build it again"
@@ -51,8 +56,8 @@ class TorchEngine:
         try:
             with torch.inference_mode():
                 logits: NDArray[np.float32] = forward(inputs).numpy()
-        except RuntimeError as error:
-            raise refusal("torch", self.device, batch, error) from error
+        except Exception as error:  # its traceback would keep the batch's tensors while it is tried again
+            raise refusal("torch", self.device, batch, first_line(error)) from error.with_traceback(None)
         finally:
             self._forward.append(forward)
         return logits
@@ -89,11 +94,11 @@ def _device(device: str) -> torch.device:
         except ImportError:
             raise ArtifactError(f"device {device}: torch_npu is not installed; pip install torch-npu") from None
     elif kind == "cuda":
-        index = int(device.partition(":")[2] or 0)
-        if index >= torch.cuda.device_count():
+        index = device.partition(":")[2] or "0"
+        if not index.isdecimal() or int(index) >= torch.cuda.device_count():
             raise ArtifactError(
                 f"device {device}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
             )
-    elif kind != "cpu":
+    elif device != "cpu":
         raise ArtifactError(f"device {device!r}: write cpu, cuda:N or npu:N")
     return torch.device(device)

@@ -19,8 +19,10 @@ from model_build import cli
 from model_build.artifact import Order, compile_artifact
 from model_build.corpus import Text
 from model_build.verify import Check, report, verify
-from worker.contracts.errors import ArtifactError, UsageError
+from worker.contracts.errors import ArtifactError, EngineError, UsageError
+from worker.engine import load_engine
 from worker.engine.encoder import Encoder, Layer, PlainEncoder
+from worker.engine.warmup import blank_batch
 from worker.pipeline import load_pipeline
 
 Compiled = Callable[..., Path]
@@ -168,6 +170,8 @@ def test_loading_says_what_is_missing(compiled: Compiled, tmp_path: Path) -> Non
         ("heads", 0, "zero"),
         ("hidden", "wide", "tuple of ints"),
         ("activation", "magic", "magic"),
+        ("epsilon", "small", "float"),
+        ("heads", 3, "multiply up"),
         ("depth", 1, "unexpected keyword"),
     ],
 )
@@ -182,6 +186,21 @@ def test_weights_that_do_not_fit_their_manifest(
         load_pipeline(art)
 
 
+def test_a_failed_batch_is_not_kept_while_it_is_tried_again(
+    compiled: Compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load_engine(compiled("torch"))
+
+    def full(*_: object, **__: object) -> None:
+        raise IndexError("no room\nframe #0")
+
+    monkeypatch.setattr(Encoder, "forward", full)
+    with pytest.raises(EngineError, match=r"refuses shape 2x16: no room$") as caught:
+        engine.run(blank_batch((2, 16), engine.manifest))
+    assert caught.value.__cause__ is not None
+    assert caught.value.__cause__.__traceback__ is None
+
+
 def test_int8_of_torch_is_for_cpus(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ArtifactError, match="int8 is for CPUs; for cuda:0 build it with --precision fp16"):
@@ -191,8 +210,6 @@ def test_int8_of_torch_is_for_cpus(compiled: Compiled, monkeypatch: pytest.Monke
 def test_compile_refuses_a_graph_that_does_not_answer_as_the_checkpoint(
     bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from worker.contracts.errors import EngineError
-
     monkeypatch.setattr(Layer, "forward", lambda self, x, bias: x)
     with pytest.raises(EngineError, match="away from the checkpoint's logits"):
         compile_artifact(str(bert), tmp_path / "art", Order("torch"))

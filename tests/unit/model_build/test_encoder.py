@@ -13,7 +13,7 @@ pytest.importorskip("onnx")
 import torch
 
 from model_build.families import translate, untranslate
-from model_build.int8 import quantize, quantize_linear
+from model_build.int8 import quantize, quantize_linear, quantize_module
 from worker.engine.encoder import MASKED, Architecture, Encoder, build
 from worker.engine.layers import ACTIVATIONS, Attention, FusedAttention, Linear, OneDnnLinear, fuse
 
@@ -138,3 +138,10 @@ def test_a_cpu_computes_in_the_fused_forms() -> None:
 
     assert {Linear, Attention}.isdisjoint(kinds(torch.float32))
     assert {Linear, FusedAttention} <= kinds(torch.float16)  # oneDNN has no float16 on most processors
+
+
+def test_attention_of_an_int8_model_is_not_fused() -> None:
+    model = build(SIZES, random_weights(SIZES))
+    quantize_module(model)
+    fuse(model, torch.device("cpu"))
+    assert not any(isinstance(layer, FusedAttention) for layer in model.modules())
