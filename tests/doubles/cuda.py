@@ -19,7 +19,6 @@ class RecordedGraph(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, Any, dict[str, Any], Any]] = []
-        self.replays = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func not in WAITS_FOR_THE_HOST, f"{func} cannot be captured"
@@ -29,7 +28,6 @@ class RecordedGraph(TorchDispatchMode):
 
     def replay(self) -> None:
         assert self.calls, "replayed before it was captured"
-        self.replays += 1
         for func, args, kwargs, result in self.calls:
             again = func(*args, **kwargs)
             for there, new in zip(tree_leaves(result), tree_leaves(again), strict=True):

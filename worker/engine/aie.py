@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from worker.contracts.errors import ArtifactError
 from worker.contracts.manifest import Manifest
 from worker.engine import Batch
-from worker.engine.inputs import check_names, named_inputs, refusal
+from worker.engine.inputs import check_names, lines_of, named_inputs, refusal
 
 PACKAGES = ("mindietorch", "torch_aie")
 
@@ -57,7 +57,7 @@ class AieEngine:
             self._module = _load_script(artifact / manifest.model_file)
             self._streams = [self._package.npu.Stream(f"npu:{index}") for _ in range(self.in_flight)]
         except RuntimeError as error:
-            raise ArtifactError(f"{artifact}: {device} does not load it ({str(error).splitlines()[0]})") from None
+            raise ArtifactError(f"{artifact}: {device} does not load it ({lines_of(error)[0]})") from None
         check_names(manifest, list(manifest.details["graph_inputs"]))
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
@@ -73,7 +73,7 @@ class AieEngine:
                 logits = logits.to("cpu")
             answer: NDArray[np.float32] = logits.float().numpy()
         except RuntimeError as error:
-            raise refusal(self._package.__name__, self.device, batch, error) from error
+            raise refusal(self._package.__name__, self.device, batch, lines_of(error)[-1]) from error
         finally:
             self._streams.append(stream)
         return answer

@@ -37,16 +37,15 @@ def named_inputs(batch: Batch, manifest: Manifest) -> dict[str, NDArray[np.integ
     return {entry.name: np.ascontiguousarray(arrays[entry.name], entry.dtype) for entry in manifest.inputs}
 
 
-def refusal(runtime: str, device: str, batch: Batch, error: Exception | str) -> EngineError:
-    """What a device said of a batch, the last line of it, with the batch's shape."""
+def refusal(runtime: str, device: str, batch: Batch, reason: str) -> EngineError:
+    """What a device said of a batch, with the batch's shape."""
     rows, length = batch.input_ids.shape
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return EngineError(f"{runtime} on {device} refuses shape {rows}x{length}: {lines[-1]}")
+    return EngineError(f"{runtime} on {device} refuses shape {rows}x{length}: {reason}")
 
 
-def first_line(error: Exception) -> str:
-    """Where torch says what is wrong; frames and hints follow."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def lines_of(error: Exception) -> list[str]:
+    """What an error says, or else its type: torch comes to the point in the first line, traced modules in the last."""
+    return str(error).strip().splitlines() or [type(error).__name__]
 
 
 def check_names(manifest: Manifest, graph: list[str]) -> None:

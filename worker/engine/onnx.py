@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from worker.contracts.errors import ArtifactError
 from worker.contracts.manifest import Manifest
 from worker.engine import Batch
-from worker.engine.inputs import check_names, named_inputs, refusal
+from worker.engine.inputs import check_names, lines_of, named_inputs, refusal
 
 _PROVIDERS = {
     "cpu": ("CPUExecutionProvider", "onnxruntime"),
@@ -47,7 +47,7 @@ class OnnxEngine:
         try:
             logits: NDArray[np.float32] = self._session.run(None, feeds)[0]
         except Exception as error:
-            raise refusal("onnxruntime", self.device, batch, error) from error
+            raise refusal("onnxruntime", self.device, batch, lines_of(error)[-1]) from error
         return logits
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from worker.contracts.manifest import Manifest
 from worker.engine import Batch
 from worker.engine.cuda import Lane
 from worker.engine.encoder import Architecture, Encoder, build
-from worker.engine.inputs import check_names, first_line, named_inputs, refusal
+from worker.engine.inputs import check_names, lines_of, named_inputs, refusal
 from worker.engine.layers import fuse
 
 
@@ -42,7 +42,7 @@ class TorchEngine:
         except ArtifactError:
             raise
         except torch.cuda.OutOfMemoryError as error:
-            raise EngineError(f"{device} has no memory for {artifact}: {first_line(error)}") from None
+            raise EngineError(f"{device} has no memory for {artifact}: {lines_of(error)[0]}") from None
         except Exception as error:
             reason = shorten(str(error), 200, placeholder=" ...")
             raise ArtifactError(
@@ -57,7 +57,7 @@ class TorchEngine:
             with torch.inference_mode():
                 logits: NDArray[np.float32] = forward(inputs).numpy()
         except Exception as error:  # its traceback would keep the batch's tensors while it is tried again
-            raise refusal("torch", self.device, batch, first_line(error)) from error.with_traceback(None)
+            raise refusal("torch", self.device, batch, lines_of(error)[0]) from error.with_traceback(None)
         finally:
             self._forward.append(forward)
         return logits
