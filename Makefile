@@ -60,7 +60,7 @@ bench: $(VENV)/.made
 # What Ascend hosts have. Gigabytes, since PyPI's torch 2.1.0 brings CUDA along; not part of `make test`.
 ascend-stack: $(ASCEND)/.made
 	rm -rf build/ascend
-	$(ASCEND)/bin/python -m model_build.demo.recover --out build/ascend/checkpoint
+	$(ASCEND)/bin/python -m nermill.model_build.demo.recover --out build/ascend/checkpoint
 	$(ASCEND)/bin/nermill-build compile build/ascend/checkpoint --out build/ascend/artifact --backend torch
 	$(ASCEND)/bin/nermill-build verify build/ascend/artifact --checkpoint build/ascend/checkpoint
 

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from model_build.corpus import encode, read_texts
-from model_build.shapes import Costs, Packing, best_shapes, load_costs, packing
-from worker.batching import LOOK_AHEAD
-from worker.contracts.manifest import TOKENIZER_FILE, Manifest, load_manifest
-from worker.windows import cut
+from nermill.model_build.corpus import encode, read_texts
+from nermill.model_build.shapes import Costs, Packing, best_shapes, load_costs, packing
+from nermill.worker.batching import LOOK_AHEAD
+from nermill.worker.contracts.manifest import TOKENIZER_FILE, Manifest, load_manifest
+from nermill.worker.windows import cut
 
 OVERLAP = 64  # tokens that windows of a long text share, as in a run
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from model_build.export import example_inputs
-from worker.contracts.errors import EngineError, UsageError
-from worker.contracts.manifest import Precision
-from worker.engine.aie import import_package
-from worker.engine.encoder import Encoder
+from nermill.model_build.export import example_inputs
+from nermill.worker.contracts.errors import EngineError, UsageError
+from nermill.worker.contracts.manifest import Precision
+from nermill.worker.engine.aie import import_package
+from nermill.worker.engine.encoder import Encoder
 
 SOC = "Ascend310P3"
 LENGTH_STEP = 64  # AscendIE's transformer operators take lengths that are a multiple of it

@@ -18,12 +18,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from model_build import aie, export, int8
-from model_build.checkpoint import open_checkpoint
-from model_build.oracle import golden
-from model_build.shapes import parse_shapes
-from worker.contracts.errors import EngineError, StoreError, UsageError
-from worker.contracts.manifest import (
+from nermill.model_build import aie, export, int8
+from nermill.model_build.checkpoint import open_checkpoint
+from nermill.model_build.oracle import golden
+from nermill.model_build.shapes import parse_shapes
+from nermill.worker.contracts.errors import EngineError, StoreError, UsageError
+from nermill.worker.contracts.manifest import (
     TOKENIZER_FILE,
     Backend,
     Input,
@@ -33,9 +33,9 @@ from worker.contracts.manifest import (
     file_sha256,
     load_manifest,
 )
-from worker.engine import load_engine
-from worker.engine.encoder import Encoder, build
-from worker.engine.golden import golden_difference, load_golden
+from nermill.worker.engine import load_engine
+from nermill.worker.engine.encoder import Encoder, build
+from nermill.worker.engine.golden import golden_difference, load_golden
 
 TOKEN_BUDGET = 1024  # padded tokens of a batch where shapes are free; measured best on CPUs
 PRECISIONS: dict[Backend, tuple[Precision, ...]] = {

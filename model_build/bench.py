@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from worker.contracts.errors import EngineError
-from worker.engine import load_engine
-from worker.engine.encoder import Architecture
-from worker.engine.golden import lay_rows
+from nermill.worker.contracts.errors import EngineError
+from nermill.worker.engine import load_engine
+from nermill.worker.engine.encoder import Architecture
+from nermill.worker.engine.golden import lay_rows
 
 if TYPE_CHECKING:
-    from worker.engine import Engine
+    from nermill.worker.engine import Engine
 
 REPEATS = 9
 MIN_SECONDS = 0.2  # of one measurement: short calls are repeated within it
@@ -120,7 +120,7 @@ def _peak_gflops(engine: Engine, threads: int, shape: tuple[int, int, int], repe
 def _onnx_product(engine: Engine, threads: int, shape: tuple[int, int, int]) -> Callable[[], object]:
     from onnx import TensorProto, helper, numpy_helper
 
-    from worker.engine.onnx import open_session
+    from nermill.worker.engine.onnx import open_session
 
     rows, inner, columns = shape
     precision = engine.manifest.precision
@@ -143,7 +143,7 @@ def _onnx_product(engine: Engine, threads: int, shape: tuple[int, int, int]) -> 
 def _torch_product(engine: Engine, shape: tuple[int, int, int]) -> Callable[[], object]:
     import torch
 
-    from worker.engine.layers import Linear, fuse
+    from nermill.worker.engine.layers import Linear, fuse
 
     rows, inner, columns = shape
     device = torch.device(engine.device)

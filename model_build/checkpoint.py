@@ -13,10 +13,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from model_build.families import architecture, translate
-from worker.contracts.errors import UsageError
-from worker.contracts.manifest import file_sha256
-from worker.engine.encoder import Architecture
+from nermill.model_build.families import architecture, translate
+from nermill.worker.contracts.errors import UsageError
+from nermill.worker.contracts.manifest import file_sha256
+from nermill.worker.engine.encoder import Architecture
 
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)@([\w./-]+)")
 _WANTED = ["*.json", "*.safetensors", "pytorch_model*.bin", "vocab.txt", "merges.txt", "*.model"]

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from worker.contracts.console import exit_code
-from worker.contracts.errors import UsageError
-from worker.contracts.manifest import load_manifest, resolve_artifact
+from nermill.worker.contracts.console import exit_code
+from nermill.worker.contracts.errors import UsageError
+from nermill.worker.contracts.manifest import load_manifest, resolve_artifact
 
 BEYOND_TOLERANCE = 4
 
@@ -45,7 +45,7 @@ def compile_(
     as_json: Json = False,
 ) -> None:
     """Compile a checkpoint into an artifact, checked against its golden answers."""
-    from model_build.artifact import Order, compile_artifact
+    from nermill.model_build.artifact import Order, compile_artifact
 
     order = Order(backend, layout, precision, shapes, index_dtype, soc, name)  # type: ignore[arg-type]
     manifest = compile_artifact(checkpoint, out, order)
@@ -66,9 +66,9 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Compare an artifact with its checkpoint: logits, tags, padding, packing. Exit code 4 beyond tolerance."""
-    from model_build.corpus import read_texts
-    from model_build.verify import report
-    from model_build.verify import verify as check
+    from nermill.model_build.corpus import read_texts
+    from nermill.model_build.verify import report
+    from nermill.model_build.verify import verify as check
 
     folder = resolve_artifact(artifact)
     texts = read_texts(inputs or [])
@@ -85,7 +85,7 @@ def verify(
 
 def bench(artifact: Artifact, device: Device = "cpu", threads: Threads = 0, as_json: Json = False) -> None:
     """Measure every shape of an artifact, beside the machine's own matrix product."""
-    from model_build.bench import bench as measure
+    from nermill.model_build.bench import bench as measure
 
     body = measure(resolve_artifact(artifact), device, threads)
     rows = [
@@ -118,7 +118,7 @@ def shapes(
     as_json: Json = False,
 ) -> None:
     """Which shapes to compile for a corpus, and what packing into them will give."""
-    from model_build.advice import advise
+    from nermill.model_build.advice import advise
 
     body, lines = advise(inputs, max_shapes, costs, resolve_artifact(model), target)
     _answer(body, as_json, lines)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from worker.contracts.errors import UsageError
+from nermill.worker.contracts.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import torch
 from packaging import version
 from torch import Tensor
 
-from worker.contracts.errors import UsageError
-from worker.engine.encoder import Encoder
+from nermill.worker.contracts.errors import UsageError
+from nermill.worker.engine.encoder import Encoder
 
 OPSET = 18
 INLINE_BYTES = 500_000_000

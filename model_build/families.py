@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worker.contracts.errors import UsageError
-from worker.engine.encoder import Architecture
-from worker.engine.layers import ACTIVATIONS
+from nermill.worker.contracts.errors import UsageError
+from nermill.worker.engine.encoder import Architecture
+from nermill.worker.engine.layers import ACTIVATIONS
 
 
 @dataclass(frozen=True)

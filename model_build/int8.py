@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from worker.contracts.errors import UsageError
-from worker.engine.encoder import Encoder
-from worker.engine.layers import SMALLEST, TOKEN_RANGE, Int8Linear, Linear, replace
+from nermill.worker.contracts.errors import UsageError
+from nermill.worker.engine.encoder import Encoder
+from nermill.worker.engine.layers import SMALLEST, TOKEN_RANGE, Int8Linear, Linear, replace
 
 # Processors without VNNI add two products in 16 bits, and 2 × 255 × 64 is the most that fits: with weights in ±64
 # an artifact gives the same answers on all of them. It costs about 20 tags of CoNLL valid's 51,362, and no F1.

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from model_build.checkpoint import Checkpoint
-from worker.contracts.errors import UsageError
-from worker.engine.golden import Golden
+from nermill.model_build.checkpoint import Checkpoint
+from nermill.worker.contracts.errors import UsageError
+from nermill.worker.engine.golden import Golden
 
 ROWS = 64  # windows of one length that are computed together
 

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.contracts.errors import UsageError
-from worker.contracts.manifest import Backend
+from nermill.worker.contracts.errors import UsageError
+from nermill.worker.contracts.manifest import Backend
 
 Shape = tuple[int, int]
 Int = NDArray[np.int64]
 
 _SHAPE = re.compile(r"(\d{1,4})x(\d{1,5})")
-_TABLES = files("model_build").joinpath("costs")
+_TABLES = files("nermill.model_build").joinpath("costs")
 
 
 def parse_shapes(text: str, max_length: int, backend: Backend) -> tuple[Shape, ...]:
@@ -29,7 +29,7 @@ def parse_shapes(text: str, max_length: int, backend: Backend) -> tuple[Shape, .
     Raises:
         UsageError: the text does not parse, or a shape is longer than the model reads.
     """
-    from model_build import aie
+    from nermill.model_build import aie
 
     if text == "auto":
         return aie.default_shapes(max_length) if backend == "aie" else ()
@@ -156,7 +156,7 @@ def packing(lengths: Int, costs: Costs, shapes: Sequence[Shape], waiting: int) -
 
     Full rows are what ``best_shapes`` counts on; this is what comes of it.
     """
-    from worker.batching import pack
+    from nermill.worker.batching import pack
 
     calls = dict.fromkeys(shapes, 0)
     pool, rest = lengths[:waiting], lengths[waiting:]

@@ -11,15 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from model_build.corpus import Text, encode
-from worker.batching import place
-from worker.contracts.errors import UsageError
-from worker.contracts.manifest import TOKENIZER_FILE, Manifest
-from worker.engine import load_engine
-from worker.engine.golden import lay_rows, load_golden, run_alone
+from nermill.model_build.corpus import Text, encode
+from nermill.worker.batching import place
+from nermill.worker.contracts.errors import UsageError
+from nermill.worker.contracts.manifest import TOKENIZER_FILE, Manifest
+from nermill.worker.engine import load_engine
+from nermill.worker.engine.golden import lay_rows, load_golden, run_alone
 
 if TYPE_CHECKING:
-    from worker.engine import Engine
+    from nermill.worker.engine import Engine
 
 Ids = Sequence[int]
 Logits = NDArray[np.float32]
@@ -157,8 +157,8 @@ def _widest(manifest: Manifest) -> tuple[int, int] | None:
 
 
 def _compare_texts(engine: Engine, artifact: Path, checkpoint: str, texts: Sequence[Text]) -> list[Check]:
-    from model_build.checkpoint import open_checkpoint
-    from model_build.oracle import oracle_logits
+    from nermill.model_build.checkpoint import open_checkpoint
+    from nermill.model_build.oracle import oracle_logits
 
     manifest = engine.manifest
     opened = open_checkpoint(checkpoint)

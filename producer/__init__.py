@@ -1,11 +1,11 @@
-"""The producer's face for those who embed it: ``from producer import Producer``."""
+"""The producer's face for those who embed it: ``from nermill.producer import Producer``."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from producer.client import Producer
+    from nermill.producer.client import Producer
 
 __all__ = ["Producer"]
 
@@ -14,6 +14,6 @@ def __getattr__(name: str) -> Any:
     """Imports the class when it is asked for, so that the command line starts without pyarrow."""
     if name != "Producer":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from producer.client import Producer
+    from nermill.producer.client import Producer
 
     return Producer

@@ -18,8 +18,8 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from producer import keeper
-from worker.contracts.errors import BrokerError, UsageError
+from nermill.producer import keeper
+from nermill.worker.contracts.errors import BrokerError, UsageError
 
 OLDEST_SERVER = (6, 2)
 START_SECONDS = 20.0

@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from producer.commands import following, reading, submitting
-from worker.contracts.console import exit_code
+from nermill.producer.commands import following, reading, submitting
+from nermill.worker.contracts.console import exit_code
 
 app = typer.Typer(
     name="nermill",

@@ -7,17 +7,17 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from producer import run as runs
-from producer.planning import Request, make_plan
-from producer.queue import DEFAULT_BROKER, HIGH_WATER, Queue
-from producer.shards import ShardLimits
-from producer.sources import ReadOptions
-from producer.sources.options import text_document
-from producer.status import Status, look
-from producer.stream import Stream
-from worker.contracts.document import Document
-from worker.contracts.errors import UsageError
-from worker.contracts.plan import Options
+from nermill.producer import run as runs
+from nermill.producer.planning import Request, make_plan
+from nermill.producer.queue import DEFAULT_BROKER, HIGH_WATER, Queue
+from nermill.producer.shards import ShardLimits
+from nermill.producer.sources import ReadOptions
+from nermill.producer.sources.options import text_document
+from nermill.producer.status import Status, look
+from nermill.producer.stream import Stream
+from nermill.worker.contracts.document import Document
+from nermill.worker.contracts.errors import UsageError
+from nermill.worker.contracts.plan import Options
 
 
 class Producer:
@@ -154,7 +154,7 @@ class Producer:
                 limits=self._limits,
                 linger=self._linger,
                 high_water=self._high_water,
-                source="producer.Producer",
+                source="nermill.producer.Producer",
             )
         return self._stream
 

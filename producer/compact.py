@@ -16,11 +16,11 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet as pq
 
-from producer.recovery import BEFORE, beside, put_back
-from producer.sources.files import filesystem
-from producer.status import open_file, part_stats
-from worker.contracts.errors import StoreError, UsageError
-from worker.contracts.layout import (
+from nermill.producer.recovery import BEFORE, beside, put_back
+from nermill.producer.sources.files import filesystem
+from nermill.producer.status import open_file, part_stats
+from nermill.worker.contracts.errors import StoreError, UsageError
+from nermill.worker.contracts.layout import (
     PLAN_FILE,
     REJECT_FOLDER,
     SHARD_FOLDER,
@@ -28,10 +28,10 @@ from worker.contracts.layout import (
     RunFolder,
     part_name,
 )
-from worker.contracts.plan import Plan, Shard, read_plan
-from worker.contracts.schema import METADATA_PREFIX
-from worker.contracts.shard import encode_shard, read_shard
-from worker.contracts.store import telling
+from nermill.worker.contracts.plan import Plan, Shard, read_plan
+from nermill.worker.contracts.schema import METADATA_PREFIX
+from nermill.worker.contracts.shard import encode_shard, read_shard
+from nermill.worker.contracts.store import telling
 
 TARGET_BYTES = 128 << 20
 MAX_CHARACTERS = 16 << 20  # of a joined shard: after rejects --retry a worker holds one as a whole

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from producer.planning import check_writable, normalised
-from producer.queue import Queue
-from producer.sources.files import is_remote
-from worker.contracts.broker import redacted
-from worker.contracts.errors import BrokerError, NermillError
-from worker.contracts.layout import RunFolder
-from worker.contracts.manifest import Manifest, load_manifest, resolve_artifact
+from nermill.producer.planning import check_writable, normalised
+from nermill.producer.queue import Queue
+from nermill.producer.sources.files import is_remote
+from nermill.worker.contracts.broker import redacted
+from nermill.worker.contracts.errors import BrokerError, NermillError
+from nermill.worker.contracts.layout import RunFolder
+from nermill.worker.contracts.manifest import Manifest, load_manifest, resolve_artifact
 
 _RUNTIMES = {"onnx": ("onnxruntime", "worker"), "torch": ("torch", "torch"), "aie": ("mindietorch", "")}
 _DEVICE_FILES = {"cuda": "/dev/nvidia{}", "npu": "/dev/davinci{}"}
@@ -78,7 +78,7 @@ def _broker_remedy(message: str) -> str:
 
 
 def _embedded_server() -> Finding:
-    from producer.broker import find_server_binary
+    from nermill.producer.broker import find_server_binary
 
     try:
         return Finding("embedded", True, f"nermill run starts {find_server_binary().name} for itself")

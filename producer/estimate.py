@@ -10,14 +10,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from producer.planning import Request, check_writable, model_identity, normalised, planned_run_id
-from producer.shards import cut, document_text, estimated_tokens
-from producer.sources import Source, open_sources
-from producer.sources.files import is_remote
-from worker.contracts.document import Document
-from worker.contracts.errors import UsageError
-from worker.contracts.layout import PLAN_FILE, RunFolder
-from worker.contracts.manifest import TOKENIZER_FILE, load_manifest, resolve_artifact
+from nermill.producer.planning import Request, check_writable, model_identity, normalised, planned_run_id
+from nermill.producer.shards import cut, document_text, estimated_tokens
+from nermill.producer.sources import Source, open_sources
+from nermill.producer.sources.files import is_remote
+from nermill.worker.contracts.document import Document
+from nermill.worker.contracts.errors import UsageError
+from nermill.worker.contracts.layout import PLAN_FILE, RunFolder
+from nermill.worker.contracts.manifest import TOKENIZER_FILE, load_manifest, resolve_artifact
 
 EXACT_DOCUMENTS = 20_000  # documents that are tokenized; the lengths of the rest are scaled from theirs
 BENCH_FILE = "bench.json"

@@ -7,15 +7,15 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO
 
-from producer.queue import Queue
-from worker.contracts.errors import EngineError, UsageError
+from nermill.producer.queue import Queue
+from nermill.worker.contracts.command import python_command
+from nermill.worker.contracts.errors import EngineError, UsageError
 
 STOP_SECONDS = 35.0
 EARLY_DEATHS = 2  # a worker process that dies this often before it was ever ready will not get well
@@ -42,7 +42,7 @@ class LocalWorker:
         self._tail: deque[str] = deque(maxlen=_LOG_LINES)
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in stop
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "worker.launch", "--model", model, "--devices", devices, "--broker", broker],
+            python_command("nermill.worker.launch", "--model", model, "--devices", devices, "--broker", broker),
             env={**os.environ, "NERMILL_ALLOWED_ROOTS": root, "NERMILL_LOG_FORMAT": "text"},
             stdin=subprocess.DEVNULL,
             stdout=self._log,
@@ -105,7 +105,7 @@ def local_mill(model: str, devices: str, root: str) -> Iterator[tuple[Queue, Loc
         UsageError: no broker can be embedded here.
         BrokerError: the embedded broker does not come up.
     """
-    from producer.broker import embedded_broker
+    from nermill.producer.broker import embedded_broker
 
     with embedded_broker() as url:
         queue = Queue(url)

@@ -12,16 +12,16 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 
-from producer.recovery import put_back
-from producer.shards import ShardLimits, cut, write_shard, write_shards
-from producer.sources import ReadOptions, Source, open_sources
-from producer.sources.files import absolute, filesystem, is_remote
-from worker.contracts.document import Document
-from worker.contracts.errors import StoreError, UsageError
-from worker.contracts.layout import PLAN_FILE, SHARD_FOLDER, RunFolder
-from worker.contracts.manifest import load_manifest, resolve_artifact
-from worker.contracts.plan import Input, Options, Plan, Shard, read_plan
-from worker.contracts.shard import read_shard
+from nermill.producer.recovery import put_back
+from nermill.producer.shards import ShardLimits, cut, write_shard, write_shards
+from nermill.producer.sources import ReadOptions, Source, open_sources
+from nermill.producer.sources.files import absolute, filesystem, is_remote
+from nermill.worker.contracts.document import Document
+from nermill.worker.contracts.errors import StoreError, UsageError
+from nermill.worker.contracts.layout import PLAN_FILE, SHARD_FOLDER, RunFolder
+from nermill.worker.contracts.manifest import load_manifest, resolve_artifact
+from nermill.worker.contracts.plan import Input, Options, Plan, Shard, read_plan
+from nermill.worker.contracts.shard import read_shard
 
 RUN_ID_LENGTH = 12
 

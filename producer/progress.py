@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from producer.run import OnStatus
-from producer.status import Status
-from worker.contracts.console import visible
-from worker.contracts.ledger import WorkerProcess
+from nermill.producer.run import OnStatus
+from nermill.producer.status import Status
+from nermill.worker.contracts.console import visible
+from nermill.worker.contracts.ledger import WorkerProcess
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

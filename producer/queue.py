@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
-from worker.contracts.broker import celery_app, check_broker, redacted
-from worker.contracts.errors import BrokerError
-from worker.contracts.ledger import Ledger, Progress, WorkerProcess
-from worker.contracts.message import KEY_PREFIX, MAX_BELLS, QUEUE, TASK, bell
+from nermill.worker.contracts.broker import celery_app, check_broker, redacted
+from nermill.worker.contracts.errors import BrokerError
+from nermill.worker.contracts.ledger import Ledger, Progress, WorkerProcess
+from nermill.worker.contracts.message import KEY_PREFIX, MAX_BELLS, QUEUE, TASK, bell
 
 DEFAULT_BROKER = "redis://localhost:6379/0"
 HIGH_WATER = 5_000_000  # documents that may be unfinished before the producer waits

@@ -7,11 +7,11 @@ import os
 import shutil
 from dataclasses import replace
 
-from producer.queue import Queue
-from worker.contracts.errors import StoreError
-from worker.contracts.layout import PLAN_FILE, RunFolder
-from worker.contracts.plan import Plan, Shard
-from worker.contracts.store import telling
+from nermill.producer.queue import Queue
+from nermill.worker.contracts.errors import StoreError
+from nermill.worker.contracts.layout import PLAN_FILE, RunFolder
+from nermill.worker.contracts.plan import Plan, Shard
+from nermill.worker.contracts.store import telling
 
 BEFORE = "before"  # what a run's folder is called beside its place until the compacted one is there
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from producer.compact import take_up
-from producer.queue import Queue
-from producer.run import send
-from worker.contracts.errors import StoreError
-from worker.contracts.layout import REJECT_FOLDER, REPORT_HTML, REPORT_JSON, SUCCESS_FILE, RunFolder, part_name
-from worker.contracts.plan import Plan
+from nermill.producer.compact import take_up
+from nermill.producer.queue import Queue
+from nermill.producer.run import send
+from nermill.worker.contracts.errors import StoreError
+from nermill.worker.contracts.layout import REJECT_FOLDER, REPORT_HTML, REPORT_JSON, SUCCESS_FILE, RunFolder, part_name
+from nermill.worker.contracts.plan import Plan
 
 WORTH_A_RETRY = ("model_failure", "crashed_worker")  # the other reasons lie in the document itself
 

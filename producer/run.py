@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from producer.queue import HIGH_WATER, Queue
-from producer.recovery import put_back, recover
-from producer.sources.files import absolute, suggestion
-from producer.status import Status, Tally, artifact_of_parts, look
-from worker.contracts.errors import BrokerError, StoreError, UsageError
-from worker.contracts.layout import PLAN_FILE, SUCCESS_FILE, RunFolder
-from worker.contracts.ledger import Ledger, Progress
-from worker.contracts.plan import Plan, Shard, read_plan
+from nermill.producer.queue import HIGH_WATER, Queue
+from nermill.producer.recovery import put_back, recover
+from nermill.producer.sources.files import absolute, suggestion
+from nermill.producer.status import Status, Tally, artifact_of_parts, look
+from nermill.worker.contracts.errors import BrokerError, StoreError, UsageError
+from nermill.worker.contracts.layout import PLAN_FILE, SUCCESS_FILE, RunFolder
+from nermill.worker.contracts.ledger import Ledger, Progress
+from nermill.worker.contracts.plan import Plan, Shard, read_plan
 
 MAX_WAITING_SHARDS = 100_000  # about 120 MB in the broker
 BROKER_PATIENCE = 120.0  # seconds without a broker before a waiting producer gives up
@@ -92,7 +92,7 @@ def resume(run: RunFolder, plan: Plan, queue: Queue, high_water: int = HIGH_WATE
     """Sends again what has no part; a cancelled run is taken up again, an abandoned stream is closed."""
     run.sweep()
     if not run.is_local:
-        from producer.compact import take_up
+        from nermill.producer.compact import take_up
 
         plan = take_up(run) or plan
     if plan.is_open:

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from worker.contracts.document import Document
-from worker.contracts.layout import RunFolder
-from worker.contracts.plan import Shard
-from worker.contracts.shard import encode_shard, shard_table
+from nermill.worker.contracts.document import Document
+from nermill.worker.contracts.layout import RunFolder
+from nermill.worker.contracts.plan import Shard
+from nermill.worker.contracts.shard import encode_shard, shard_table
 
 BYTES_PER_TOKEN = 4
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from producer.shards import document_text
-from producer.status import open_file
-from worker.contracts.errors import UsageError
-from worker.contracts.layout import RunFolder, part_name
-from worker.contracts.plan import Plan, Shard
-from worker.contracts.shard import read_documents, read_shard
+from nermill.producer.shards import document_text
+from nermill.producer.status import open_file
+from nermill.worker.contracts.errors import UsageError
+from nermill.worker.contracts.layout import RunFolder, part_name
+from nermill.worker.contracts.plan import Plan, Shard
+from nermill.worker.contracts.shard import read_documents, read_shard
 
 
 @dataclass(frozen=True)

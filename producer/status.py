@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from producer.queue import Queue
-from producer.sources.files import filesystem
-from worker.contracts.errors import StoreError
-from worker.contracts.layout import REPORT_JSON, RunFolder, part_name
-from worker.contracts.ledger import Progress, WorkerProcess
-from worker.contracts.plan import Plan
-from worker.contracts.schema import metadata_of
+from nermill.producer.queue import Queue
+from nermill.producer.sources.files import filesystem
+from nermill.worker.contracts.errors import StoreError
+from nermill.worker.contracts.layout import REPORT_JSON, RunFolder, part_name
+from nermill.worker.contracts.ledger import Progress, WorkerProcess
+from nermill.worker.contracts.plan import Plan
+from nermill.worker.contracts.schema import metadata_of
 
 _READERS = 16
 _SCORES = ("f1", "precision", "recall", "accuracy", "strict", "per_label")

@@ -10,16 +10,16 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from producer.planning import check_writable, model_identity, normalised, utc_now
-from producer.queue import HIGH_WATER, Queue
-from producer.recovery import closed
-from producer.run import is_above, open_ledger, send_shards
-from producer.shards import Kind, ShardLimits, differ, document_text, estimated_tokens, kind_of, write_shard
-from producer.sources.files import BLOCK, MAX_LINE_BYTES, is_remote
-from worker.contracts.document import Document
-from worker.contracts.errors import BrokerError
-from worker.contracts.layout import RunFolder
-from worker.contracts.plan import Input, Options, Plan, Shard
+from nermill.producer.planning import check_writable, model_identity, normalised, utc_now
+from nermill.producer.queue import HIGH_WATER, Queue
+from nermill.producer.recovery import closed
+from nermill.producer.run import is_above, open_ledger, send_shards
+from nermill.producer.shards import Kind, ShardLimits, differ, document_text, estimated_tokens, kind_of, write_shard
+from nermill.producer.sources.files import BLOCK, MAX_LINE_BYTES, is_remote
+from nermill.worker.contracts.document import Document
+from nermill.worker.contracts.errors import BrokerError
+from nermill.worker.contracts.layout import RunFolder
+from nermill.worker.contracts.plan import Input, Options, Plan, Shard
 
 HOLD_SECONDS = 6.0
 _TICK_SECONDS = 0.01

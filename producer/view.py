@@ -9,16 +9,16 @@ import sys
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from producer.progress import LABEL_WIDTH, counted, duration, rows
-from producer.show import Shown
-from producer.status import Status
-from worker.contracts.console import visible
+from nermill.producer.progress import LABEL_WIDTH, counted, duration, rows
+from nermill.producer.show import Shown
+from nermill.producer.status import Status
+from nermill.worker.contracts.console import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from producer.doctor import Finding
-    from producer.estimate import Estimate
+    from nermill.producer.doctor import Finding
+    from nermill.producer.estimate import Estimate
 
 LABEL_STYLES = {"PER": "bold green", "ORG": "bold cyan", "LOC": "bold yellow", "MISC": "bold magenta"}
 OTHER_LABEL_STYLE = "bold blue"

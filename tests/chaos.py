@@ -10,8 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from nermill.worker.contracts.layout import SUCCESS_FILE
 from tests.harness import Harness, Worker, harness, rows, texts
-from worker.contracts.layout import SUCCESS_FILE
 
 
 @dataclass(frozen=True)

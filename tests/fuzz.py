@@ -18,11 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from producer.sources import ReadOptions, open_sources
-from worker.contracts.errors import UsageError
-from worker.contracts.message import TASK
-from worker.contracts.shard import encode_shard, shard_table
-from worker.doorkeeper import fresh_bell
+from nermill.producer.sources import ReadOptions, open_sources
+from nermill.worker.contracts.errors import UsageError
+from nermill.worker.contracts.message import TASK
+from nermill.worker.contracts.shard import encode_shard, shard_table
+from nermill.worker.doorkeeper import fresh_bell
 
 ODD_VALUES: tuple[Any, ...] = (
     None, True, 0, -1, 2**63, 1e308, "", "x", "\x00", "😀" * 50, [], {}, [[]], {"a": {}}, ["x"] * 30,

@@ -19,19 +19,19 @@ import pyarrow.parquet as pq
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from producer.broker import find_server_binary
-from producer.planning import Request, make_plan
-from producer.queue import Queue
-from producer.run import send, wait
-from producer.shards import ShardLimits
-from producer.status import Status
-from worker.contracts.broker import redis_client
-from worker.contracts.layout import RunFolder, part_name
-from worker.contracts.plan import Plan
+from nermill.producer.broker import find_server_binary
+from nermill.producer.planning import Request, make_plan
+from nermill.producer.queue import Queue
+from nermill.producer.run import send, wait
+from nermill.producer.shards import ShardLimits
+from nermill.producer.status import Status
+from nermill.worker.contracts.broker import redis_client
+from nermill.worker.contracts.layout import RunFolder, part_name
+from nermill.worker.contracts.plan import Plan
 
 ROOT = Path(__file__).parents[1]
 DOUBLE = "tests.doubles.app"
-REAL = "worker.app"
+REAL = "nermill.worker.app"
 
 
 class Server:
@@ -179,7 +179,15 @@ class Harness:
         self, texts: list[str], *, url: str = "", within: Sequence[str] = ()
     ) -> Iterator[subprocess.Popen[str]]:
         """``nermill submit --wait`` as a process, perhaps on another host or by another way to the broker."""
-        command = [sys.executable, "-m", "producer.cli", "submit", str(self.source(texts)), "--out", str(self.out)]
+        command = [
+            sys.executable,
+            "-m",
+            "nermill.producer.cli",
+            "submit",
+            str(self.source(texts)),
+            "--out",
+            str(self.out),
+        ]
         with (
             (self.folder / "producer.log").open("wb") as log,
             subprocess.Popen(

@@ -9,9 +9,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from nermill.worker.contracts.layout import SUCCESS_FILE, RunFolder
 from tests.harness import Harness, harness, rows, texts
 from tests.hosts import Hosts, hosts
-from worker.contracts.layout import SUCCESS_FILE, RunFolder
 
 PASSWORD = "grist"
 PORT = 6379

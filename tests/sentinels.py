@@ -16,12 +16,12 @@ from typing import Any
 
 from redis import Redis
 
-from producer.broker import find_server_binary
-from producer.queue import Queue
-from producer.run import send
-from producer.status import part_stats
+from nermill.producer.broker import find_server_binary
+from nermill.producer.queue import Queue
+from nermill.producer.run import send
+from nermill.producer.status import part_stats
+from nermill.worker.contracts.layout import SUCCESS_FILE, RunFolder
 from tests.harness import DOUBLE, Harness, Server, free_port, harness, rows, texts
-from worker.contracts.layout import SUCCESS_FILE, RunFolder
 
 PASSWORD = "grist"
 SERVICE = "nermill"

@@ -1,6 +1,6 @@
 """The Celery application: where all rooms meet; ``nermill-worker`` starts one such process a device.
 
-``celery -A worker.app worker --pool threads`` starts one by hand.
+``celery -A nermill.worker.app worker --pool threads`` starts one by hand.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -27,18 +28,18 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from worker import logs, tracing
-from worker.contracts.broker import celery_app, redis_client
-from worker.contracts.errors import MessageError, NermillError
-from worker.contracts.ledger import Ledger
-from worker.contracts.manifest import resolve_artifact
-from worker.contracts.message import KEY_PREFIX, MAX_BELLS, QUEUE, TASK
-from worker.contracts.patience import within
-from worker.doorkeeper import doorkeeper, fresh_bell
-from worker.heartbeat import beat
-from worker.metrics import Metrics, serve
-from worker.mill import HAND_BACK_SECONDS, Mill
-from worker.settings import Settings, read_settings
+from nermill.worker import logs, tracing
+from nermill.worker.contracts.broker import celery_app, redis_client
+from nermill.worker.contracts.errors import MessageError, NermillError
+from nermill.worker.contracts.ledger import Ledger
+from nermill.worker.contracts.manifest import resolve_artifact
+from nermill.worker.contracts.message import KEY_PREFIX, MAX_BELLS, QUEUE, TASK
+from nermill.worker.contracts.patience import within
+from nermill.worker.doorkeeper import doorkeeper, fresh_bell
+from nermill.worker.heartbeat import beat
+from nermill.worker.metrics import Metrics, serve
+from nermill.worker.mill import HAND_BACK_SECONDS, Mill
+from nermill.worker.settings import Settings, read_settings
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -119,7 +120,7 @@ def _refuse_prefork(**_: Any) -> None:
 def _start(**_: Any) -> None:
     """Loads and warms the model before the first bell is taken."""
     global _process
-    from worker.pipeline import load_pipeline
+    from nermill.worker.pipeline import load_pipeline
 
     def ring(waiting: int) -> None:
         queue = KEY_PREFIX + QUEUE
@@ -198,3 +199,7 @@ def _end(**_: Any) -> None:
         _process.take_leave()
         _process.mill.pipeline.close()
         tracing.stop()
+
+
+if __name__ == "__main__":
+    app.worker_main(sys.argv[1:])

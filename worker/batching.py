@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from worker.contracts.manifest import Manifest
+    from nermill.worker.contracts.manifest import Manifest
 
 Int = NDArray[np.int64]
 Shape = tuple[int, int]

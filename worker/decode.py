@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.batching import spread
-from worker.contracts.plan import Aggregation
+from nermill.worker.batching import spread
+from nermill.worker.contracts.plan import Aggregation
 
 Int = NDArray[np.int64]
 Float = NDArray[np.float32]

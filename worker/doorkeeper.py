@@ -17,8 +17,8 @@ from typing import Any
 from celery.bootsteps import StartStopStep
 from celery.worker.consumer.tasks import Tasks
 
-from worker.contracts.errors import MessageError
-from worker.contracts.message import QUEUE, TASK, bell, check_message
+from nermill.worker.contracts.errors import MessageError
+from nermill.worker.contracts.message import QUEUE, TASK, bell, check_message
 
 
 def doorkeeper(refuse: Callable[[MessageError], None]) -> type[StartStopStep]:

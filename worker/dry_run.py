@@ -6,9 +6,9 @@ import os
 import sys
 import time
 
-from worker.contracts.errors import NermillError
-from worker.pipeline import Tagger
-from worker.settings import read_settings
+from nermill.worker.contracts.errors import NermillError
+from nermill.worker.pipeline import Tagger
+from nermill.worker.settings import read_settings
 
 EXAMPLE = "Ada Lovelace wrote the first program in London for Charles Babbage."
 

@@ -9,12 +9,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from worker import logs
-from worker.contracts.broker import check_url
-from worker.contracts.errors import NermillError, UsageError
-from worker.contracts.manifest import Manifest, load_manifest, resolve_artifact
-from worker.settings import Settings, read_settings
-from worker.supervisor import PIN_VARIABLES, Device, Supervisor
+from nermill.worker import logs
+from nermill.worker.contracts.broker import check_url
+from nermill.worker.contracts.command import python_command
+from nermill.worker.contracts.errors import NermillError, UsageError
+from nermill.worker.contracts.manifest import Manifest, load_manifest, resolve_artifact
+from nermill.worker.settings import Settings, read_settings
+from nermill.worker.supervisor import PIN_VARIABLES, Device, Supervisor
 
 # Options that become NERMILL_* variables, for the processes to read.
 SETTINGS = (
@@ -97,14 +98,14 @@ def _leave_the_process_list(options: argparse.Namespace) -> None:
     """Everybody may read a command line, a password in it included: goes on as the same process without its flags."""
     os.environ["NERMILL_DEVICES"] = options.devices  # all others are in the environment already
     dry_run = ["--dry-run"] if options.dry_run else []
-    os.execv(sys.executable, [sys.executable, "-m", "worker.launch", *dry_run])
+    os.execv(sys.executable, python_command("nermill.worker.launch", *dry_run))
 
 
 def _dry_run(artifact: Path, devices: list[Device], settings: Settings) -> int:
     """Loads, warms every shape and tags one example on each device, in a process of its own."""
     for index, device in enumerate(devices):
         environment = {**os.environ, **device.environment(index, settings)}
-        code = subprocess.run([sys.executable, "-m", "worker.dry_run", str(artifact)], env=environment, check=False)
+        code = subprocess.run(python_command("nermill.worker.dry_run", str(artifact)), env=environment, check=False)
         if code.returncode:
             return max(code.returncode, 1)
     return 0

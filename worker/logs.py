@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
 
-from worker.contracts.console import visible
-from worker.contracts.errors import NermillError
+from nermill.worker.contracts.console import visible
+from nermill.worker.contracts.errors import NermillError
 
 FORMATS = ("text", "json")
 

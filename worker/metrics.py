@@ -16,9 +16,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
-from worker.contracts.errors import UsageError
-from worker.engine import Batch, Engine
-from worker.pipeline import Annotated, Pipeline
+from nermill.worker.contracts.errors import UsageError
+from nermill.worker.engine import Batch, Engine
+from nermill.worker.pipeline import Annotated, Pipeline
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment

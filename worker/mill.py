@@ -21,20 +21,20 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from worker import parts, tracing
-from worker.contracts.errors import LeaseLostError, MessageError, NermillError, StoreError, UsageError
-from worker.contracts.layout import SUCCESS_FILE, part_name
-from worker.contracts.ledger import FINISH, MAX_ATTEMPTS, Claim, Ledger, WorkerProcess
-from worker.contracts.patience import within
-from worker.contracts.plan import read_plan
-from worker.contracts.shard import read_shard
-from worker.evaluation import evaluate, write_report
-from worker.gate import Gate
-from worker.logs import about
-from worker.metrics import Metrics
-from worker.pipeline import Annotated, Pipeline
-from worker.settings import Settings, is_allowed
-from worker.suspects import annotate_in_trials
+from nermill.worker import parts, tracing
+from nermill.worker.contracts.errors import LeaseLostError, MessageError, NermillError, StoreError, UsageError
+from nermill.worker.contracts.layout import SUCCESS_FILE, part_name
+from nermill.worker.contracts.ledger import FINISH, MAX_ATTEMPTS, Claim, Ledger, WorkerProcess
+from nermill.worker.contracts.patience import within
+from nermill.worker.contracts.plan import read_plan
+from nermill.worker.contracts.shard import read_shard
+from nermill.worker.evaluation import evaluate, write_report
+from nermill.worker.gate import Gate
+from nermill.worker.logs import about
+from nermill.worker.metrics import Metrics
+from nermill.worker.pipeline import Annotated, Pipeline
+from nermill.worker.settings import Settings, is_allowed
+from nermill.worker.suspects import annotate_in_trials
 
 log = logging.getLogger("nermill.worker")
 

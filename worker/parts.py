@@ -9,10 +9,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from worker.contracts.document import Fault
-from worker.contracts.errors import StoreError
-from worker.contracts.layout import RunFolder, part_name
-from worker.contracts.schema import REJECTS, metadata_of, with_metadata
+from nermill.worker.contracts.document import Fault
+from nermill.worker.contracts.errors import StoreError
+from nermill.worker.contracts.layout import RunFolder, part_name
+from nermill.worker.contracts.schema import REJECTS, metadata_of, with_metadata
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,17 +18,17 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from worker import decode
-from worker.contracts.document import Annotation, Document, Entity, Fault
-from worker.contracts.errors import EngineError
-from worker.contracts.manifest import TOKENIZER_FILE, Manifest, resolve_artifact
-from worker.contracts.plan import Options
-from worker.contracts.shard import shard_table
-from worker.engine import Batch, Engine, load_engine
-from worker.engine.warmup import blank_batch, token_budget
-from worker.pool import Job, Pool, Work, give_up, halves, hand_out, lay_out
-from worker.table import Prediction, Spelling, part_table, spell
-from worker.windows import Tokens, cut, tokenize
+from nermill.worker import decode
+from nermill.worker.contracts.document import Annotation, Document, Entity, Fault
+from nermill.worker.contracts.errors import EngineError
+from nermill.worker.contracts.manifest import TOKENIZER_FILE, Manifest, resolve_artifact
+from nermill.worker.contracts.plan import Options
+from nermill.worker.contracts.shard import shard_table
+from nermill.worker.engine import Batch, Engine, load_engine
+from nermill.worker.engine.warmup import blank_batch, token_budget
+from nermill.worker.pool import Job, Pool, Work, give_up, halves, hand_out, lay_out
+from nermill.worker.table import Prediction, Spelling, part_table, spell
+from nermill.worker.windows import Tokens, cut, tokenize
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.batching import Placement, Shape, cost, place, spread
-from worker.contracts.errors import EngineError
-from worker.contracts.manifest import Manifest
-from worker.engine import Batch
-from worker.windows import Tokens, Windows, concatenate
+from nermill.worker.batching import Placement, Shape, cost, place, spread
+from nermill.worker.contracts.errors import EngineError
+from nermill.worker.contracts.manifest import Manifest
+from nermill.worker.engine import Batch
+from nermill.worker.windows import Tokens, Windows, concatenate
 
 Int = NDArray[np.int64]
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from worker.contracts.errors import UsageError
-from worker.logs import FORMATS
+from nermill.worker.contracts.errors import UsageError
+from nermill.worker.logs import FORMATS
 
 
 @dataclass(frozen=True)

@@ -7,23 +7,23 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from worker import heartbeat
-from worker.contracts.errors import UsageError
-from worker.heartbeat import Heartbeat
-from worker.logs import about
-from worker.settings import Settings
-from worker.systemd import Notifier
+from nermill.worker import heartbeat
+from nermill.worker.contracts.command import python_command
+from nermill.worker.contracts.errors import UsageError
+from nermill.worker.heartbeat import Heartbeat
+from nermill.worker.logs import about
+from nermill.worker.settings import Settings
+from nermill.worker.systemd import Notifier
 
 log = logging.getLogger("nermill.worker")
 
-APP = "worker.app"
+APP = "nermill.worker.app"
 PIN_VARIABLES = {"cuda": "CUDA_VISIBLE_DEVICES", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
 RESTART_SECONDS = (0.5, 30.0)  # first and longest pause before a process that died is started again
 STEADY_SECONDS = 60.0  # a process that lived this long starts anew after the first pause
@@ -172,9 +172,10 @@ class Supervisor:
 
 
 def _command(device: Device) -> list[str]:
-    celery = ["celery", "--quiet", "-A", APP, "worker", "--pool", "threads", "--loglevel", "INFO"]
+    celery = ["--quiet", "worker", "--pool", "threads", "--loglevel", "INFO"]
     lonely = ["--without-gossip", "--without-mingle", "--without-heartbeat"]  # processes need not know each other
-    return [sys.executable, "-m", *celery, *lonely, "-n", f"nermill-{device.kind}{device.number}-{os.getpid()}@%h"]
+    name = f"nermill-{device.kind}{device.number}-{os.getpid()}@%h"
+    return python_command(APP, *celery, *lonely, "-n", name)
 
 
 def cores_of(devices: Sequence[Device]) -> list[frozenset[int]]:

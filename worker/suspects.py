@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from worker.contracts.document import Fault
-from worker.contracts.errors import LeaseLostError
-from worker.contracts.ledger import MAX_STRIKES, Claim, Ledger
-from worker.pipeline import Annotated, Pipeline, Stats
+from nermill.worker.contracts.document import Fault
+from nermill.worker.contracts.errors import LeaseLostError
+from nermill.worker.contracts.ledger import MAX_STRIKES, Claim, Ledger
+from nermill.worker.pipeline import Annotated, Pipeline, Stats
 
 GROUPS = 8
 

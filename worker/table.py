@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from worker.contracts.document import Fault
-from worker.contracts.plan import Options
-from worker.contracts.schema import ENTITY, part_schema
-from worker.decode import Labels, Spans, Units, tag_numbers
-from worker.windows import Tokens
+from nermill.worker.contracts.document import Fault
+from nermill.worker.contracts.plan import Options
+from nermill.worker.contracts.schema import ENTITY, part_schema
+from nermill.worker.decode import Labels, Spans, Units, tag_numbers
+from nermill.worker.windows import Tokens
 
 Int = NDArray[np.int64]
 

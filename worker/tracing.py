@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from worker import logs
-from worker.contracts.errors import UsageError
-from worker.contracts.ledger import Claim
-from worker.pipeline import Annotated
+from nermill.worker import logs
+from nermill.worker.contracts.errors import UsageError
+from nermill.worker.contracts.ledger import Claim
+from nermill.worker.pipeline import Annotated
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import SpanProcessor, TracerProvider

@@ -1,6 +1,6 @@
 """The recipe of the bundled sample: whole Wikigold documents until there are about 300 sentences.
 
-    python -m model_build.demo.cut_sample wikigold.conll.txt --out model_build/demo/sample
+    python -m nermill.model_build.demo.cut_sample wikigold.conll.txt --out model_build/demo/sample
 
 Writes ``wikigold.conll`` (words and gold tags as they were) and ``wikigold.jsonl`` (the same documents as
 running text). The corpus is CC BY 4.0: see the sample's README.md.

@@ -1,6 +1,6 @@
 """A Hugging Face checkpoint of the bundled demo model, its weights taken back from the int8 artifact.
 
-    python -m model_build.demo.recover --out DIR
+    python -m nermill.model_build.demo.recover --out DIR
 
 Only the small artifact is shipped; from this folder ``nermill-build compile`` makes any other.
 """
@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from model_build.artifact import folder_at_once
-from model_build.families import untranslate
-from model_build.int8 import read_weights
-from worker.contracts.manifest import TOKENIZER_FILE, load_manifest, resolve_artifact
+from nermill.model_build.artifact import folder_at_once
+from nermill.model_build.families import untranslate
+from nermill.model_build.int8 import read_weights
+from nermill.worker.contracts.manifest import TOKENIZER_FILE, load_manifest, resolve_artifact
 
 
 def recover(out: Path) -> None:

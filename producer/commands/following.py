@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from producer.commands import options as o
-from producer.commands.outcome import go_on, report_status
-from producer.queue import DEFAULT_BROKER, HIGH_WATER
-from worker.contracts.errors import BrokerError
+from nermill.producer.commands import options as o
+from nermill.producer.commands.outcome import go_on, report_status
+from nermill.producer.queue import DEFAULT_BROKER, HIGH_WATER
+from nermill.worker.contracts.errors import BrokerError
 
 if TYPE_CHECKING:
-    from producer.queue import Queue
+    from nermill.producer.queue import Queue
 
 WATCH_SECONDS = 1.0
 
@@ -25,9 +25,9 @@ def status(
     json: o.Json = False,
 ) -> int:
     """Say how far a run is: committed, rejected, waiting, documents/s, tokens/s, padding, time left."""
-    from producer.progress import watching
-    from producer.run import open_run
-    from producer.status import Tally, look
+    from nermill.producer.progress import watching
+    from nermill.producer.run import open_run
+    from nermill.producer.status import Tally, look
 
     folder, plan = open_run(run)
     tally = Tally(folder)
@@ -54,8 +54,8 @@ def resume(
     json: o.Json = False,
 ) -> int:
     """Send again what has no part; safe at any time, any number of times."""
-    from producer import run as runs
-    from producer.queue import Queue
+    from nermill.producer import run as runs
+    from nermill.producer.queue import Queue
 
     folder, plan = runs.open_run(run)
     queue = Queue(broker)
@@ -64,9 +64,9 @@ def resume(
 
 def cancel(run: o.Run, broker: o.Broker = DEFAULT_BROKER, json: o.Json = False) -> int:
     """Stop what has not started; committed parts stay, and nermill resume takes the run up again."""
-    from producer import run as runs
-    from producer.queue import Queue
-    from producer.status import look
+    from nermill.producer import run as runs
+    from nermill.producer.queue import Queue
+    from nermill.producer.status import look
 
     folder, plan = runs.open_run(run)
     queue = Queue(broker)
@@ -87,13 +87,13 @@ def rejects(
     """List the documents that could not be tagged, with the reason (--json: one object a line)."""
     from itertools import islice
 
-    from producer.progress import say
-    from producer.queue import Queue
-    from producer.rejects import read_rejects
-    from producer.rejects import retry as retry_rejects
-    from producer.run import open_run
-    from producer.view import print_json
-    from worker.contracts.console import visible
+    from nermill.producer.progress import say
+    from nermill.producer.queue import Queue
+    from nermill.producer.rejects import read_rejects
+    from nermill.producer.rejects import retry as retry_rejects
+    from nermill.producer.run import open_run
+    from nermill.producer.view import print_json
+    from nermill.worker.contracts.console import visible
 
     folder, plan = open_run(run)
     if retry:
@@ -116,8 +116,8 @@ def rejects(
 
 def _queue_if_any(broker: str) -> Queue | None:
     """The queue, or none where nobody answers: the folder alone knows most of it."""
-    from producer.progress import say
-    from producer.queue import Queue
+    from nermill.producer.progress import say
+    from nermill.producer.queue import Queue
 
     try:
         return Queue(broker)

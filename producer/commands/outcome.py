@@ -6,19 +6,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from worker.contracts.errors import NermillError
-from worker.contracts.layout import REPORT_JSON
+from nermill.worker.contracts.errors import NermillError
+from nermill.worker.contracts.layout import REPORT_JSON
 
 if TYPE_CHECKING:
-    from producer.queue import Queue
-    from producer.status import Status
-    from worker.contracts.layout import RunFolder
-    from worker.contracts.plan import Plan
+    from nermill.producer.queue import Queue
+    from nermill.producer.status import Status
+    from nermill.worker.contracts.layout import RunFolder
+    from nermill.worker.contracts.plan import Plan
 
 
 def report_status(status: Status, *, as_json: bool, with_hint: bool = False) -> int:
     """Prints a run's status; returns the exit code that it means."""
-    from producer.view import print_json, print_result_hint, print_status
+    from nermill.producer.view import print_json, print_result_hint, print_status
 
     if as_json:
         print_json(status.as_json())
@@ -33,16 +33,16 @@ def ensure_evaluated(run: RunFolder, plan: Plan) -> None:
     """Scores a complete run against the gold tags of its documents, unless a worker did so already."""
     if not plan.has_gold or run.exists(REPORT_JSON):
         return
-    from worker.evaluation import evaluate, write_report
+    from nermill.worker.evaluation import evaluate, write_report
 
     write_report(run, evaluate(run))
 
 
 def go_on(run: RunFolder, plan: Plan, queue: Queue, high_water: int, *, wait: bool, as_json: bool) -> int:
     """Sends what has no part, follows it where asked, and reports; returns the exit code."""
-    from producer import run as runs
-    from producer.progress import paused, watching
-    from producer.status import look
+    from nermill.producer import run as runs
+    from nermill.producer.progress import paused, watching
+    from nermill.producer.status import look
 
     with told_how_to_go_on(f"nermill resume {run.uri}"), watching() as show:
         plan = runs.resume(run, plan, queue, high_water, paused(show))
@@ -58,7 +58,7 @@ def told_how_to_go_on(how: str) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, NermillError):
-        from producer.progress import say
+        from nermill.producer.progress import say
 
         say(f"stopped; what is committed stays. To go on: {how}")
         raise

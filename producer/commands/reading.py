@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from producer.commands import options as o
-from producer.queue import DEFAULT_BROKER
-from worker.contracts.errors import UsageError
-from worker.contracts.layout import REPORT_HTML
+from nermill.producer.commands import options as o
+from nermill.producer.queue import DEFAULT_BROKER
+from nermill.worker.contracts.errors import UsageError
+from nermill.worker.contracts.layout import REPORT_HTML
 
 
 def evaluate(
@@ -37,12 +37,12 @@ def evaluate(
     json: o.Json = False,
 ) -> int:
     """Score a run against gold tags and measure its throughput; writes report.json and report.html."""
-    from producer.progress import say
-    from producer.run import open_run
-    from producer.view import comparison_line, print_json, score_line
-    from worker.evaluation import evaluate as evaluated
-    from worker.evaluation import write_report
-    from worker.evaluation.floors import below_floors
+    from nermill.producer.progress import say
+    from nermill.producer.run import open_run
+    from nermill.producer.view import comparison_line, print_json, score_line
+    from nermill.worker.evaluation import evaluate as evaluated
+    from nermill.worker.evaluation import write_report
+    from nermill.worker.evaluation.floors import below_floors
 
     folder, _ = open_run(run)
     other = open_run(compare)[0] if compare else None
@@ -80,9 +80,9 @@ def compact(
     On a disk the new files take the place of the old ones in one step. On a store, which has no such step, _SUCCESS
     is away meanwhile: list the folder, then look for _SUCCESS, then read.
     """
-    from producer.compact import compact as compacted
-    from producer.run import open_run
-    from producer.view import print_json
+    from nermill.producer.compact import compact as compacted
+    from nermill.producer.run import open_run
+    from nermill.producer.view import print_json
 
     folder, plan = open_run(run)
     after = compacted(folder, plan, part_mib << 20)
@@ -106,8 +106,8 @@ def doctor(
     """Find what does not work (broker, workers, model, devices, write access) and say how to mend it."""
     from dataclasses import asdict
 
-    from producer.doctor import examine
-    from producer.view import print_finding, print_json
+    from nermill.producer.doctor import examine
+    from nermill.producer.view import print_finding, print_json
 
     findings = []
     for finding in examine(broker, model, devices, out):
@@ -132,9 +132,9 @@ def show(
     """Show entities marked in their text, or write the tags as CoNLL columns."""
     from rich.console import Console
 
-    from producer.run import open_run
-    from producer.show import conll_lines, read_rows
-    from producer.view import print_json, print_marked
+    from nermill.producer.run import open_run
+    from nermill.producer.show import conll_lines, read_rows
+    from nermill.producer.view import print_json, print_marked
 
     if format_ not in ("text", "conll"):
         raise UsageError(f"--format {format_!r}: one of text, conll")

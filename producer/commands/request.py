@@ -7,11 +7,11 @@ from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any, get_args
 
-from producer.commands import options as o
-from worker.contracts.errors import UsageError
+from nermill.producer.commands import options as o
+from nermill.worker.contracts.errors import UsageError
 
 if TYPE_CHECKING:
-    from producer.planning import Request
+    from nermill.producer.planning import Request
 
 
 def takes_request(command: Callable[..., int]) -> Callable[..., int]:
@@ -57,10 +57,10 @@ def make_request(
     Raises:
         UsageError: a value that an option does not have.
     """
-    from producer.planning import Request
-    from producer.shards import ShardLimits
-    from producer.sources import Format, ReadOptions, Unit
-    from worker.contracts.plan import Aggregation, Options
+    from nermill.producer.planning import Request
+    from nermill.producer.shards import ShardLimits
+    from nermill.producer.sources import Format, ReadOptions, Unit
+    from nermill.worker.contracts.plan import Aggregation, Options
 
     _check("--format", format_, (None, *get_args(Format)))
     _check("--unit", unit, get_args(Unit))

@@ -7,25 +7,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from producer.commands import options as o
-from producer.commands.outcome import ensure_evaluated, go_on, report_status, told_how_to_go_on
-from producer.commands.request import takes_request
-from producer.commands.streaming import stream
-from producer.queue import DEFAULT_BROKER, HIGH_WATER
+from nermill.producer.commands import options as o
+from nermill.producer.commands.outcome import ensure_evaluated, go_on, report_status, told_how_to_go_on
+from nermill.producer.commands.request import takes_request
+from nermill.producer.commands.streaming import stream
+from nermill.producer.queue import DEFAULT_BROKER, HIGH_WATER
 
 if TYPE_CHECKING:
-    from producer.planning import Request
-    from producer.status import Status
+    from nermill.producer.planning import Request
+    from nermill.producer.status import Status
 
 
 @takes_request
 def run(request: Request, model: o.Model = "demo", devices: o.Devices = "auto", json: o.Json = False) -> int:
     """Run the whole mill on this machine: broker, a worker a device, tables, scores where there is gold."""
-    from producer.local import check_devices, local_mill
-    from producer.planning import make_plan
-    from producer.progress import reading, watching
-    from producer.run import finish, resume, wait
-    from producer.status import look
+    from nermill.producer.local import check_devices, local_mill
+    from nermill.producer.planning import make_plan
+    from nermill.producer.progress import reading, watching
+    from nermill.producer.run import finish, resume, wait
+    from nermill.producer.status import look
 
     check_devices(devices)
     with reading() as on_documents:
@@ -58,9 +58,9 @@ def plan(
     json: o.Json = False,
 ) -> int:
     """Dry run: documents, shards, token lengths, duplicate ids, device time; sends and writes nothing."""
-    from producer.estimate import estimate
-    from producer.progress import reading
-    from producer.view import print_estimate, print_json
+    from nermill.producer.estimate import estimate
+    from nermill.producer.progress import reading
+    from nermill.producer.view import print_estimate, print_json
 
     with reading() as on_documents:
         found = estimate(request, costs, on_documents)
@@ -95,9 +95,9 @@ def submit(
 
     With - as the input, JSON lines are tagged as they come, until the end of input or Ctrl-C.
     """
-    from producer.planning import make_plan
-    from producer.progress import reading
-    from producer.queue import Queue
+    from nermill.producer.planning import make_plan
+    from nermill.producer.progress import reading
+    from nermill.producer.queue import Queue
 
     queue = Queue(broker)
     if follow or (request.inputs == ("-",) and request.read.format in (None, "jsonl")):

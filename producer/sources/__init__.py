@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from producer.sources.conll import looks_like_conll, read_conll
-from producer.sources.files import SourceFile, find_files
-from producer.sources.jsonl import read_jsonl
-from producer.sources.options import FORMATS, Format, ReadOptions, Unit
-from producer.sources.text import read_text
-from worker.contracts.document import Document
-from worker.contracts.errors import UsageError
+from nermill.producer.sources.conll import looks_like_conll, read_conll
+from nermill.producer.sources.files import SourceFile, find_files
+from nermill.producer.sources.jsonl import read_jsonl
+from nermill.producer.sources.options import FORMATS, Format, ReadOptions, Unit
+from nermill.producer.sources.text import read_text
+from nermill.worker.contracts.document import Document
+from nermill.worker.contracts.errors import UsageError
 
 __all__ = ["FORMATS", "Format", "ReadOptions", "Source", "SourceFile", "Unit", "open_sources"]
 
@@ -53,7 +53,7 @@ class Source:
 
     def _read(self, options: ReadOptions) -> Iterator[Document]:
         if self.format == "parquet":
-            from producer.sources.parquet import read_parquet  # pyarrow takes its time to import
+            from nermill.producer.sources.parquet import read_parquet  # pyarrow takes its time to import
 
             return read_parquet(self.file, options)
         readers = {"jsonl": read_jsonl, "conll": read_conll, "text": read_text}

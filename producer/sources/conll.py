@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from producer.sources.files import SourceFile
-from producer.sources.options import ReadOptions
-from worker.contracts.document import Document, Fault
-from worker.contracts.errors import UsageError
-from worker.contracts.tags import Scheme, detect_scheme, to_iob2
+from nermill.producer.sources.files import SourceFile
+from nermill.producer.sources.options import ReadOptions
+from nermill.worker.contracts.document import Document, Fault
+from nermill.worker.contracts.errors import UsageError
+from nermill.worker.contracts.tags import Scheme, detect_scheme, to_iob2
 
 DOCSTART = "-DOCSTART-"
 COLUMNS = (4, 2)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, BinaryIO, cast
 
-from worker.contracts.errors import UsageError
+from nermill.worker.contracts.errors import UsageError
 
 STDIN = "-"
 MAX_LINE_BYTES = 32 << 20

@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from producer.sources.files import MAX_LINE_BYTES, SourceFile
-from producer.sources.options import (
+from nermill.producer.sources.files import MAX_LINE_BYTES, SourceFile
+from nermill.producer.sources.options import (
     ReadOptions,
     is_unicode,
     no_id_field,
@@ -17,8 +17,8 @@ from producer.sources.options import (
     record_id,
     text_document,
 )
-from worker.contracts.document import Document, Fault
-from worker.contracts.errors import UsageError
+from nermill.worker.contracts.document import Document, Fault
+from nermill.worker.contracts.errors import UsageError
 
 
 def read_jsonl(file: SourceFile, options: ReadOptions) -> Iterator[Document]:

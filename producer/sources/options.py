@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from worker.contracts.document import Document, Fault
-from worker.contracts.errors import UsageError
+from nermill.worker.contracts.document import Document, Fault
+from nermill.worker.contracts.errors import UsageError
 
 Format = Literal["jsonl", "conll", "text", "parquet"]
 Unit = Literal["sentence", "document"]

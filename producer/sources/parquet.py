@@ -8,10 +8,10 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet as pq
 
-from producer.sources.files import SourceFile, unreadable
-from producer.sources.options import ReadOptions, no_id_field, no_text_field, record_id, text_document
-from worker.contracts.document import Document, Fault
-from worker.contracts.errors import UsageError
+from nermill.producer.sources.files import SourceFile, unreadable
+from nermill.producer.sources.options import ReadOptions, no_id_field, no_text_field, record_id, text_document
+from nermill.worker.contracts.document import Document, Fault
+from nermill.worker.contracts.errors import UsageError
 
 _ROWS = 1024
 

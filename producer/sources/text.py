@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from producer.sources.files import MAX_LINE_BYTES, SourceFile
-from producer.sources.options import ReadOptions, not_utf8, text_document
-from worker.contracts.document import Document, Fault
+from nermill.producer.sources.files import MAX_LINE_BYTES, SourceFile
+from nermill.producer.sources.options import ReadOptions, not_utf8, text_document
+from nermill.worker.contracts.document import Document, Fault
 
 
 def read_text(file: SourceFile, options: ReadOptions) -> Iterator[Document]:

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nermill.worker.contracts.layout import REPORT_JSON, RunFolder, part_name
+from nermill.worker.contracts.plan import Shard, read_plan
+from nermill.worker.contracts.schema import METADATA_PREFIX
 from tests.unit.evaluation.runs import Doc, make_run, stats_of
-from worker.contracts.layout import REPORT_JSON, RunFolder, part_name
-from worker.contracts.plan import Shard, read_plan
-from worker.contracts.schema import METADATA_PREFIX
 
 PARTS, PER_PART = 50, 20_000
 MOST_MIB = 500
@@ -53,7 +53,9 @@ def million_sentences(folder: Path) -> RunFolder:
 def test_a_million_sentences_fit_into_memory(tmp_path: Path) -> None:
     run = million_sentences(tmp_path)
     began = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-m", "producer.cli", "evaluate", run.uri], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nermill.producer.cli", "evaluate", run.uri], stdout=subprocess.DEVNULL
+    )
     _, status, used = os.wait4(process.pid, 0)
     seconds, mib = time.monotonic() - began, used.ru_maxrss / 1024
     process.returncode = os.waitstatus_to_exitcode(status)

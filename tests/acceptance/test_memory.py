@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from nermill.worker.contracts.layout import SUCCESS_FILE
 from tests.harness import harness, texts
-from worker.contracts.layout import SUCCESS_FILE
 
 DOCUMENTS = 200_000
 DOCUMENTS_PER_SHARD = 256

@@ -18,11 +18,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from nermill.worker.contracts.manifest import load_manifest, resolve_artifact
+from nermill.worker.engine.encoder import Architecture
 from tests.benchmarks import host, report
 from tests.benchmarks.corpora import Corpus, default_data, read_corpora, spread
 from tests.benchmarks.ways import WAYS, Models, Sample, make_models, prepared
-from worker.contracts.manifest import load_manifest, resolve_artifact
-from worker.engine.encoder import Architecture
 
 SLOW = {"recipe": 80, "pipeline-1": 16, "pipeline-32": 8, "celery task": 16}  # these tag one in so many documents
 WHOLE = 3250  # sentences whose padding is counted

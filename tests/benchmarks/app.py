@@ -11,11 +11,11 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-import worker.pipeline
-from model_build.shapes import load_costs, parse_shapes
+import nermill.worker.pipeline
+from nermill.model_build.shapes import load_costs, parse_shapes
+from nermill.worker.contracts.manifest import load_manifest
+from nermill.worker.engine import Engine
 from tests.benchmarks.engines import NullEngine, PacedEngine, by_shape, windows_per_second
-from worker.contracts.manifest import load_manifest
-from worker.engine import Engine
 
 RATE = float(os.environ.get("BENCH_RATE", "0"))
 
@@ -29,8 +29,8 @@ def load_engine(artifact: Path, device: str = "cpu", threads: int = 0) -> Engine
     return PacedEngine(manifest, windows_per_second(RATE)) if RATE else NullEngine(manifest)
 
 
-worker.pipeline.load_engine = load_engine  # before worker.app loads anything
+nermill.worker.pipeline.load_engine = load_engine  # before nermill.worker.app loads anything
 
-import worker.app  # noqa: E402
+import nermill.worker.app  # noqa: E402
 
-app = worker.app.app
+app = nermill.worker.app.app

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from producer.sources import ReadOptions, Unit, open_sources
-from worker.contracts.manifest import TOKENIZER_FILE, load_manifest, resolve_artifact
-from worker.contracts.plan import Options
-from worker.windows import cut, tokenize
+from nermill.producer.sources import ReadOptions, Unit, open_sources
+from nermill.worker.contracts.manifest import TOKENIZER_FILE, load_manifest, resolve_artifact
+from nermill.worker.contracts.plan import Options
+from nermill.worker.windows import cut, tokenize
 
 ROOT = Path(__file__).parents[2]
 CONLL = ROOT.parent / "shared" / "data" / "conll2003" / "valid.txt"

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.contracts.manifest import Manifest
-from worker.engine import Batch
+from nermill.worker.contracts.manifest import Manifest
+from nermill.worker.engine import Batch
 
 ANSWERS = 1 << 16  # tokens of answers kept ready
 ENTITY_TOKENS = 0.17  # share of CoNLL-2003's words that are inside an entity
@@ -19,7 +19,7 @@ Pace = Callable[[Batch], float]
 
 
 class NullEngine:
-    """Answers at once, with as many entities as news text has; see ``worker.engine.Engine``."""
+    """Answers at once, with as many entities as news text has; see ``nermill.worker.engine.Engine``."""
 
     device = "cpu"
     in_flight = 2

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from producer.status import part_stats
+from nermill.producer.status import part_stats
+from nermill.worker.contracts.layout import RunFolder
 from tests.benchmarks.corpora import default_data, read_corpora
 from tests.benchmarks.host import APP, repeated
 from tests.harness import harness
-from worker.contracts.layout import RunFolder
 
 SIZES = (10_000, 100_000, 1_000_000)
 WARM_UP = 2_000
@@ -67,7 +67,7 @@ def measure(texts: Sequence[str], count: int, **environment: str) -> Cost:
         source = Path(folder) / "many.jsonl"
         with source.open("w", encoding="utf-8") as lines:  # not as one string: a child's peak begins with our size
             lines.writelines(json.dumps({"id": f"d{n}", "text": texts[n % len(texts)]}) + "\n" for n in range(count))
-        command = [sys.executable, "-m", "producer.cli", "submit", str(source), "--wait", "--json"]
+        command = [sys.executable, "-m", "nermill.producer.cli", "submit", str(source), "--wait", "--json"]
         command += ["--out", f"{mill.out}/run", "--broker", mill.server.url]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
             assert process.stdout is not None

@@ -13,18 +13,18 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from model_build.shapes import best_shapes, load_costs, packing
-from producer.shards import ShardLimits
-from producer.status import Status
+from nermill.model_build.shapes import best_shapes, load_costs, packing
+from nermill.producer.shards import ShardLimits
+from nermill.producer.status import Status
+from nermill.worker.contracts.document import Document
+from nermill.worker.contracts.manifest import TOKENIZER_FILE, load_manifest, resolve_artifact
+from nermill.worker.contracts.plan import Options
+from nermill.worker.contracts.shard import shard_table
+from nermill.worker.pipeline import Pipeline
+from nermill.worker.supervisor import Device, cores_of
 from tests.benchmarks.corpora import Corpus
 from tests.benchmarks.engines import NullEngine
 from tests.harness import Harness, Worker, harness
-from worker.contracts.document import Document
-from worker.contracts.manifest import TOKENIZER_FILE, load_manifest, resolve_artifact
-from worker.contracts.plan import Options
-from worker.contracts.shard import shard_table
-from worker.pipeline import Pipeline
-from worker.supervisor import Device, cores_of
 
 APP = "tests.benchmarks.app"
 COSTS = "310p3-bert-large"

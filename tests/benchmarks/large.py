@@ -22,11 +22,11 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 
+from nermill.worker.contracts.manifest import TOKENIZER_FILE, resolve_artifact
 from tests.benchmarks import report
 from tests.benchmarks.__main__ import flops_of, side_by_side
 from tests.benchmarks.corpora import default_data, read_corpora
 from tests.benchmarks.ways import Models
-from worker.contracts.manifest import TOKENIZER_FILE, resolve_artifact
 
 VOCABULARY = 28_996
 LABELS = ("O", "B-MISC", "I-MISC", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC")
@@ -66,7 +66,7 @@ def run(*arguments: str) -> tuple[float, float, str]:
     """Seconds, peak memory in bytes and standard output of one ``nermill-build``."""
     begun = time.perf_counter()
     with tempfile.TemporaryFile("w+") as out:
-        process = subprocess.Popen([sys.executable, "-m", "model_build.cli", *arguments], stdout=out)
+        process = subprocess.Popen([sys.executable, "-m", "nermill.model_build.cli", *arguments], stdout=out)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)

@@ -23,12 +23,12 @@ import torch
 from seqeval.metrics import f1_score
 from tokenizers import Tokenizer
 
-from model_build.checkpoint import open_checkpoint
-from model_build.corpus import Text, read_texts
-from model_build.demo.recover import recover
-from worker import Tagger
-from worker.contracts.manifest import TOKENIZER_FILE, load_manifest, resolve_artifact
-from worker.engine.encoder import Encoder, build
+from nermill.model_build.checkpoint import open_checkpoint
+from nermill.model_build.corpus import Text, read_texts
+from nermill.model_build.demo.recover import recover
+from nermill.worker import Tagger
+from nermill.worker.contracts.manifest import TOKENIZER_FILE, load_manifest, resolve_artifact
+from nermill.worker.engine.encoder import Encoder, build
 
 LENGTH = 512
 CONSTANTS = {"fp32-min": float(torch.finfo(torch.float32).min), "-10000": -10_000.0, "-1000": -1000.0}

@@ -12,13 +12,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 
-from model_build.demo.recover import recover
-from producer.queue import Queue
-from producer.run import send
+from nermill.model_build.demo.recover import recover
+from nermill.producer.queue import Queue
+from nermill.producer.run import send
+from nermill.worker import Tagger
+from nermill.worker.contracts.layout import RunFolder, part_name
+from nermill.worker.contracts.plan import Plan
 from tests.harness import REAL, Harness, harness
-from worker import Tagger
-from worker.contracts.layout import RunFolder, part_name
-from worker.contracts.plan import Plan
 
 ROUNDS = 5
 LONE_DOCUMENTS = 100
@@ -42,7 +42,7 @@ def main() -> None:
         for number in range(ROUNDS):
             torch.append(_seconds(sys.executable, "-c", LOAD_IN_TORCH, str(weights)))
             cold.append(_cold(mill, number))
-            usage.append(_seconds(sys.executable, "-m", "producer.cli", "--help"))
+            usage.append(_seconds(sys.executable, "-m", "nermill.producer.cli", "--help"))
         print(f"import torch, load the weights     {median(torch):.2f} s")
         print(f"cold worker to its first part      {median(cold):.2f} s = {median(cold) / median(torch):.2f} x")
         print(f"nermill --help                     {median(usage):.2f} s")

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from producer.run import open_run
+from nermill.producer.run import open_run
+from nermill.worker.contracts.layout import part_name
 from tests.benchmarks.corpora import default_data, read_corpora
 from tests.harness import REAL, Harness, harness, texts
-from worker.contracts.layout import part_name
 
 LINGERS = (0.05, 1.0)
 
@@ -53,7 +53,7 @@ def latencies(lines: Sequence[str], rate: float, linger: float) -> tuple[NDArray
     with tempfile.TemporaryDirectory(prefix="nm-") as folder, harness(Path(folder), lease_seconds=60.0) as mill:
         mill.worker(REAL).await_ready()
         mill.wait(*mill.submit(texts(64)))  # what the first documents pay, ours do not
-        command = [sys.executable, "-m", "producer.cli", "submit", "-", "--linger", str(linger), "--json"]
+        command = [sys.executable, "-m", "nermill.producer.cli", "submit", "-", "--linger", str(linger), "--json"]
         command += ["--out", f"{mill.out}/stream", "--broker", mill.server.url]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as sender:
             assert sender.stdin is not None

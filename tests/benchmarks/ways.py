@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from worker.contracts.manifest import TOKENIZER_FILE, load_manifest, resolve_artifact
+from nermill.worker.contracts.manifest import TOKENIZER_FILE, load_manifest, resolve_artifact
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -66,11 +66,11 @@ Way = Callable[[Sequence[str], Models, ExitStack], Measure]  # the stack takes w
 
 def recipe(texts: Sequence[str], models: Models, stack: ExitStack) -> Measure:
     """The reference recipe: a sentence a row of 512, one at a time; its own clock, which sees the forwards alone."""
-    from model_build.checkpoint import open_checkpoint
-    from model_build.corpus import Text
+    from nermill.model_build.checkpoint import open_checkpoint
+    from nermill.model_build.corpus import Text
+    from nermill.worker.engine.encoder import build
     from tests.benchmarks.recipe import LENGTH
     from tests.benchmarks.recipe import recipe as tag
-    from worker.engine.encoder import build
 
     checkpoint = open_checkpoint(str(models.checkpoint))
     model = build(checkpoint.architecture, checkpoint.weights(), plain=True)
@@ -118,7 +118,7 @@ def hugging_face(checkpoint: Path) -> Any:
 
 def task_per_document(texts: Sequence[str], models: Models, stack: ExitStack) -> Measure:
     """A Celery task a document around the same pipeline, its answers through the result backend."""
-    from producer.broker import embedded_broker
+    from nermill.producer.broker import embedded_broker
 
     os.environ["BENCH_BROKER"] = stack.enter_context(embedded_broker()).removeprefix("redis+socket://")
     os.environ["BENCH_CHECKPOINT"] = str(models.checkpoint)
@@ -148,11 +148,11 @@ def engine(form: str) -> Way:
     """The bare engine on ideal batches that were prepared beforehand: only ``run`` is timed."""
 
     def way(texts: Sequence[str], models: Models, stack: ExitStack) -> Measure:
-        from worker.batching import place
-        from worker.contracts.plan import Options
-        from worker.engine import load_engine
-        from worker.pool import Job, Work, lay_out
-        from worker.windows import cut, tokenize
+        from nermill.worker.batching import place
+        from nermill.worker.contracts.plan import Options
+        from nermill.worker.engine import load_engine
+        from nermill.worker.pool import Job, Work, lay_out
+        from nermill.worker.windows import cut, tokenize
 
         artifact = getattr(models, form)
         runner = load_engine(artifact)
@@ -181,7 +181,7 @@ def engine(form: str) -> Way:
 
 def tagger(texts: Sequence[str], models: Models, stack: ExitStack) -> Measure:
     """``Tagger``: the artifact as shipped, without a queue."""
-    from worker import Tagger
+    from nermill.worker import Tagger
 
     loaded = Tagger.load(models.shipped)
     return lambda: _timed(lambda: loaded.tag(texts), len(texts), None)
@@ -209,7 +209,7 @@ def _nermill_run(texts: Sequence[str], artifact: Path, work: Path) -> Sample:
     work.mkdir()
     source = work / "documents.jsonl"
     source.write_text("".join(json.dumps({"id": str(n), "text": text}) + "\n" for n, text in enumerate(texts)), "utf-8")
-    command = [sys.executable, "-m", "producer.cli", "run", str(source), "--out", str(work / "out"), "--json"]
+    command = [sys.executable, "-m", "nermill.producer.cli", "run", str(source), "--out", str(work / "out"), "--json"]
     begun = time.perf_counter()
     with (work / "answer").open("w+b") as answer, (work / "log").open("wb") as log:
         process = subprocess.Popen([*command, "--model", str(artifact)], stdout=answer, stderr=log)
@@ -229,7 +229,7 @@ def peak(texts: Sequence[str], models: Models, stack: ExitStack) -> Measure:
     """The machine's fp32 matrix product in GFLOP/s: the best of three libraries and two sizes."""
     import torch
 
-    from worker.engine.layers import Linear, OneDnnLinear
+    from nermill.worker.engine.layers import Linear, OneDnnLinear
 
     def products(rows: int, inner: int, columns: int) -> list[Callable[[], object]]:
         x, linear = torch.ones(rows, inner), Linear(inner, columns).requires_grad_(False)
@@ -319,9 +319,9 @@ def _serve(connection: Connection, name: str, texts: Sequence[str], models: Mode
 
 def make_models(folder: Path) -> Models:
     """Takes the shipped model's checkpoint back from it and compiles that in fp32."""
-    from model_build.demo.recover import recover
+    from nermill.model_build.demo.recover import recover
 
     recover(folder / "checkpoint")
     command = ["compile", str(folder / "checkpoint"), "--out", str(folder / "fp32"), "--backend", "torch"]
-    subprocess.run([sys.executable, "-m", "model_build.cli", *command], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "nermill.model_build.cli", *command], check=True, stdout=subprocess.DEVNULL)
     return Models(resolve_artifact("demo"), folder / "fp32", folder / "checkpoint")

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-import worker.pipeline
+import nermill.worker.pipeline
+from nermill.worker.contracts.manifest import TOKENIZER_FILE
+from nermill.worker.engine import Batch, Engine
 from tests.doubles.engine import HashEngine, manifest
-from worker.contracts.manifest import TOKENIZER_FILE
-from worker.engine import Batch, Engine
 
 SECONDS = float(os.environ.get("FAULT_BATCH_SECONDS", "0"))
 
@@ -94,7 +95,7 @@ def die_after(owner: Any, name: str) -> None:
 def evaluate(run: RunFolder) -> dict[str, Any]:
     trace("evaluates")
     time.sleep(float(os.environ.get("FAULT_EVALUATION_SECONDS", "0")))
-    report = worker.evaluation.evaluate(run)
+    report = nermill.worker.evaluation.evaluate(run)
     trace("evaluated")
     return report
 
@@ -113,23 +114,23 @@ def meet(folder: Path) -> None:
     Ledger.complete = together  # type: ignore[method-assign, assignment]
 
 
-worker.pipeline.load_engine = load_engine  # before worker.app loads anything
+nermill.worker.pipeline.load_engine = load_engine  # before nermill.worker.app loads anything
 
-import worker.app  # noqa: E402
-import worker.mill  # noqa: E402
-import worker.parts  # noqa: E402
+import nermill.worker.app  # noqa: E402
+import nermill.worker.mill  # noqa: E402
+import nermill.worker.parts  # noqa: E402
+from nermill.worker.contracts import patience  # noqa: E402
+from nermill.worker.contracts.layout import RunFolder  # noqa: E402
+from nermill.worker.contracts.ledger import Claim, Completion, Ledger  # noqa: E402
+from nermill.worker.mill import Mill  # noqa: E402
 from tests.doubles import store  # noqa: E402, F401 - makes faulty:// known
-from worker.contracts import patience  # noqa: E402
-from worker.contracts.layout import RunFolder  # noqa: E402
-from worker.contracts.ledger import Claim, Completion, Ledger  # noqa: E402
-from worker.mill import Mill  # noqa: E402
 
-worker.mill.evaluate = evaluate
+nermill.worker.mill.evaluate = evaluate
 patience.SECONDS = float(os.environ.get("FAULT_STORE_SECONDS", patience.SECONDS))
 
 FAULT_POINTS = {
     "sync": (os, "fsync"),
-    "rename": (worker.parts, "commit"),
+    "rename": (nermill.worker.parts, "commit"),
     "done": (Ledger, "complete"),
     "ack": (Mill, "answer_bell"),
 }
@@ -139,4 +140,7 @@ if point := os.environ.get("FAULT_DIE_AT"):
 if folder := os.environ.get("FAULT_MEET"):
     meet(Path(folder))
 
-app = worker.app.app
+app = nermill.worker.app.app
+
+if __name__ == "__main__":
+    app.worker_main(sys.argv[1:])

@@ -8,9 +8,9 @@ import threading
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.contracts.errors import EngineError
-from worker.contracts.manifest import Input, Manifest
-from worker.engine import Batch
+from nermill.worker.contracts.errors import EngineError
+from nermill.worker.contracts.manifest import Input, Manifest
+from nermill.worker.engine import Batch
 
 LABELS = ("O", "B-MISC", "I-MISC", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC")
 

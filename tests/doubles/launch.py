@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from worker import launch, supervisor
+import os
+from pathlib import Path
 
+from nermill.worker import launch, supervisor
+
+# Worker processes have no working directory on their import path.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
 supervisor.APP = "tests.doubles.app"
 
 if __name__ == "__main__":

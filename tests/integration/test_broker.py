@@ -18,12 +18,12 @@ import pytest
 import redis
 from kombu import Connection
 
-from producer.broker import embedded_broker, find_server_binary
-from worker.contracts.errors import BrokerError, UsageError
+from nermill.producer.broker import embedded_broker, find_server_binary
+from nermill.worker.contracts.errors import BrokerError, UsageError
 
 OWNER = """
 import time
-from producer.broker import embedded_broker
+from nermill.producer.broker import embedded_broker
 with embedded_broker() as url:
     print(url, flush=True)
     time.sleep(60)

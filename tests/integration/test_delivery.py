@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from producer.run import resume, send
+from nermill.producer.run import resume, send
+from nermill.worker.contracts.layout import SUCCESS_FILE
+from nermill.worker.contracts.message import KEY_PREFIX, MAX_BELLS, QUEUE
 from tests.chaos import undisturbed
 from tests.harness import Harness, rows, texts
-from worker.contracts.layout import SUCCESS_FILE
-from worker.contracts.message import KEY_PREFIX, MAX_BELLS, QUEUE
 
 DOCUMENTS = texts(600)
 

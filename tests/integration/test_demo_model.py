@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from worker import Tagger
+from nermill.worker import Tagger
 
 
 @pytest.fixture(scope="module")

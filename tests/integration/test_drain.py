@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from producer.status import part_stats
+from nermill.producer.status import part_stats
+from nermill.worker.contracts.layout import RunFolder
+from nermill.worker.mill import HAND_BACK_SECONDS
 from tests.chaos import undisturbed
 from tests.harness import Harness, rows, texts
-from worker.contracts.layout import RunFolder
-from worker.mill import HAND_BACK_SECONDS
 
 DOCUMENTS = texts(960)
 DELAY = 5.0  # of a machine that does much else

@@ -13,17 +13,17 @@ from urllib.request import urlopen
 
 from tokenizers import Tokenizer
 
+from nermill.worker.contracts.layout import part_name
+from nermill.worker.contracts.ledger import Ledger
+from nermill.worker.contracts.manifest import TOKENIZER_FILE, resolve_artifact
+from nermill.worker.contracts.message import KEY_PREFIX, QUEUE
+from nermill.worker.metrics import Metrics
+from nermill.worker.mill import Mill
+from nermill.worker.pipeline import Pipeline
+from nermill.worker.settings import Settings
 from tests import fuzz
 from tests.doubles.engine import HashEngine, manifest
 from tests.harness import Harness, rows, texts
-from worker.contracts.layout import part_name
-from worker.contracts.ledger import Ledger
-from worker.contracts.manifest import TOKENIZER_FILE, resolve_artifact
-from worker.contracts.message import KEY_PREFIX, QUEUE
-from worker.metrics import Metrics
-from worker.mill import Mill
-from worker.pipeline import Pipeline
-from worker.settings import Settings
 
 SECRET = "the content of another's file"
 

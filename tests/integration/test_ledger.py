@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from redis import Redis
 
-from worker.contracts.broker import redis_client
-from worker.contracts.errors import MessageError
-from worker.contracts.ledger import FINISH, Claim, Ledger
-from worker.contracts.plan import Options, Shard
+from nermill.worker.contracts.broker import redis_client
+from nermill.worker.contracts.errors import MessageError
+from nermill.worker.contracts.ledger import FINISH, Claim, Ledger
+from nermill.worker.contracts.plan import Options, Shard
 
 LEASE = 60.0
 SHA = "0" * 64

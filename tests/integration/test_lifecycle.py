@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from producer.rejects import read_rejects, retry
-from producer.run import cancel, open_run, resume
-from producer.status import look
+from nermill.producer.rejects import read_rejects, retry
+from nermill.producer.run import cancel, open_run, resume
+from nermill.producer.status import look
+from nermill.worker.contracts.layout import SUCCESS_FILE, RunFolder
+from nermill.worker.contracts.plan import Plan
 from tests.chaos import undisturbed
 from tests.harness import Harness, rows, texts
-from worker.contracts.layout import SUCCESS_FILE, RunFolder
-from worker.contracts.plan import Plan
 
 DOCUMENTS = texts(640)
 
@@ -34,7 +34,7 @@ def submit(mill: Harness) -> tuple[RunFolder, Plan]:
 
 def ask(mill: Harness, command: str, run: RunFolder) -> tuple[int, dict[str, Any]]:
     """A ``nermill`` command's exit code and ``--json``."""
-    arguments = [sys.executable, "-m", "producer.cli", command, run.uri, "--broker", mill.server.url, "--json"]
+    arguments = [sys.executable, "-m", "nermill.producer.cli", command, run.uri, "--broker", mill.server.url, "--json"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout, done.stderr
     return done.returncode, json.loads(done.stdout)

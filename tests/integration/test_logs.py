@@ -16,16 +16,16 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
+from nermill.worker import logs, tracing
+from nermill.worker.contracts.ledger import Ledger
+from nermill.worker.contracts.manifest import TOKENIZER_FILE, resolve_artifact
+from nermill.worker.contracts.plan import Plan
+from nermill.worker.metrics import Metrics
+from nermill.worker.mill import Mill
+from nermill.worker.pipeline import Pipeline
+from nermill.worker.settings import Settings
 from tests.doubles.engine import HashEngine, manifest
 from tests.harness import Harness, texts
-from worker import logs, tracing
-from worker.contracts.ledger import Ledger
-from worker.contracts.manifest import TOKENIZER_FILE, resolve_artifact
-from worker.contracts.plan import Plan
-from worker.metrics import Metrics
-from worker.mill import Mill
-from worker.pipeline import Pipeline
-from worker.settings import Settings
 
 LAUNCH = [sys.executable, "-m", "tests.doubles.launch", "--devices", "cpu"]
 NEVER = "Secret document text"
@@ -165,7 +165,8 @@ def test_a_shard_that_fails_is_a_span_with_its_error(milled: tuple[Mill, Plan], 
 def test_without_an_endpoint_nothing_of_opentelemetry_is_imported() -> None:
     """Nothing by us: redis-py looks for what it knows of it, where that is installed."""
     code = (
-        "import sys, os; from worker import tracing; tracing.start_from(os.environ, 'w', 'cpu'); import worker.mill;"
+        "import sys, os; from nermill.worker import tracing; tracing.start_from(os.environ, 'w', 'cpu');"
+        "import nermill.worker.mill;"
         "print([m for m in sys.modules if m.startswith(('opentelemetry.sdk.trace', 'opentelemetry.exporter'))])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

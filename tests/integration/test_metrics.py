@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 from prometheus_client import Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
-from producer.status import look
+from nermill.producer.status import look
+from nermill.worker.contracts.errors import EngineError
+from nermill.worker.engine import Batch
+from nermill.worker.metrics import FILL_BUCKETS, MeteredEngine
 from tests.doubles.engine import HashEngine, manifest
 from tests.harness import Harness, free_port, texts
-from worker.contracts.errors import EngineError
-from worker.engine import Batch
-from worker.metrics import FILL_BUCKETS, MeteredEngine
 
 MIXED = [text if n % 25 else "" for n, text in enumerate(texts(1500))]  # each 25th is rejected
 needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")

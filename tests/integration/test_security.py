@@ -13,12 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from producer.queue import Queue
-from producer.run import send
+from nermill.producer.queue import Queue
+from nermill.producer.run import send
+from nermill.worker.contracts.broker import celery_app, redacted
+from nermill.worker.contracts.errors import BrokerError, StoreError
 from tests.doubles.tls import make_certificate, tls_proxy
 from tests.harness import DOUBLE, Harness, rows, texts
-from worker.contracts.broker import celery_app, redacted
-from worker.contracts.errors import BrokerError, StoreError
 
 PASSWORD = "s3cret-pass"
 RIGHTS = "~nermill:* &nermill:* +@all -@admin -@dangerous +info"  # as SECURITY.md has them
@@ -69,7 +69,7 @@ def test_without_the_password_nobody_enters(mill: Harness, user_url: str, user: 
 def test_no_password_is_seen_from_outside(mill: Harness, user_url: str) -> None:
     """Neither in process titles, nor in logs, nor in what commands print, whichever way the URL was given."""
     environment = {**os.environ, "NERMILL_ALLOWED_ROOTS": str(mill.out), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "worker.launch", "--devices", "cpu", "--broker", user_url]
+    command = [sys.executable, "-m", "nermill.worker.launch", "--devices", "cpu", "--broker", user_url]
     with (mill.folder / "worker.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
@@ -86,7 +86,7 @@ def test_no_password_is_seen_from_outside(mill: Harness, user_url: str) -> None:
     assert PASSWORD not in (mill.folder / "worker.log").read_text()
     for arguments in (["status", run.uri, "--json"], ["doctor", "--json"], ["resume", run.uri]):
         asked = subprocess.run(
-            [sys.executable, "-m", "producer.cli", *arguments],
+            [sys.executable, "-m", "nermill.producer.cli", *arguments],
             env={**environment, "NERMILL_BROKER_URL": user_url},
             capture_output=True,
             text=True,

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 import tests.doubles.store  # noqa: F401 - makes faulty:// known
+from nermill.worker.contracts.layout import SUCCESS_FILE, RunFolder
+from nermill.worker.contracts.plan import Plan
 from tests.harness import Harness, harness, rows, texts
-from worker.contracts.layout import SUCCESS_FILE, RunFolder
-from worker.contracts.plan import Plan
 
 FILE_LIMIT = 16 << 10
 DOCUMENTS = texts(2000)

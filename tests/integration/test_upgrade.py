@@ -10,12 +10,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from producer.run import resume
+from nermill.producer.run import resume
+from nermill.worker.contracts.layout import RunFolder
+from nermill.worker.contracts.manifest import load_manifest, resolve_artifact
+from nermill.worker.contracts.schema import metadata_of
 from tests.doubles.engine import manifest
 from tests.harness import REAL, Harness, Worker, rows, texts
-from worker.contracts.layout import RunFolder
-from worker.contracts.manifest import load_manifest, resolve_artifact
-from worker.contracts.schema import metadata_of
 
 DOCUMENTS = texts(1_200)
 OLD = manifest().sha256
@@ -44,7 +44,7 @@ def artifacts(run: RunFolder) -> set[str]:
 
 def ask(mill: Harness, *command: str) -> tuple[int, dict[str, Any]]:
     """A ``nermill`` command's exit code and ``--json``."""
-    arguments = [sys.executable, "-m", "producer.cli", *command, "--broker", mill.server.url, "--json"]
+    arguments = [sys.executable, "-m", "nermill.producer.cli", *command, "--broker", mill.server.url, "--json"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout, done.stderr
     return done.returncode, json.loads(done.stdout)

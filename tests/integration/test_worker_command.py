@@ -16,12 +16,12 @@ from urllib.request import urlopen
 import pytest
 from kombu import Connection, Exchange, Producer, Queue
 
+from nermill.worker.contracts.broker import TRANSPORT_OPTIONS
+from nermill.worker.contracts.manifest import resolve_artifact
+from nermill.worker.contracts.message import QUEUE, TASK
 from tests.harness import REAL, Harness, rows, texts
-from worker.contracts.broker import TRANSPORT_OPTIONS
-from worker.contracts.manifest import resolve_artifact
-from worker.contracts.message import QUEUE, TASK
 
-WORKER = [sys.executable, "-m", "worker.launch"]
+WORKER = [sys.executable, "-m", "nermill.worker.launch"]
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

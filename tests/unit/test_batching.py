@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nermill.worker.batching import Placement, cost, pack, place, spread
 from tests.doubles.engine import manifest
-from worker.batching import Placement, cost, pack, place, spread
 
 LENGTHS = st.lists(st.integers(3, 64), min_size=1, max_size=120).map(lambda values: np.array(values, np.int64))
 SHAPES = st.sampled_from([((1, 64),), ((4, 64),), ((2, 128),), ((1, 64), (4, 128)), ((16, 64), (1, 512))])

@@ -9,13 +9,13 @@ pytest.importorskip("torch")
 
 import torch
 
+from nermill.worker.engine import Batch
+from nermill.worker.engine.cuda import Lane
+from nermill.worker.engine.encoder import Architecture, Encoder
+from nermill.worker.engine.inputs import named_inputs
+from nermill.worker.engine.layers import Attention, FusedAttention, replace
 from tests.doubles import cuda as double
 from tests.doubles.engine import LABELS, manifest
-from worker.engine import Batch
-from worker.engine.cuda import Lane
-from worker.engine.encoder import Architecture, Encoder
-from worker.engine.inputs import named_inputs
-from worker.engine.layers import Attention, FusedAttention, replace
 
 SHAPES = ((2, 16), (1, 32))
 SIZES = Architecture(150, 64, 2, 16, 16, 2, 4, 32, len(LABELS), "gelu", 1e-12)

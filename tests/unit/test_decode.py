@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from seqeval.metrics.sequence_labeling import get_entities
 
+from nermill.worker import decode
 from tests.doubles.engine import LABELS
-from worker import decode
 
 MODEL = decode.Labels(LABELS)
 TAGS = st.lists(st.sampled_from(LABELS), max_size=30)

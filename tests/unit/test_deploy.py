@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from worker.settings import Settings
-from worker.supervisor import SILENT_SECONDS, START_SECONDS
+from nermill.worker.settings import Settings
+from nermill.worker.supervisor import SILENT_SECONDS, START_SECONDS
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
 keda = pytest.importorskip("cloudcoil.models.keda.v1alpha1")
@@ -209,10 +209,10 @@ def test_scaler_asks_for_metrics_and_a_queue_that_exist(deploy: Path) -> None:
     pytest.importorskip("prometheus_client")
     from tokenizers import Tokenizer, models
 
+    from nermill.worker.contracts.message import KEY_PREFIX, QUEUE
+    from nermill.worker.metrics import Metrics
+    from nermill.worker.pipeline import Pipeline
     from tests.doubles.engine import HashEngine, manifest
-    from worker.contracts.message import KEY_PREFIX, QUEUE
-    from worker.metrics import Metrics
-    from worker.pipeline import Pipeline
 
     metrics = Metrics()
     pipeline = Pipeline(HashEngine(manifest()), Tokenizer(models.WordLevel()))
@@ -294,8 +294,8 @@ def test_every_alert_has_its_paragraph_with_a_command(deploy: Path) -> None:
 def test_the_guide_names_commands_options_and_settings_that_exist(root: Path, deploy: Path) -> None:
     from typer.main import get_command
 
-    from model_build.cli import app as build
-    from producer.cli import app as producer
+    from nermill.model_build.cli import app as build
+    from nermill.producer.cli import app as producer
 
     known = {"nermill": get_command(producer), "nermill-build": get_command(build)}
     guide = (deploy / "README.md").read_text("utf-8")

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from nermill.worker import pipeline
+from nermill.worker.contracts.errors import ArtifactError, EngineError
+from nermill.worker.contracts.manifest import Input, load_manifest, resolve_artifact
+from nermill.worker.engine import Batch, load_engine, warmup
+from nermill.worker.engine.golden import Golden, golden_difference, lay_rows, load_golden, run_alone, smallest_shape
+from nermill.worker.engine.inputs import check_names, named_inputs
+from nermill.worker.engine.warmup import token_budget
 from tests.doubles.engine import HashEngine, manifest
-from worker import pipeline
-from worker.contracts.errors import ArtifactError, EngineError
-from worker.contracts.manifest import Input, load_manifest, resolve_artifact
-from worker.engine import Batch, load_engine, warmup
-from worker.engine.golden import Golden, golden_difference, lay_rows, load_golden, run_alone, smallest_shape
-from worker.engine.inputs import check_names, named_inputs
-from worker.engine.warmup import token_budget
 
 PLAIN = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -82,7 +82,7 @@ def test_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 def test_onnx_engine_imports_neither_torch_nor_transformers(root: Path) -> None:
     pytest.importorskip("onnxruntime")
     code = (
-        "import sys; from pathlib import Path; from worker import Tagger;"
+        "import sys; from pathlib import Path; from nermill.worker import Tagger;"
         "found = Tagger.load('demo', threads=1).tag(['Angela Merkel met Barack Obama in Berlin.'])[0].entities;"
         "print([(e.text, e.label) for e in found]);"
         "assert {'torch', 'transformers', 'onnx'}.isdisjoint(sys.modules)"

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from worker.contracts.errors import ArtifactError
-from worker.contracts.manifest import FILE_NAME, load_manifest, resolve_artifact
+from nermill.worker.contracts.errors import ArtifactError
+from nermill.worker.contracts.manifest import FILE_NAME, load_manifest, resolve_artifact
 
 Change = Callable[[dict[str, Any]], object]
 

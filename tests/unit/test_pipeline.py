@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from nermill.worker.contracts.document import Annotation
+from nermill.worker.contracts.errors import EngineError
+from nermill.worker.contracts.manifest import TOKENIZER_FILE, resolve_artifact
+from nermill.worker.engine import Batch
+from nermill.worker.pipeline import Pipeline, Tagger
+from nermill.worker.pool import Job, Pool, lay_out
+from nermill.worker.windows import SPECIAL_TOKENS, Tokens, Windows, cut
 from tests.doubles.engine import HashEngine, manifest
-from worker.contracts.document import Annotation
-from worker.contracts.errors import EngineError
-from worker.contracts.manifest import TOKENIZER_FILE, resolve_artifact
-from worker.engine import Batch
-from worker.pipeline import Pipeline, Tagger
-from worker.pool import Job, Pool, lay_out
-from worker.windows import SPECIAL_TOKENS, Tokens, Windows, cut
 
 PIECES = st.sampled_from(
     [*"abc ABC.,-'\r\n\t\0", "é", "e\u0301", "ß", "İ", "我", "א", "ع", "\u200f", "👩‍👩‍👧", "🇺🇳", "\ufeff"]
@@ -185,7 +185,7 @@ def test_the_next_batch_is_made_while_the_device_works(tokenizer: Tokenizer, mon
                 assert made_batches.acquire(timeout=10), "nobody makes a second batch while the first one is computed"
             return super().run(batch)
 
-    monkeypatch.setattr("worker.pipeline.lay_out", lay_out_and_tell)
+    monkeypatch.setattr("nermill.worker.pipeline.lay_out", lay_out_and_tell)
     with tagger(tokenizer, Patient(manifest(token_budget=32))) as made:
         assert len(made.tag(["London and Paris and Rome"] * 20)) == 20
 
@@ -194,7 +194,7 @@ def test_an_error_of_ours_ends_the_wait_for_the_device(tokenizer: Tokenizer, mon
     def broken(*_: Any) -> Batch:
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr("worker.pipeline.lay_out", broken)
+    monkeypatch.setattr("nermill.worker.pipeline.lay_out", broken)
     with tagger(tokenizer, HashEngine(manifest())) as made, pytest.raises(EngineError, match="ZeroDivisionError: ours"):
         made.tag(["a"])
 

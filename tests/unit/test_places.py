@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from worker.contracts import patience
-from worker.contracts.errors import StoreError
-from worker.contracts.layout import ASIDE_SECONDS, RunFolder
-from worker.contracts.schema import part_schema
-from worker.contracts.store import ObjectStore
-from worker.parts import Committed, commit
-from worker.settings import Settings, is_allowed
+from nermill.worker.contracts import patience
+from nermill.worker.contracts.errors import StoreError
+from nermill.worker.contracts.layout import ASIDE_SECONDS, RunFolder
+from nermill.worker.contracts.schema import part_schema
+from nermill.worker.contracts.store import ObjectStore
+from nermill.worker.parts import Committed, commit
+from nermill.worker.settings import Settings, is_allowed
 
 
 @pytest.mark.parametrize("uri", ["{root}", "{root}/run=1", "{root}/a/../run=1", "file://{root}/run=1"])

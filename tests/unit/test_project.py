@@ -59,7 +59,7 @@ def third_party(paths: Iterator[Path]) -> dict[str, str]:
                 names = [node.module]
             for name in names:
                 top = name.partition(".")[0]
-                if top not in {*sys.stdlib_module_names, *PACKAGES, "tests", "_typeshed"}:
+                if top not in {*sys.stdlib_module_names, "nermill", "tests", "_typeshed"}:
                     found.setdefault(top, str(path))
     return found
 
@@ -107,11 +107,20 @@ def test_constraints_pin_every_dependency(root: Path, project: dict, python: str
 
 def test_import_contracts_hold(root: Path) -> None:
     lint = Path(sys.executable).with_name("lint-imports")
-    answer = subprocess.run([lint, "--no-cache"], cwd=root, env={"PYTHONPATH": "."}, capture_output=True, text=True)
+    answer = subprocess.run([lint, "--no-cache"], cwd=root, env={"PYTHONPATH": ".src"}, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stdout
 
 
-@pytest.mark.parametrize("module", ["producer", "producer.cli", "worker.contracts", "worker", "model_build.cli"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "nermill.producer",
+        "nermill.producer.cli",
+        "nermill.worker.contracts",
+        "nermill.worker",
+        "nermill.model_build.cli",
+    ],
+)
 def test_import_is_light(root: Path, module: str) -> None:
     code = f"import {module}, json, sys; print(json.dumps([name.partition('.')[0] for name in sys.modules]))"
     answer = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
@@ -122,7 +131,7 @@ def test_the_engine_leaves_no_trace_at_home(root: Path, tmp_path: Path) -> None:
     """ONNX Runtime >= 1.29 would write a device id and send events, unless it is told not to before it is imported."""
     pytest.importorskip("onnxruntime")
     code = (
-        "from worker.contracts.manifest import resolve_artifact; from worker.engine import load_engine;"
+        "from nermill.worker.contracts.manifest import resolve_artifact; from nermill.worker.engine import load_engine;"
         "load_engine(resolve_artifact('demo')).close()"
     )
     environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
@@ -160,17 +169,19 @@ def test_wheel_holds_what_a_run_needs_and_no_tests(wheel: Path, project: dict) -
     wanted = {"worker/contracts/ledger.lua", "worker/py.typed", "producer/py.typed", "model_build/py.typed"}
     wanted |= {f"model_build/demo/sample/{name}" for name in ("README.md", "wikigold.conll", "wikigold.jsonl")}
     wanted |= {"model_build/demo/artifact/manifest.json"}
-    assert wanted <= set(names)
+    assert {f"nermill/{name}" for name in wanted} <= set(names)
     assert {"LICENSE", "NOTICE"} <= {Path(name).name for name in names}
-    assert {name.partition("/")[0] for name in names} == {*PACKAGES, f"nermill-{project['version']}.dist-info"}
+    assert {name.partition("/")[0] for name in names} == {"nermill", f"nermill-{project['version']}.dist-info"}
     assert not any(name.endswith((".pyc", ".orig")) for name in names)
 
 
 def test_installed_wheel_loads_the_sample_and_the_demo_model(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = (
-        "from importlib.resources import files; from worker.contracts.manifest import load_manifest, resolve_artifact;"
-        "sample = files('model_build.demo').joinpath('sample/wikigold.conll'); print(sample, len(sample.read_text()));"
+        "from importlib.resources import files;"
+        "from nermill.worker.contracts.manifest import load_manifest, resolve_artifact;"
+        "sample = files('nermill.model_build.demo').joinpath('sample/wikigold.conll');"
+        "print(sample, len(sample.read_text()));"
         "print(load_manifest(resolve_artifact('demo')).name)"
     )
     environment = {"PYTHONPATH": str(tmp_path / "site")}

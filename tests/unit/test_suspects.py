@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.contracts.ledger import MAX_ATTEMPTS
-from worker.suspects import trials
+from nermill.worker.contracts.ledger import MAX_ATTEMPTS
+from nermill.worker.suspects import trials
 
 
 def search(first: int, count: int, poison: set[int]) -> tuple[set[int], int]:

@@ -9,8 +9,8 @@ import re
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from worker.contracts.errors import BrokerError, UsageError
-from worker.contracts.message import KEY_PREFIX, QUEUE
+from nermill.worker.contracts.errors import BrokerError, UsageError
+from nermill.worker.contracts.message import KEY_PREFIX, QUEUE
 
 if TYPE_CHECKING:
     from celery import Celery

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 
-from worker.contracts.errors import NermillError, UsageError
+from nermill.worker.contracts.errors import NermillError, UsageError
 
 INTERRUPTED = 3  # not complete; it can be gone on with
 _SHELL_INTERRUPTED = 130  # what the parser answers after Ctrl-C

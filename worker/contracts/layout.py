@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 
-from worker.contracts.store import Disk, Store, open_store, telling
+from nermill.worker.contracts.store import Disk, Store, open_store, telling
 
 PLAN_FILE = "plan.json"
 SUCCESS_FILE = "_SUCCESS"

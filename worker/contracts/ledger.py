@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass
 from importlib.resources import files
 from typing import Any, Protocol
 
-from worker.contracts.errors import MessageError
-from worker.contracts.layout import RunFolder
-from worker.contracts.message import KEY_PREFIX
-from worker.contracts.plan import RUN_ID, SHA256, Options, Shard, options_from
+from nermill.worker.contracts.errors import MessageError
+from nermill.worker.contracts.layout import RunFolder
+from nermill.worker.contracts.message import KEY_PREFIX
+from nermill.worker.contracts.plan import RUN_ID, SHA256, Options, Shard, options_from
 
 FINISH = -1  # number of a run's last step, which is leased like a shard: _SUCCESS and evaluation
 MAX_ATTEMPTS = 3  # tries of a whole shard before its documents are tried one by one
@@ -27,7 +27,7 @@ MAX_STRIKES = 2  # crashes of one document, alone, before it is rejected
 MAX_INDEX = 1 << 62  # of a document; parts hold it in 64 bits
 CLOSED_SECONDS = 86_400  # how long a finished run's counters stay readable
 _SEND_CHUNK = 500
-_SOURCE = files("worker.contracts").joinpath("ledger.lua").read_text("utf-8")
+_SOURCE = files("nermill.worker.contracts").joinpath("ledger.lua").read_text("utf-8")
 
 
 class RedisClient(Protocol):

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from worker.contracts.errors import ArtifactError
+from nermill.worker.contracts.errors import ArtifactError
 
 SCHEMA_VERSION = 1
 FILE_NAME = "manifest.json"
@@ -163,7 +163,7 @@ def resolve_artifact(model: str) -> Path:
     """The artifact's folder for ``demo`` (the bundled model) or a path."""
     if model != "demo":
         return Path(model)
-    spec = find_spec("model_build")
+    spec = find_spec("nermill.model_build")
     if spec is None or spec.origin is None:
         raise ArtifactError("the bundled demo model is not installed; name an artifact with --model")
     return Path(spec.origin).parent / "demo" / "artifact"

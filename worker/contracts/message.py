@@ -11,7 +11,7 @@ import json
 from base64 import b64decode
 from typing import Any
 
-from worker.contracts.errors import MessageError
+from nermill.worker.contracts.errors import MessageError
 
 MESSAGE_VERSION = 1
 TASK = "nermill.tag"

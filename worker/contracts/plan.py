@@ -7,8 +7,8 @@ import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
-from worker.contracts.errors import UsageError
-from worker.contracts.layout import PLAN_FILE, RunFolder
+from nermill.worker.contracts.errors import UsageError
+from nermill.worker.contracts.layout import PLAN_FILE, RunFolder
 
 PLAN_VERSION = 1
 RUN_ID = re.compile(r"[0-9a-z][0-9a-z_-]{0,63}")

@@ -10,10 +10,10 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import ipc
 
-from worker.contracts.document import Document, Fault
-from worker.contracts.errors import UsageError
-from worker.contracts.layout import RunFolder
-from worker.contracts.schema import SHARD
+from nermill.worker.contracts.document import Document, Fault
+from nermill.worker.contracts.errors import UsageError
+from nermill.worker.contracts.layout import RunFolder
+from nermill.worker.contracts.schema import SHARD
 
 _WRITE = ipc.IpcWriteOptions(compression="zstd")
 

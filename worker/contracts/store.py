@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
-from worker.contracts import patience
-from worker.contracts.errors import StoreError
+from nermill.worker.contracts import patience
+from nermill.worker.contracts.errors import StoreError
 
 _LOCAL_SCHEMES = ("file://", "local://")
 _BYTES_PER_SECOND = 1 << 20  # the slowest store that is waited for

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from worker.contracts.errors import ArtifactError
-from worker.contracts.manifest import Manifest, load_manifest
+from nermill.worker.contracts.errors import ArtifactError
+from nermill.worker.contracts.manifest import Manifest, load_manifest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,14 +70,14 @@ def load_engine(artifact: Path, device: str = "cpu", threads: int = 0) -> Engine
     manifest = load_manifest(artifact)
     try:
         if manifest.backend == "onnx":
-            from worker.engine.onnx import OnnxEngine
+            from nermill.worker.engine.onnx import OnnxEngine
 
             return OnnxEngine(artifact, manifest, device, threads)
         if manifest.backend == "torch":
-            from worker.engine.torch import TorchEngine
+            from nermill.worker.engine.torch import TorchEngine
 
             return TorchEngine(artifact, manifest, device, threads)
-        from worker.engine.aie import AieEngine
+        from nermill.worker.engine.aie import AieEngine
 
         return AieEngine(artifact, manifest, device)
     except ModuleNotFoundError as error:

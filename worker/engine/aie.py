@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from worker.contracts.errors import ArtifactError
-from worker.contracts.manifest import Manifest
-from worker.engine import Batch
-from worker.engine.inputs import check_names, lines_of, named_inputs, refusal
+from nermill.worker.contracts.errors import ArtifactError
+from nermill.worker.contracts.manifest import Manifest
+from nermill.worker.engine import Batch
+from nermill.worker.engine.inputs import check_names, lines_of, named_inputs, refusal
 
 PACKAGES = ("mindietorch", "torch_aie")
 
@@ -40,7 +40,7 @@ def import_package() -> Any:
 
 
 class AieEngine:
-    """A module compiled for an NPU; see ``worker.engine.Engine``. One process serves one chip."""
+    """A module compiled for an NPU; see ``nermill.worker.engine.Engine``. One process serves one chip."""
 
     in_flight = 2
 

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from worker.contracts.manifest import Manifest
-from worker.engine.inputs import named_inputs
-from worker.engine.warmup import blank_batch
+from nermill.worker.contracts.manifest import Manifest
+from nermill.worker.engine.inputs import named_inputs
+from nermill.worker.engine.warmup import blank_batch
 
 
 class Graph:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from worker.engine.layers import Attention, Linear, empty_int8, replace
+from nermill.worker.engine.layers import Attention, Linear, empty_int8, replace
 
 MASKED = -10_000.0  # dominates every score, and float16 holds it: no infinity, no NaN (fp32's minimum has both there)
 
@@ -25,7 +25,7 @@ class Architecture:
         embedding: Width of the embeddings; projected to ``hidden`` where it differs (ELECTRA).
         hidden, layers, heads, intermediate: Of the encoder.
         labels: Logits of each token.
-        activation: Key of ``worker.engine.layers.ACTIVATIONS``.
+        activation: Key of ``nermill.worker.engine.layers.ACTIVATIONS``.
         epsilon: Of the layer norms.
         position_offset: Position id of a window's first token.
     """

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.contracts.errors import ArtifactError
-from worker.contracts.manifest import GOLDEN_FILE, Manifest
-from worker.engine import Batch
+from nermill.worker.contracts.errors import ArtifactError
+from nermill.worker.contracts.manifest import GOLDEN_FILE, Manifest
+from nermill.worker.engine import Batch
 
 if TYPE_CHECKING:
-    from worker.engine import Engine
+    from nermill.worker.engine import Engine
 
 Ids = Sequence[int]
 

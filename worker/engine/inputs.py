@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.contracts.errors import ArtifactError, EngineError
-from worker.contracts.manifest import Manifest
+from nermill.worker.contracts.errors import ArtifactError, EngineError
+from nermill.worker.contracts.manifest import Manifest
 
 if TYPE_CHECKING:
-    from worker.engine import Batch
+    from nermill.worker.engine import Batch
 
 KNOWN = {
     "packed": ("input_ids", "segments", "position_ids"),

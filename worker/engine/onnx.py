@@ -12,10 +12,10 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from worker.contracts.errors import ArtifactError
-from worker.contracts.manifest import Manifest
-from worker.engine import Batch
-from worker.engine.inputs import check_names, lines_of, named_inputs, refusal
+from nermill.worker.contracts.errors import ArtifactError
+from nermill.worker.contracts.manifest import Manifest
+from nermill.worker.engine import Batch
+from nermill.worker.engine.inputs import check_names, lines_of, named_inputs, refusal
 
 _PROVIDERS = {
     "cpu": ("CPUExecutionProvider", "onnxruntime"),
@@ -25,7 +25,7 @@ _PROVIDERS = {
 
 
 class OnnxEngine:
-    """A graph of onnxruntime on one device; see ``worker.engine.Engine``."""
+    """A graph of onnxruntime on one device; see ``nermill.worker.engine.Engine``."""
 
     def __init__(self, artifact: Path, manifest: Manifest, device: str = "cpu", threads: int = 0) -> None:
         self.manifest = manifest

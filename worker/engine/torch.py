@@ -12,17 +12,17 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
-from worker.contracts.errors import ArtifactError, EngineError
-from worker.contracts.manifest import Manifest
-from worker.engine import Batch
-from worker.engine.cuda import Lane
-from worker.engine.encoder import Architecture, Encoder, build
-from worker.engine.inputs import check_names, lines_of, named_inputs, refusal
-from worker.engine.layers import fuse
+from nermill.worker.contracts.errors import ArtifactError, EngineError
+from nermill.worker.contracts.manifest import Manifest
+from nermill.worker.engine import Batch
+from nermill.worker.engine.cuda import Lane
+from nermill.worker.engine.encoder import Architecture, Encoder, build
+from nermill.worker.engine.inputs import check_names, lines_of, named_inputs, refusal
+from nermill.worker.engine.layers import fuse
 
 
 class TorchEngine:
-    """Our forward pass with an artifact's weights on one device; see ``worker.engine.Engine``."""
+    """Our forward pass with an artifact's weights on one device; see ``nermill.worker.engine.Engine``."""
 
     def __init__(self, artifact: Path, manifest: Manifest, device: str = "cpu", threads: int = 0) -> None:
         self.manifest = manifest

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from worker.contracts.errors import EngineError
-from worker.contracts.manifest import Manifest
-from worker.engine import Batch
+from nermill.worker.contracts.errors import EngineError
+from nermill.worker.contracts.manifest import Manifest
+from nermill.worker.engine import Batch
 
 if TYPE_CHECKING:
-    from worker.engine import Engine
+    from nermill.worker.engine import Engine
 
 MOST_TOKENS = 1 << 14  # of a batch: its attention bias, in rows of 512, takes 67 MB
 GAIN = 1.1  # times the tokens a second that a batch of twice the size must give

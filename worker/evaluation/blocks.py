@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from worker.contracts.errors import UsageError
-from worker.contracts.layout import RunFolder, part_name
-from worker.contracts.schema import SCHEMA_VERSION, metadata_of
-from worker.evaluation.chunks import Bools, Ints, Labels, Tags, read_tags
-from worker.evaluation.gold import GoldFile
+from nermill.worker.contracts.errors import UsageError
+from nermill.worker.contracts.layout import RunFolder, part_name
+from nermill.worker.contracts.schema import SCHEMA_VERSION, metadata_of
+from nermill.worker.evaluation.chunks import Bools, Ints, Labels, Tags, read_tags
+from nermill.worker.evaluation.gold import GoldFile
 
 _BLOCK_BYTES = 16 << 20  # uncompressed; bounds memory where documents are long
 _BLOCK_ROWS = 8192

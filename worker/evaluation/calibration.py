@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from worker.evaluation.blocks import Block
-from worker.evaluation.chunks import Bools, Chunks, Ints, Labels
-from worker.evaluation.scores import Floats
+from nermill.worker.evaluation.blocks import Block
+from nermill.worker.evaluation.chunks import Bools, Chunks, Ints, Labels
+from nermill.worker.evaluation.scores import Floats
 
 BINS = 10
 

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from worker.contracts.errors import UsageError
+from nermill.worker.contracts.errors import UsageError
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]

@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from worker.contracts.errors import UsageError
-from worker.evaluation.blocks import Parts
-from worker.evaluation.chunks import Bools, find_chunks, find_correct
-from worker.evaluation.scores import Histogram, f1_of, interval
-from worker.evaluation.throughput import measure_throughput
+from nermill.worker.contracts.errors import UsageError
+from nermill.worker.evaluation.blocks import Parts
+from nermill.worker.evaluation.chunks import Bools, find_chunks, find_correct
+from nermill.worker.evaluation.scores import Histogram, f1_of, interval
+from nermill.worker.evaluation.throughput import measure_throughput
 
 _EXAMPLES = 20
 

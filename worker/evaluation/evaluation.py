@@ -5,20 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from worker.contracts.errors import UsageError
-from worker.contracts.layout import RunFolder
-from worker.contracts.manifest import Manifest
-from worker.contracts.plan import Plan, read_plan
-from worker.evaluation.blocks import Parts
-from worker.evaluation.calibration import Calibration
-from worker.evaluation.chunks import Labels, find_chunks
-from worker.evaluation.comparison import Comparison
-from worker.evaluation.gold import GoldFile
-from worker.evaluation.lengths import Lengths
-from worker.evaluation.mistakes import Mistakes
-from worker.evaluation.provenance import describe_origin, find_manifest
-from worker.evaluation.scores import REPLICATES, Tally
-from worker.evaluation.throughput import measure_throughput
+from nermill.worker.contracts.errors import UsageError
+from nermill.worker.contracts.layout import RunFolder
+from nermill.worker.contracts.manifest import Manifest
+from nermill.worker.contracts.plan import Plan, read_plan
+from nermill.worker.evaluation.blocks import Parts
+from nermill.worker.evaluation.calibration import Calibration
+from nermill.worker.evaluation.chunks import Labels, find_chunks
+from nermill.worker.evaluation.comparison import Comparison
+from nermill.worker.evaluation.gold import GoldFile
+from nermill.worker.evaluation.lengths import Lengths
+from nermill.worker.evaluation.mistakes import Mistakes
+from nermill.worker.evaluation.provenance import describe_origin, find_manifest
+from nermill.worker.evaluation.scores import REPLICATES, Tally
+from nermill.worker.evaluation.throughput import measure_throughput
 
 REPORT_VERSION = 1
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from worker.contracts.errors import UsageError
+from nermill.worker.contracts.errors import UsageError
 
 
 def below_floors(

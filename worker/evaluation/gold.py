@@ -12,8 +12,8 @@ from typing import IO
 import pyarrow as pa
 from zstandard import ZstdDecompressor, ZstdError
 
-from worker.contracts.errors import UsageError
-from worker.contracts.tags import Scheme, detect_scheme, to_iob2
+from nermill.worker.contracts.errors import UsageError
+from nermill.worker.contracts.tags import Scheme, detect_scheme, to_iob2
 
 _DOCUMENT_MARK = "-DOCSTART-"
 

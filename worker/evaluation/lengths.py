@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from worker.evaluation.chunks import Ints
+from nermill.worker.evaluation.chunks import Ints
 
 TOKEN_EDGES = np.array([0, 1, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192])
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from worker.evaluation.blocks import Block
-from worker.evaluation.chunks import Bools, Chunks, Ints, Labels, find_correct
+from nermill.worker.evaluation.blocks import Block
+from nermill.worker.evaluation.chunks import Bools, Chunks, Ints, Labels, find_correct
 
 WORST = 50
 _CONTEXT = 15  # words kept on both sides of a mistake

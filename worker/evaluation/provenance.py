@@ -7,10 +7,10 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from worker.contracts.errors import ArtifactError
-from worker.contracts.manifest import Manifest, load_manifest, resolve_artifact
-from worker.contracts.plan import Plan
-from worker.evaluation.blocks import Part
+from nermill.worker.contracts.errors import ArtifactError
+from nermill.worker.contracts.manifest import Manifest, load_manifest, resolve_artifact
+from nermill.worker.contracts.plan import Plan
+from nermill.worker.evaluation.blocks import Part
 
 _LIBRARIES = ("nermill", "numpy", "pyarrow")
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
 
-from worker.contracts.layout import REPORT_HTML, REPORT_JSON, RunFolder
-from worker.evaluation.charts import draw_charts, stage_name
+from nermill.worker.contracts.layout import REPORT_HTML, REPORT_JSON, RunFolder
+from nermill.worker.evaluation.charts import draw_charts, stage_name
 
 _TEMPLATE = "report.html.jinja"
 # Control characters and those that turn the direction of writing: they would show something other than the text.
@@ -38,7 +38,7 @@ def render_report(report: dict[str, Any]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": _percent, "number": _number, "json": _json, "visible": _visible}
     environment.globals |= {"pieces": _pieces, "stage_name": stage_name}
-    source = files("worker.evaluation").joinpath(_TEMPLATE).read_text("utf-8")
+    source = files("nermill.worker.evaluation").joinpath(_TEMPLATE).read_text("utf-8")
     return environment.from_string(source).render(report=report, charts=draw_charts(report))
 
 

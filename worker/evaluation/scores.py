@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.evaluation.blocks import Block
-from worker.evaluation.chunks import NO_LABEL, Chunks, Ints, Labels, O, find_correct
+from nermill.worker.evaluation.blocks import Block
+from nermill.worker.evaluation.chunks import NO_LABEL, Chunks, Ints, Labels, O, find_correct
 
 Floats = NDArray[np.float64]
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from producer.planning import Request, make_plan
-from producer.run import send
-from producer.shards import ShardLimits
+from nermill.producer.planning import Request, make_plan
+from nermill.producer.run import send
+from nermill.producer.shards import ShardLimits
+from nermill.worker.contracts.layout import REPORT_HTML, REPORT_JSON, SUCCESS_FILE, RunFolder
+from nermill.worker.contracts.plan import Plan
 from tests.harness import Harness, texts
-from worker.contracts.layout import REPORT_HTML, REPORT_JSON, SUCCESS_FILE, RunFolder
-from worker.contracts.plan import Plan
 
 SENTENCE = "Anna B-PER\nflew O\nto O\nRome B-LOC\n. O\n\n"
 
@@ -101,7 +101,7 @@ def test_evaluations_keep_no_other_run_waiting(mill: Harness) -> None:
 def test_a_waiting_producer_leaves_a_long_evaluation_to_its_worker(
     mill: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("producer.run.SETTLE_SECONDS", 0.5)
+    monkeypatch.setattr("nermill.producer.run.SETTLE_SECONDS", 0.5)
     trace = mill.folder / "trace"
     run, plan = submit(mill, 40, per_shard=20)
     mill.worker(FAULT_TRACE=str(trace), FAULT_EVALUATION_SECONDS="4")
@@ -113,7 +113,7 @@ def test_a_waiting_producer_leaves_a_long_evaluation_to_its_worker(
 def test_a_waiting_producer_ends_though_the_only_worker_died_in_the_evaluation(
     mill: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("producer.run.SETTLE_SECONDS", 0.5)
+    monkeypatch.setattr("nermill.producer.run.SETTLE_SECONDS", 0.5)
     trace = mill.folder / "trace"
     run, plan = submit(mill, 40, per_shard=20)
     doomed = mill.worker(FAULT_TRACE=str(trace), FAULT_EVALUATION_SECONDS="60")

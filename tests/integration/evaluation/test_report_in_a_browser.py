@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from nermill.worker.evaluation import evaluate, write_report
 from tests.unit.evaluation.runs import Doc, make_run, stats_of, write_part
-from worker.evaluation import evaluate, write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium here")

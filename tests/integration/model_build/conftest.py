@@ -40,7 +40,7 @@ def bert(make_checkpoint: MakeCheckpoint) -> Path:
 @pytest.fixture(scope="session")
 def compiled(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """The small BERT as an artifact, built once for each order: ``compiled("onnx", layout="plain")``."""
-    from model_build.artifact import Order, compile_artifact
+    from nermill.model_build.artifact import Order, compile_artifact
 
     built: dict[Order, Path] = {}
 

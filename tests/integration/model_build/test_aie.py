@@ -14,16 +14,16 @@ pytest.importorskip("transformers")
 
 import torch
 
-from model_build.artifact import Order, compile_artifact
-from model_build.checkpoint import open_checkpoint
-from model_build.export import example_inputs
-from model_build.oracle import windows_of
-from model_build.verify import run_packed
+from nermill.model_build.artifact import Order, compile_artifact
+from nermill.model_build.checkpoint import open_checkpoint
+from nermill.model_build.export import example_inputs
+from nermill.model_build.oracle import windows_of
+from nermill.model_build.verify import run_packed
+from nermill.worker.contracts.errors import ArtifactError, EngineError, UsageError
+from nermill.worker.engine import load_engine
+from nermill.worker.engine.encoder import build
+from nermill.worker.engine.golden import lay_rows
 from tests.doubles import mindie
-from worker.contracts.errors import ArtifactError, EngineError, UsageError
-from worker.engine import load_engine
-from worker.engine.encoder import build
-from worker.engine.golden import lay_rows
 
 TEXTS = ["george washington went to washington.", "oslo", "a train left paris at 10.45"]
 SHAPES = "2x64,1x64"

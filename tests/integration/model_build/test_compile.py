@@ -16,16 +16,16 @@ pytest.importorskip("transformers")
 import onnx
 import onnxruntime
 
-from model_build.artifact import Order, compile_artifact
-from model_build.checkpoint import open_checkpoint
-from model_build.oracle import oracle_logits, windows_of
-from model_build.verify import run_packed
+from nermill.model_build.artifact import Order, compile_artifact
+from nermill.model_build.checkpoint import open_checkpoint
+from nermill.model_build.oracle import oracle_logits, windows_of
+from nermill.model_build.verify import run_packed
+from nermill.worker.contracts.errors import ArtifactError, EngineError
+from nermill.worker.contracts.manifest import Precision, load_manifest
+from nermill.worker.engine import load_engine
+from nermill.worker.engine.encoder import MASKED
+from nermill.worker.engine.golden import lay_rows, run_alone
 from tests.checkpoints import FAMILIES, LABELS, MAX_LENGTH, vocabulary
-from worker.contracts.errors import ArtifactError, EngineError
-from worker.contracts.manifest import Precision, load_manifest
-from worker.engine import load_engine
-from worker.engine.encoder import MASKED
-from worker.engine.golden import lay_rows, run_alone
 
 TEXTS = ["george washington went to washington.", "oslo", "a very long train (of thought) left paris at 10.45"]
 
@@ -137,7 +137,7 @@ def test_parameters_keep_their_names(compiled: Callable[..., Path]) -> None:
 def test_large_weights_lie_beside_the_graph(
     bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision, files: set[str]
 ) -> None:
-    monkeypatch.setattr("model_build.export.INLINE_BYTES", 0)
+    monkeypatch.setattr("nermill.model_build.export.INLINE_BYTES", 0)
     manifest = compile_artifact(str(bert), tmp_path / "art", Order("onnx", precision=precision))
     assert manifest.files.keys() == files | {"golden.json", "tokenizer.json"}
     assert {path.name for path in (tmp_path / "art").iterdir()} == manifest.files.keys() | {"manifest.json"}
@@ -193,7 +193,7 @@ def test_rare_settings_of_a_checkpoint_are_kept(make_checkpoint: Callable[..., P
     ],
 )
 def test_scheme_is_read_from_the_labels(labels: tuple[str, ...], scheme: str) -> None:
-    from model_build.checkpoint import tag_scheme
+    from nermill.model_build.checkpoint import tag_scheme
 
     assert tag_scheme(labels) == scheme
 

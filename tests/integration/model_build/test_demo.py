@@ -10,14 +10,14 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from model_build.artifact import Order, compile_artifact
-from model_build.checkpoint import open_checkpoint
-from model_build.demo.recover import recover
-from model_build.verify import verify
-from worker.contracts.errors import UsageError
-from worker.contracts.manifest import load_manifest, resolve_artifact
-from worker.engine import load_engine
-from worker.engine.golden import load_golden, run_alone
+from nermill.model_build.artifact import Order, compile_artifact
+from nermill.model_build.checkpoint import open_checkpoint
+from nermill.model_build.demo.recover import recover
+from nermill.model_build.verify import verify
+from nermill.worker.contracts.errors import UsageError
+from nermill.worker.contracts.manifest import load_manifest, resolve_artifact
+from nermill.worker.engine import load_engine
+from nermill.worker.engine.golden import load_golden, run_alone
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_recovered_checkpoint_answers_as_the_artifact(recovered: Path, tmp_path:
 
 
 def test_quantizing_the_recovered_weights_again_changes_nothing(recovered: Path, tmp_path: Path) -> None:
-    from model_build.int8 import read_weights
+    from nermill.model_build.int8 import read_weights
 
     compile_artifact(str(recovered), tmp_path / "int8", Order("onnx", precision="int8"))
     again = read_weights(tmp_path / "int8" / "model.onnx")

@@ -15,15 +15,15 @@ pytest.importorskip("transformers")
 import torch
 from torch import Tensor
 
-from model_build import cli
-from model_build.artifact import Order, compile_artifact
-from model_build.corpus import Text
-from model_build.verify import Check, report, verify
-from worker.contracts.errors import ArtifactError, EngineError, UsageError
-from worker.engine import load_engine
-from worker.engine.encoder import Encoder, Layer, PlainEncoder
-from worker.engine.warmup import blank_batch
-from worker.pipeline import load_pipeline
+from nermill.model_build import cli
+from nermill.model_build.artifact import Order, compile_artifact
+from nermill.model_build.corpus import Text
+from nermill.model_build.verify import Check, report, verify
+from nermill.worker.contracts.errors import ArtifactError, EngineError, UsageError
+from nermill.worker.engine import load_engine
+from nermill.worker.engine.encoder import Encoder, Layer, PlainEncoder
+from nermill.worker.engine.warmup import blank_batch
+from nermill.worker.pipeline import load_pipeline
 
 Compiled = Callable[..., Path]
 FORWARD, PLAIN_FORWARD = Encoder.forward, PlainEncoder.forward
@@ -116,7 +116,7 @@ def test_command_line_of_verify(
 def test_command_line_of_bench_inspect_and_shapes(
     compiled: Compiled, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("model_build.bench.MIN_SECONDS", 0.001)
+    monkeypatch.setattr("nermill.model_build.bench.MIN_SECONDS", 0.001)
     for art in (compiled("torch", shapes="2x32,1x80"), compiled("onnx")):
         code, out, _ = run(capsys, monkeypatch, "bench", str(art), "--threads", "1", "--json")
         assert code == 0
@@ -136,9 +136,9 @@ def test_command_line_of_bench_inspect_and_shapes(
 
 
 def test_bench_names_a_shape_that_the_device_refuses(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
-    from model_build import bench as module
-    from worker.contracts.errors import EngineError
-    from worker.engine.torch import TorchEngine
+    from nermill.model_build import bench as module
+    from nermill.worker.contracts.errors import EngineError
+    from nermill.worker.engine.torch import TorchEngine
 
     run_it = TorchEngine.run
 

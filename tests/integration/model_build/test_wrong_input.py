@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from model_build import cli
+from nermill.model_build import cli
 from tests.checkpoints import rewrite_config
 
 Checkpoint = Callable[..., Path]

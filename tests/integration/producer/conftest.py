@@ -13,15 +13,15 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from producer import cli
-from producer.broker import embedded_broker
-from worker import parts
-from worker.contracts.broker import redis_client
-from worker.contracts.document import Document, Fault
-from worker.contracts.layout import part_name
-from worker.contracts.ledger import FINISH, Claim, Ledger
-from worker.contracts.schema import part_schema
-from worker.contracts.shard import read_documents, read_shard
+from nermill.producer import cli
+from nermill.producer.broker import embedded_broker
+from nermill.worker import parts
+from nermill.worker.contracts.broker import redis_client
+from nermill.worker.contracts.document import Document, Fault
+from nermill.worker.contracts.layout import part_name
+from nermill.worker.contracts.ledger import FINISH, Claim, Ledger
+from nermill.worker.contracts.schema import part_schema
+from nermill.worker.contracts.shard import read_documents, read_shard
 
 ARTIFACT = "a" * 64
 POISON = "POISON"

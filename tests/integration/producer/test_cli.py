@@ -19,15 +19,15 @@ import pytest
 from pyarrow import parquet as pq
 from rich.console import Console
 
-from producer import run as runs
-from producer.progress import _painted
-from producer.queue import Queue
-from producer.status import look
-from worker.contracts.broker import redis_client
-from worker.contracts.ledger import Ledger, WorkerProcess
-from worker.contracts.manifest import load_manifest, resolve_artifact
-from worker.contracts.message import KEY_PREFIX
-from worker.contracts.plan import Options
+from nermill.producer import run as runs
+from nermill.producer.progress import _painted
+from nermill.producer.queue import Queue
+from nermill.producer.status import look
+from nermill.worker.contracts.broker import redis_client
+from nermill.worker.contracts.ledger import Ledger, WorkerProcess
+from nermill.worker.contracts.manifest import load_manifest, resolve_artifact
+from nermill.worker.contracts.message import KEY_PREFIX
+from nermill.worker.contracts.plan import Options
 
 from .conftest import POISON
 
@@ -223,7 +223,7 @@ def test_hostile_text_does_not_steer_the_terminal(nermill, broker, corpus, tmp_p
 def test_the_shell_completes_commands_and_options(words, expected):
     environment = {**os.environ, "_NERMILL_COMPLETE": "complete_bash", "COMP_WORDS": words}
     environment["COMP_CWORD"] = str(words.count(" "))
-    told = subprocess.check_output([sys.executable, "-m", "producer.cli"], env=environment, text=True)
+    told = subprocess.check_output([sys.executable, "-m", "nermill.producer.cli"], env=environment, text=True)
     assert told.split() == [expected]
 
 
@@ -328,7 +328,16 @@ def test_settings_from_the_environment_give_way_to_flags(nermill, monkeypatch, b
 
 
 def test_ctrl_c_while_waiting_says_how_to_resume(broker, corpus, tmp_path):
-    command = [sys.executable, "-m", "producer.cli", "submit", str(corpus), "--out", str(tmp_path / "out"), "--wait"]
+    command = [
+        sys.executable,
+        "-m",
+        "nermill.producer.cli",
+        "submit",
+        str(corpus),
+        "--out",
+        str(tmp_path / "out"),
+        "--wait",
+    ]
     process = subprocess.Popen([*command, "--broker", broker], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     assert "waiting for a worker" in process.stderr.readline()
@@ -351,5 +360,7 @@ def test_help_is_quick():
 
 def _seconds(environment: dict[str, str]) -> float:
     began = time.monotonic()
-    subprocess.run([sys.executable, "-m", "producer.cli", "--help"], env=environment, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "nermill.producer.cli", "--help"], env=environment, check=True, capture_output=True
+    )
     return time.monotonic() - began

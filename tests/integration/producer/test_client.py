@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from producer import Producer
-from producer.rejects import read_rejects
-from producer.run import open_run
-from producer.show import read_rows
-from worker.contracts.errors import UsageError
+from nermill.producer import Producer
+from nermill.producer.rejects import read_rejects
+from nermill.producer.run import open_run
+from nermill.producer.show import read_rows
+from nermill.worker.contracts.errors import UsageError
 
 
 def test_sent_documents_come_out_in_order(broker, serving, tmp_path):
@@ -45,7 +45,7 @@ def test_waiting_for_nothing_is_refused(broker, tmp_path):
         producer.wait()
 
 
-@pytest.mark.parametrize("statement", ["import producer.cli", "from producer import Producer"])
+@pytest.mark.parametrize("statement", ["import nermill.producer.cli", "from nermill.producer import Producer"])
 def test_imports_stay_light(statement):
     code = f"{statement}; import sys; print([m for m in ('torch', 'transformers', 'onnxruntime') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"

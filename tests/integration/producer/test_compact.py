@@ -16,21 +16,21 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from pyarrow import parquet as pq
 
-from producer import compact as compacting
-from producer import run as runs
-from producer.compact import compact, take_up
-from producer.planning import Request, make_plan
-from producer.queue import Queue
-from producer.rejects import read_rejects, retry
-from producer.shards import ShardLimits
-from producer.status import look
+from nermill.producer import compact as compacting
+from nermill.producer import run as runs
+from nermill.producer.compact import compact, take_up
+from nermill.producer.planning import Request, make_plan
+from nermill.producer.queue import Queue
+from nermill.producer.rejects import read_rejects, retry
+from nermill.producer.shards import ShardLimits
+from nermill.producer.status import look
+from nermill.worker.contracts.broker import redis_client
+from nermill.worker.contracts.errors import StoreError, UsageError
+from nermill.worker.contracts.layout import SUCCESS_FILE, RunFolder, part_name
+from nermill.worker.contracts.ledger import Claim, Ledger
+from nermill.worker.contracts.plan import read_plan
+from nermill.worker.contracts.schema import metadata_of
 from tests.harness import table_of
-from worker.contracts.broker import redis_client
-from worker.contracts.errors import StoreError, UsageError
-from worker.contracts.layout import SUCCESS_FILE, RunFolder, part_name
-from worker.contracts.ledger import Claim, Ledger
-from worker.contracts.plan import read_plan
-from worker.contracts.schema import metadata_of
 
 from .conftest import ARTIFACT, POISON, tag
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from producer.doctor import Finding, examine
+from nermill.producer.doctor import Finding, examine
+from nermill.worker.contracts.broker import redis_client
+from nermill.worker.contracts.manifest import load_manifest, resolve_artifact
+from nermill.worker.contracts.plan import Options, Shard
 from tests.harness import REAL, Server
-from worker.contracts.broker import redis_client
-from worker.contracts.manifest import load_manifest, resolve_artifact
-from worker.contracts.plan import Options, Shard
 
 
 class _OldServer(socketserver.StreamRequestHandler):

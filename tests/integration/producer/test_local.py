@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from worker.contracts.manifest import load_manifest, resolve_artifact
+from nermill.worker.contracts.manifest import load_manifest, resolve_artifact
 
 pytest.importorskip("onnxruntime")
 
-COMMAND = [sys.executable, "-m", "producer.cli", "run"]
+COMMAND = [sys.executable, "-m", "nermill.producer.cli", "run"]
 
 
 def children_of(pid: int) -> set[int]:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from producer import run as runs
-from producer.planning import Request, make_plan
-from producer.queue import Queue
-from producer.shards import ShardLimits
+from nermill.producer import run as runs
+from nermill.producer.planning import Request, make_plan
+from nermill.producer.queue import Queue
+from nermill.producer.shards import ShardLimits
 
 from .conftest import POISON
 
@@ -20,8 +20,8 @@ PEOPLE = 3
 
 @pytest.fixture(scope="module")
 def run(broker_url, tmp_path_factory) -> str:
-    from worker.contracts.broker import redis_client
-    from worker.contracts.ledger import Ledger
+    from nermill.worker.contracts.broker import redis_client
+    from nermill.worker.contracts.ledger import Ledger
 
     from .conftest import ARTIFACT, tag
 
@@ -80,7 +80,7 @@ def test_pandas(run):
 def test_pyarrow_dataset(run):
     from pyarrow import compute, dataset
 
-    from worker.contracts.schema import metadata_of
+    from nermill.worker.contracts.schema import metadata_of
 
     parts = dataset.dataset(sorted(str(part) for part in Path(run).glob("part-*.parquet")))
     assert parts.count_rows() == len(TEXTS)
@@ -116,10 +116,10 @@ def test_seqeval_reads_what_show_writes(broker_url, tmp_path):
     """CoNLL in, CoNLL out: seqeval's scores of the two columns are those of the report."""
     f1_score = pytest.importorskip("seqeval.metrics").f1_score
 
-    from producer.show import conll_lines
-    from worker.contracts.broker import redis_client
-    from worker.contracts.ledger import Ledger
-    from worker.evaluation import evaluate
+    from nermill.producer.show import conll_lines
+    from nermill.worker.contracts.broker import redis_client
+    from nermill.worker.contracts.ledger import Ledger
+    from nermill.worker.evaluation import evaluate
 
     from .conftest import ARTIFACT, tag
 

@@ -18,17 +18,17 @@ from hypothesis import strategies as st
 from pyarrow import parquet as pq
 from tokenizers import Tokenizer
 
-from producer.planning import Request, make_plan
-from producer.shards import ShardLimits
-from producer.show import conll_lines, read_rows
-from producer.sources import ReadOptions
+from nermill.producer.planning import Request, make_plan
+from nermill.producer.shards import ShardLimits
+from nermill.producer.show import conll_lines, read_rows
+from nermill.producer.sources import ReadOptions
+from nermill.worker import parts
+from nermill.worker.contracts.layout import RunFolder
+from nermill.worker.contracts.manifest import TOKENIZER_FILE, resolve_artifact
+from nermill.worker.contracts.plan import Plan
+from nermill.worker.contracts.shard import read_shard
+from nermill.worker.pipeline import Pipeline
 from tests.doubles.engine import HashEngine, manifest
-from worker import parts
-from worker.contracts.layout import RunFolder
-from worker.contracts.manifest import TOKENIZER_FILE, resolve_artifact
-from worker.contracts.plan import Plan
-from worker.contracts.shard import read_shard
-from worker.pipeline import Pipeline
 
 words = st.text("abcXYZéßñøΩжЖ9", min_size=1, max_size=8)
 documents = st.lists(st.lists(words, min_size=1, max_size=8), min_size=1, max_size=4)

@@ -13,20 +13,20 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet as pq
 
-from producer import run as runs
-from producer.planning import Request, make_plan
-from producer.queue import Queue
-from producer.rejects import read_rejects, retry
-from producer.shards import ShardLimits
-from producer.show import conll_lines, read_rows
-from producer.sources import ReadOptions
-from producer.status import Status, look
+from nermill.producer import run as runs
+from nermill.producer.planning import Request, make_plan
+from nermill.producer.queue import Queue
+from nermill.producer.rejects import read_rejects, retry
+from nermill.producer.shards import ShardLimits
+from nermill.producer.show import conll_lines, read_rows
+from nermill.producer.sources import ReadOptions
+from nermill.producer.status import Status, look
+from nermill.worker.contracts.broker import redis_client
+from nermill.worker.contracts.errors import BrokerError, StoreError, UsageError
+from nermill.worker.contracts.layout import SUCCESS_FILE, part_name
+from nermill.worker.contracts.ledger import Ledger
+from nermill.worker.contracts.message import KEY_PREFIX, QUEUE
 from tests.harness import rows, texts
-from worker.contracts.broker import redis_client
-from worker.contracts.errors import BrokerError, StoreError, UsageError
-from worker.contracts.layout import SUCCESS_FILE, part_name
-from worker.contracts.ledger import Ledger
-from worker.contracts.message import KEY_PREFIX, QUEUE
 
 from .conftest import ARTIFACT, POISON, Serving
 

@@ -8,19 +8,19 @@ from collections.abc import Iterator
 
 import pytest
 
-from producer import run as runs
-from producer.compact import ASIDE, compact
-from producer.planning import Request, make_plan
-from producer.queue import Queue
-from producer.shards import ShardLimits
-from producer.show import read_rows
-from producer.stream import Stream
+from nermill.producer import run as runs
+from nermill.producer.compact import ASIDE, compact
+from nermill.producer.planning import Request, make_plan
+from nermill.producer.queue import Queue
+from nermill.producer.shards import ShardLimits
+from nermill.producer.show import read_rows
+from nermill.producer.stream import Stream
+from nermill.worker.contracts.document import Document
+from nermill.worker.contracts.errors import StoreError, UsageError
+from nermill.worker.contracts.layout import SUCCESS_FILE, RunFolder
+from nermill.worker.contracts.plan import read_plan
+from nermill.worker.evaluation import evaluate
 from tests.harness import table_of
-from worker.contracts.document import Document
-from worker.contracts.errors import StoreError, UsageError
-from worker.contracts.layout import SUCCESS_FILE, RunFolder
-from worker.contracts.plan import read_plan
-from worker.evaluation import evaluate
 
 pytest.importorskip("s3fs")
 moto_server = pytest.importorskip("moto.server")

@@ -17,20 +17,20 @@ from pathlib import Path
 
 import pytest
 
-from producer import run as runs
-from producer.client import Producer
-from producer.queue import Queue
-from producer.shards import ShardLimits
-from producer.show import read_rows
-from producer.status import look
-from producer.stream import Stream
+from nermill.producer import run as runs
+from nermill.producer.client import Producer
+from nermill.producer.queue import Queue
+from nermill.producer.shards import ShardLimits
+from nermill.producer.show import read_rows
+from nermill.producer.status import look
+from nermill.producer.stream import Stream
+from nermill.worker.contracts.broker import redis_client
+from nermill.worker.contracts.document import Document
+from nermill.worker.contracts.layout import RunFolder
+from nermill.worker.contracts.plan import read_plan
 from tests.benchmarks import stream as latency
 from tests.benchmarks.corpora import SAMPLE
 from tests.harness import rows, texts
-from worker.contracts.broker import redis_client
-from worker.contracts.document import Document
-from worker.contracts.layout import RunFolder
-from worker.contracts.plan import read_plan
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def submit(broker: str, tmp_path: Path) -> Iterator[object]:
     started = []
 
     def submit(*arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "producer.cli", "submit", *arguments]
+        command = [sys.executable, "-m", "nermill.producer.cli", "submit", *arguments]
         process = subprocess.Popen(
             [*command, "--out", str(tmp_path / "out"), "--broker", broker, "--ack"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -164,7 +164,7 @@ def test_a_stream_that_is_killed_and_started_again_misses_nothing_acknowledged(m
     """The sender starts again behind what was acknowledged; the worker is a real one."""
     mill.worker()
     documents = [json.dumps({"id": f"d{n}", "text": text}) + "\n" for n, text in enumerate(texts(300))]
-    command = [sys.executable, "-m", "producer.cli", "submit", "-", "--ack", "--linger", "0.05"]
+    command = [sys.executable, "-m", "nermill.producer.cli", "submit", "-", "--ack", "--linger", "0.05"]
     command += ["--shard-documents", "7", "--out", str(mill.out), "--broker", mill.server.url]
 
     def start(**streams: object) -> subprocess.Popen[str]:
@@ -225,7 +225,7 @@ def test_a_growing_file_is_followed(submit, serving, tmp_path):
 def test_a_stream_without_workers_is_held_back(
     broker, serving, tmp_path, monkeypatch, limits, linger, high_water, most_shards
 ):
-    monkeypatch.setattr("producer.run.MAX_WAITING_SHARDS", most_shards)
+    monkeypatch.setattr("nermill.producer.run.MAX_WAITING_SHARDS", most_shards)
     stream = Stream(str(tmp_path), Queue(broker), limits=limits, linger=linger, high_water=high_water)
 
     def send() -> None:
@@ -245,7 +245,7 @@ def test_a_stream_without_workers_is_held_back(
 
 
 def test_a_producer_that_is_held_back_is_still_there(broker, tmp_path, monkeypatch):
-    monkeypatch.setattr("producer.stream.HOLD_SECONDS", 0.3)
+    monkeypatch.setattr("nermill.producer.stream.HOLD_SECONDS", 0.3)
     producer = Producer(str(tmp_path), broker=broker, limits=ShardLimits(documents=1), high_water=1)
     sender = threading.Thread(target=lambda: [producer.send("Ada") for _ in range(2)])
     sender.start()
@@ -268,7 +268,7 @@ def test_resume_leaves_a_living_stream_open(broker, tmp_path):
 
 
 def test_a_server_that_lost_its_memory_is_told_again(broker, serving, tmp_path, monkeypatch):
-    monkeypatch.setattr("producer.stream.HOLD_SECONDS", 0.3)
+    monkeypatch.setattr("nermill.producer.stream.HOLD_SECONDS", 0.3)
     queue = Queue(broker)
     stream = Stream(str(tmp_path), queue, linger=0.01, limits=ShardLimits(documents=2))
     for n in range(4):

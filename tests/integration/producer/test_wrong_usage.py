@@ -12,10 +12,10 @@ import pytest
 import typer
 from pyarrow import parquet as pq
 
-from producer import cli
-from producer import run as runs
-from producer.planning import Request, make_plan
-from producer.queue import Queue
+from nermill.producer import cli
+from nermill.producer import run as runs
+from nermill.producer.planning import Request, make_plan
+from nermill.producer.queue import Queue
 
 # Option, a wrong value, what the message says besides the value. Whoever adds an option has to add a line.
 WRONG = {
@@ -62,8 +62,8 @@ def is_flag(command: str, flag: str) -> bool:
 @pytest.fixture(scope="module")
 def base(broker_url, tmp_path_factory) -> dict[str, list[str]]:
     """Arguments with which each command would succeed, over an unfinished and a finished run."""
-    from worker.contracts.broker import redis_client
-    from worker.contracts.ledger import Ledger
+    from nermill.worker.contracts.broker import redis_client
+    from nermill.worker.contracts.ledger import Ledger
 
     from .conftest import ARTIFACT, tag
 

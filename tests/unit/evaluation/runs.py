@@ -12,10 +12,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from worker.contracts.layout import RunFolder, part_name
-from worker.contracts.plan import Options, Plan, Shard
-from worker.contracts.schema import part_schema, with_metadata
-from worker.evaluation.chunks import Labels, find_chunks, read_tags
+from nermill.worker.contracts.layout import RunFolder, part_name
+from nermill.worker.contracts.plan import Options, Plan, Shard
+from nermill.worker.contracts.schema import part_schema, with_metadata
+from nermill.worker.evaluation.chunks import Labels, find_chunks, read_tags
 
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nermill.worker.evaluation import evaluate
+from nermill.worker.evaluation.scores import Histogram, f1_of, interval
 from tests.unit.evaluation.runs import Doc, make_run
-from worker.evaluation import evaluate
-from worker.evaluation.scores import Histogram, f1_of, interval
 
 
 def test_the_histogram_resamples_as_documents_do() -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from nermill.worker.contracts.errors import UsageError
+from nermill.worker.evaluation import evaluate
 from tests.unit.evaluation.runs import Doc, make_run, stats_of, write_part
-from worker.contracts.errors import UsageError
-from worker.evaluation import evaluate
 
 WORDS = ["Anna", "flew", "to", "Rome"]
 GOLD = ["B-PER", "O", "O", "B-LOC"]

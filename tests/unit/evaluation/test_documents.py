@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import worker.evaluation
+import nermill.worker.evaluation
+from nermill.worker.evaluation import evaluate
 from tests.unit.evaluation.runs import Doc, make_run
-from worker.evaluation import evaluate
 
-FOLDER = Path(worker.evaluation.__file__).parent
+FOLDER = Path(nermill.worker.evaluation.__file__).parent
 BY_NAME = {"per_label", "devices"}  # their keys are labels and devices
 UNWRITTEN = {"inputs", "options", "artifact", "evaluated_with", "excerpts"}  # described where they come from
 
@@ -41,7 +41,7 @@ def test_every_field_of_a_report_is_documented(tmp_path: Path) -> None:
 
 def test_the_room_is_light_until_a_page_is_drawn() -> None:
     """The producer imports it: no accelerator library, and no chart library before there is a chart."""
-    program = "import sys, worker.evaluation; print(*{m.partition('.')[0] for m in sys.modules})"
+    program = "import sys, nermill.worker.evaluation; print(*{m.partition('.')[0] for m in sys.modules})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     assert "pyarrow" in loaded

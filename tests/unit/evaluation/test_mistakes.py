@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from nermill.worker.evaluation import evaluate
 from tests.unit.evaluation.runs import Doc, make_run
-from worker.evaluation import evaluate
 
 WORDS = [f"w{n}" for n in range(8)]
 

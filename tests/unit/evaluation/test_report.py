@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from nermill.worker.contracts.layout import REPORT_HTML, REPORT_JSON, RunFolder
+from nermill.worker.evaluation import evaluate, write_report
+from nermill.worker.evaluation.report import render_report
 from tests.unit.evaluation.runs import Doc, make_run, stats_of, write_part
-from worker.contracts.layout import REPORT_HTML, REPORT_JSON, RunFolder
-from worker.evaluation import evaluate, write_report
-from worker.evaluation.report import render_report
 
 HOSTILE = [
     "<script>alert(1)</script>",

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from seqeval import metrics
 from seqeval.scheme import IOB2
 
+from nermill.worker.contracts.layout import REPORT_JSON, RunFolder
+from nermill.worker.contracts.tags import detect_scheme, to_iob2
+from nermill.worker.evaluation import evaluate, write_report
 from tests.unit.evaluation.runs import DATA, Doc, make_run, read_conll
-from worker.contracts.layout import REPORT_JSON, RunFolder
-from worker.contracts.tags import detect_scheme, to_iob2
-from worker.evaluation import evaluate, write_report
 
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC", "B-A-B", "I-A-B"]
 CLOSE = {"rel": 1e-9, "abs": 1e-9}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from worker.contracts.tags import detect_scheme, to_iob2
+from nermill.worker.contracts.tags import detect_scheme, to_iob2
 
 # Two people beside each other, then a place that follows a person at once.
 IOB2 = ("B-PER", "I-PER", "B-PER", "O", "B-ORG", "B-LOC", "I-LOC", "I-LOC")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from nermill.worker.evaluation import evaluate
+from nermill.worker.evaluation.throughput import measure_throughput
 from tests.unit.evaluation.runs import Doc, make_run, stats_of, write_part
-from worker.evaluation import evaluate
-from worker.evaluation.throughput import measure_throughput
 
 DOCS = 100
 

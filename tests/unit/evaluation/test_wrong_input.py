@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from nermill.worker.contracts.errors import UsageError
+from nermill.worker.contracts.layout import RunFolder, part_name
+from nermill.worker.contracts.manifest import TOKENIZER_FILE, Input, Manifest, file_sha256, load_manifest
+from nermill.worker.evaluation import below_floors, evaluate
 from tests.unit.evaluation.runs import Doc, make_run, write_part
-from worker.contracts.errors import UsageError
-from worker.contracts.layout import RunFolder, part_name
-from worker.contracts.manifest import TOKENIZER_FILE, Input, Manifest, file_sha256, load_manifest
-from worker.evaluation import below_floors, evaluate
 
 WORDS = ["Anna", "flew", "to", "Rome"]
 TAGS = ["B-PER", "O", "O", "B-LOC"]

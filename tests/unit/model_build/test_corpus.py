@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("tokenizers")
 
-from model_build.corpus import Text, read_texts
-from worker.contracts.errors import UsageError
+from nermill.model_build.corpus import Text, read_texts
+from nermill.worker.contracts.errors import UsageError
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ pytest.importorskip("onnx")
 
 import torch
 
-from model_build.families import translate, untranslate
-from model_build.int8 import quantize, quantize_linear, quantize_module
-from worker.engine.encoder import MASKED, Architecture, Encoder, build
-from worker.engine.layers import ACTIVATIONS, Attention, FusedAttention, Linear, OneDnnLinear, fuse
+from nermill.model_build.families import translate, untranslate
+from nermill.model_build.int8 import quantize, quantize_linear, quantize_module
+from nermill.worker.engine.encoder import MASKED, Architecture, Encoder, build
+from nermill.worker.engine.layers import ACTIVATIONS, Attention, FusedAttention, Linear, OneDnnLinear, fuse
 
 SIZES = Architecture(50, 40, 2, 16, 16, 2, 4, 32, 5, "gelu", 1e-12)
 

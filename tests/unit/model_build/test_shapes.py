@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_build.shapes import Costs, best_shapes, load_costs, packing
-from worker.contracts.errors import UsageError
+from nermill.model_build.shapes import Costs, best_shapes, load_costs, packing
+from nermill.worker.contracts.errors import UsageError
 
 lengths_of_a_corpus = st.lists(st.integers(3, 40), min_size=1, max_size=25)
 tables = st.dictionaries(

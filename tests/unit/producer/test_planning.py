@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from producer.planning import Request, make_plan, nothing_half_written
-from producer.recovery import BEFORE, beside
-from producer.shards import ShardLimits
-from producer.sources import ReadOptions
-from worker.contracts.errors import StoreError, UsageError
-from worker.contracts.layout import RunFolder, part_name
-from worker.contracts.plan import Options, read_plan
+from nermill.producer.planning import Request, make_plan, nothing_half_written
+from nermill.producer.recovery import BEFORE, beside
+from nermill.producer.shards import ShardLimits
+from nermill.producer.sources import ReadOptions
+from nermill.worker.contracts.errors import StoreError, UsageError
+from nermill.worker.contracts.layout import RunFolder, part_name
+from nermill.worker.contracts.plan import Options, read_plan
 
 
 @pytest.fixture

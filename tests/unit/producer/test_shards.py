@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producer.shards import ShardLimits, cut, document_text, estimated_tokens, kind_of, write_shards
-from worker.contracts.document import Document, Fault
-from worker.contracts.layout import RunFolder
-from worker.contracts.shard import read_documents, read_shard, shard_table
+from nermill.producer.shards import ShardLimits, cut, document_text, estimated_tokens, kind_of, write_shards
+from nermill.worker.contracts.document import Document, Fault
+from nermill.worker.contracts.layout import RunFolder
+from nermill.worker.contracts.shard import read_documents, read_shard, shard_table
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
 documents = st.lists(

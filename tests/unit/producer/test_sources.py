@@ -18,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet as pq
 
-from producer.sources import ReadOptions, files, open_sources
-from producer.sources.jsonl import parse_line
-from worker.contracts.document import Document
-from worker.contracts.errors import UsageError
+from nermill.producer.sources import ReadOptions, files, open_sources
+from nermill.producer.sources.jsonl import parse_line
+from nermill.worker.contracts.document import Document
+from nermill.worker.contracts.errors import UsageError
 
 FOUR = "-DOCSTART- -X- -X- O\n\nEU NNP B-NP I-ORG\nrejects VBZ B-VP O\n\nBonn NNP B-NP I-LOC\n"
 TWO = "Peter B-PER\nBlack I-PER\n\nhe O\n"
