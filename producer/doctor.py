@@ -101,22 +101,23 @@ def _workers(queue: Queue, manifest: Manifest | None, model: str) -> Finding:
     start = f"nermill-worker --model {model} --broker {redacted(queue.url)}"
     try:
         workers = queue.workers()
-        wanted = {progress.artifact for progress in queue.progress_of_runs() if progress.waiting}
+        wanted = queue.waiting_artifacts()
     except NermillError as error:
         return Finding("workers", False, str(error), _broker_remedy(str(error)))
     if not workers:
         return Finding("workers", False, "no worker listens at this broker", start)
-    served = {worker.artifact: f"{worker.model} ({worker.artifact[:12]})" for worker in workers}
+    served = {worker.artifact[:12]: f"{worker.model} ({worker.artifact[:12]})" for worker in workers}
     told = f"{len(workers):,} on {', '.join(sorted({worker.device for worker in workers}))}"
     told = f"{told}: {', '.join(sorted(served.values()))}"
-    if manifest is not None and manifest.sha256 not in served:
+    if manifest is not None and manifest.sha256[:12] not in served:
         detail = f"none serves {model} ({manifest.sha256[:12]}); {told}"
         return Finding("workers", False, detail, f"{start}; or name with --model the artifact that they serve")
-    if strange := wanted - served.keys() - {""}:
-        names = ", ".join(sorted(sha[:12] for sha in strange))
+    if strange := wanted - served.keys():
+        names = ", ".join(sorted(strange))
         detail = f"runs wait for another artifact (sha256 {names}) than the workers serve; {told}"
         return Finding("workers", False, detail, "nermill-worker --model THAT_ARTIFACT")
-    if others := sorted(served[sha] for sha in wanted & served.keys() if manifest is None or sha != manifest.sha256):
+    own = "" if manifest is None else manifest.sha256[:12]
+    if others := sorted(served[sha] for sha in wanted & served.keys() if sha != own):
         told = f"{told}; runs wait for {', '.join(others)}"
     return Finding("workers", True, told)
 

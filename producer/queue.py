@@ -1,4 +1,4 @@
-"""The producer's end of the queue: the ledger in Redis, and the Celery bell beside it."""
+"""The producer's side of the queue: the ledger in Redis, and Celery messages beside it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from functools import cached_property
 from typing import Any
 
 from nermill.worker.contracts.broker import celery_app, check_broker, redacted
-from nermill.worker.contracts.errors import BrokerError
-from nermill.worker.contracts.ledger import Ledger, Progress, WorkerProcess
-from nermill.worker.contracts.message import KEY_PREFIX, MAX_BELLS, QUEUE, TASK, bell
+from nermill.worker.contracts.dispatch import Dispatcher
+from nermill.worker.contracts.errors import BrokerError, MessageError, UsageError
+from nermill.worker.contracts.ledger import Ledger, WorkerProcess
+from nermill.worker.contracts.message import KEY_PREFIX, QUEUE, REQUEST_PRIORITY, TAG_DOCUMENTS, queue_of
 
 DEFAULT_BROKER = "redis://localhost:6379/0"
+RECOVERY_SECONDS = 2.0  # between two looks at what was lost, by whomever
 HIGH_WATER = 5_000_000  # documents that may be unfinished before the producer waits
 
 
@@ -34,8 +36,12 @@ class Queue:
         self._ledger = Ledger(self._client)
 
     @cached_property
-    def _app(self) -> Any:
-        return celery_app(self.url)
+    def _dispatcher(self) -> Dispatcher:
+        return Dispatcher(celery_app(self.url), self._ledger)
+
+    @cached_property
+    def _requests(self) -> Any:
+        return celery_app(self.url, results=True)
 
     @contextmanager
     def ledger(self) -> Iterator[Ledger]:
@@ -49,14 +55,56 @@ class Queue:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise BrokerError(f"{redacted(self.url)}: the broker does not answer any more ({reason})") from None
 
-    def ring(self, shards: int) -> None:
-        """Tells workers that there is work: a bell for each shard, until MAX_BELLS lie in the queue."""
-        with self.ledger(), self._app.producer_pool.acquire(block=True) as producer:
-            unheard = self._client.llen(KEY_PREFIX + QUEUE)
-            for _ in range(min(shards, MAX_BELLS - unheard)):
-                self._app.send_task(
-                    TASK, kwargs=bell(), queue=QUEUE, producer=producer, ignore_result=True, retry=False
-                )
+    def promote(self) -> None:
+        """Sends the messages that are due."""
+        with self.ledger() as ledger:
+            self._dispatcher.promote(ledger.queues())
+
+    def recover(self, every: float = RECOVERY_SECONDS) -> None:
+        """Sends again what was lost, unless somebody looked for that in the last ``every`` seconds."""
+        with self.ledger():
+            self._dispatcher.recover(every)
+
+    def request(
+        self, documents: list[str | list[str]], options: dict[str, Any], *, artifact: str = "", timeout: float
+    ) -> list[dict[str, Any]]:
+        """Has a worker tag documents, and waits for the answer.
+
+        Raises:
+            UsageError: the worker refuses the request.
+            BrokerError: no answer within ``timeout`` seconds.
+        """
+        from celery.exceptions import TimeoutError as CeleryTimeoutError
+
+        with self.ledger():
+            result = self._requests.send_task(
+                TAG_DOCUMENTS,
+                args=(documents, options),
+                queue=queue_of(artifact) if artifact else QUEUE,
+                priority=REQUEST_PRIORITY,
+                expires=timeout,
+                argsrepr=f"({len(documents)} documents)",  # texts must not show in `celery inspect` and Flower
+                kwargsrepr="{}",
+                retry=False,
+            )
+            try:
+                return list(result.get(timeout))
+            except CeleryTimeoutError:
+                raise BrokerError(f"{redacted(self.url)}: {self._silence(timeout)}") from None
+            except MessageError as error:
+                raise UsageError(str(error)) from None
+            except Exception as error:
+                if type(error).__name__ == MessageError.__name__:
+                    raise UsageError(str(error)) from None
+                raise
+            finally:
+                result.forget()
+
+    def _silence(self, timeout: float) -> str:
+        workers = self._ledger.workers()
+        if not workers:
+            return f"no answer in {timeout:.0f} s, and no worker is at this broker; start nermill-worker"
+        return f"no answer in {timeout:.0f} s from {len(workers)} workers; they are busy, or serve other artifacts"
 
     def drop(self, run_id: str) -> None:
         """Makes the server forget a run."""
@@ -101,7 +149,7 @@ class Queue:
         with self.ledger() as ledger:
             return ledger.workers()
 
-    def progress_of_runs(self) -> list[Progress]:
-        """The ledger's view of each run that workers look at."""
+    def waiting_artifacts(self) -> set[str]:
+        """The first twelve digits of each artifact whose queue has shards that no worker began."""
         with self.ledger() as ledger:
-            return [ledger.progress(run_id) for run_id in ledger.runs()]
+            return {queue.partition(".")[2] for queue in ledger.waiting_queues()} - {""}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 
 from nermill.producer.queue import HIGH_WATER, Queue
@@ -12,11 +13,12 @@ from nermill.producer.sources.files import absolute, suggestion
 from nermill.producer.status import Status, Tally, artifact_of_parts, look
 from nermill.worker.contracts.errors import BrokerError, StoreError, UsageError
 from nermill.worker.contracts.layout import PLAN_FILE, SUCCESS_FILE, RunFolder
-from nermill.worker.contracts.ledger import Ledger, Progress
+from nermill.worker.contracts.ledger import Ledger, Progress, RunState
+from nermill.worker.contracts.message import PRIORITIES
 from nermill.worker.contracts.plan import Plan, Shard, read_plan
 
 MAX_WAITING_SHARDS = 100_000  # about 120 MB in the broker
-BROKER_PATIENCE = 120.0  # seconds without a broker before a waiting producer gives up
+BROKER_TIMEOUT = 120.0  # seconds without a broker before a waiting producer gives up
 SETTLE_SECONDS = 30.0  # for a worker to begin the run's last step: _SUCCESS and evaluation
 _BATCH = 64  # shards sent between two looks at the high-water mark
 _POLL_SECONDS = (0.1, 1.0)
@@ -128,10 +130,13 @@ def wait(run: RunFolder, plan: Plan, queue: Queue, on_status: OnStatus = ignore)
             status = look(run, plan, queue, tally)
             answered = began
         except BrokerError:
-            if began - answered > BROKER_PATIENCE:
+            if began - answered > BROKER_TIMEOUT:
                 raise
             status = look(run, plan, None, tally)
         on_status(status)
+        if answered == began:
+            with suppress(BrokerError):
+                queue.recover()
         working = _is_busy(status.progress)
         if status.state == "complete":
             complete_since = complete_since or began
@@ -139,15 +144,12 @@ def wait(run: RunFolder, plan: Plan, queue: Queue, on_status: OnStatus = ignore)
             if not working or (is_settled and not status.progress.leased):
                 finish(run, plan, queue)
                 return look(run, plan, None, tally)
-            if is_settled and answered == began:  # the last step lasts, or its worker died and nobody else looks
-                with queue.ledger() as ledger:
-                    ledger.reap()
         if status.state == "cancelled" and not status.progress.leased:
             return status
         idle = not working and status.state not in ("complete", "cancelled")
-        if idle and status.progress.buried:
-            trouble = status.progress.trouble
-            raise StoreError(f"{run.uri}: the workers refuse it ({trouble}); once mended: nermill resume {run.uri}")
+        if status.progress.blocked and not status.progress.leased:
+            reason = status.progress.last_error
+            raise StoreError(f"{run.uri}: the workers refuse it ({reason}); once mended: nermill resume {run.uri}")
         if idle and lost and answered == began:
             send(run, plan, queue)
         lost = idle
@@ -178,16 +180,17 @@ def cancel(run: RunFolder, plan: Plan, queue: Queue) -> Plan:
 
 def open_ledger(ledger: Ledger, run: RunFolder, plan: Plan) -> None:
     """Makes a run known to the ledger, or known again: bound to the artifact of its parts, if it has any."""
-    state = "open" if plan.is_open else "closed"
+    state = RunState.OPEN if plan.is_open else RunState.CLOSED
     artifact = plan.model["sha256"] or artifact_of_parts(run)
-    ledger.open(plan.run_id, run.uri, plan.options, artifact=artifact, state=state)
+    priority = PRIORITIES[plan.details.get("priority", "normal")]
+    ledger.open(plan.run_id, run.uri, plan.options, artifact=artifact, state=state, priority=priority)
 
 
 def send_shards(queue: Queue, plan: Plan, shards: Iterable[Shard]) -> int:
-    """Lets shards wait for a worker and rings for those that are new; returns how many."""
+    """Makes shards pending and sends the messages that are due; returns how many shards are new."""
     with queue.ledger() as ledger:
-        added = ledger.send(plan.run_id, shards)
-    queue.ring(added)
+        added = ledger.add(plan.run_id, shards)
+    queue.promote()
     return added
 
 

@@ -84,7 +84,7 @@ class Status:
                 f"{', '.join(sorted(served.values()))}. Start one with nermill-worker --model THAT_ARTIFACT, or cancel "
                 "the run and submit its documents with --model"
             )
-        return self.progress.trouble
+        return self.progress.last_error
 
     @property
     def exit_code(self) -> int:

@@ -240,10 +240,10 @@ class Stream:
 def seal(plan: Plan, queue: Queue) -> None:
     """Tells the ledger that a stream ended."""
     with queue.ledger() as ledger:
-        waits = ledger.seal(plan.run_id)
+        is_due = ledger.seal(plan.run_id)
     queue.leave_stream(plan.run_id)
-    if waits:
-        queue.ring(1)
+    if is_due:
+        queue.promote()
 
 
 def live_lines(descriptor: int, stop: threading.Event, *, follow: bool) -> Iterator[tuple[int, bytes | None]]:

@@ -1,44 +1,50 @@
-"""The Celery application: where all rooms meet; ``nermill-worker`` starts one such process a device.
+"""The Celery application of a worker process: its three tasks, and what starts and ends with the process.
 
-``celery -A nermill.worker.app worker --pool threads`` starts one by hand.
+``nermill-worker`` starts one such process for each device. ``celery -A nermill.worker.app worker --pool threads``
+starts one by hand; Celery then puts the working directory first on the import path.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery
+from celery.exceptions import SecurityWarning
 from celery.signals import (
     setup_logging,
+    task_unknown,
     worker_init,
     worker_process_init,
     worker_ready,
     worker_shutdown,
     worker_shutting_down,
 )
+from kombu import Exchange, Queue
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from nermill.worker import logs, tracing
 from nermill.worker.contracts.broker import celery_app, redis_client
+from nermill.worker.contracts.deadline import within
+from nermill.worker.contracts.dispatch import Dispatcher
 from nermill.worker.contracts.errors import MessageError, NermillError
 from nermill.worker.contracts.ledger import Ledger
 from nermill.worker.contracts.manifest import resolve_artifact
-from nermill.worker.contracts.message import KEY_PREFIX, MAX_BELLS, QUEUE, TASK
-from nermill.worker.contracts.patience import within
-from nermill.worker.doorkeeper import doorkeeper, fresh_bell
+from nermill.worker.contracts.message import FINISH_RUN, QUEUE, TAG_DOCUMENTS, TAG_SHARD
 from nermill.worker.heartbeat import beat
 from nermill.worker.metrics import Metrics, serve
-from nermill.worker.mill import HAND_BACK_SECONDS, Mill
+from nermill.worker.queue import requests
+from nermill.worker.queue.consumer import harden, room_step, strategy
+from nermill.worker.queue.shards import RELEASE_SECONDS, ShardWorker
 from nermill.worker.settings import Settings, read_settings
 
 if TYPE_CHECKING:
@@ -46,9 +52,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("nermill.worker")
 
-TRACING_SECONDS = 3.0  # for the last spans, when the grace is over
+TRACING_SECONDS = 3.0  # for the last spans, when the grace period is over
 BROKER_SECONDS = 10.0  # between two looks at the broker
-CHATTY_LOGGERS = ("celery.worker.strategy", "celery.app.trace")  # two lines a bell
+REQUEST_THREADS = 8  # beside those of shards: for requests and the last steps of runs
+QUIET_LOGGERS = ("celery.worker.strategy", "celery.app.trace", "celery.worker.consumer.consumer")  # lines a message
+
+
+def _queue(name: str) -> Queue:
+    """A queue as Celery declares one that a sender names and does not know."""
+    return Queue(name, Exchange(name), routing_key=name)
 
 
 def _configure() -> tuple[Settings, Celery]:
@@ -56,59 +68,92 @@ def _configure() -> tuple[Settings, Celery]:
         settings = read_settings(os.environ)
         logs.configure(settings.log_format, device=settings.device_name, worker=settings.worker_name)
         tracing.start_from(os.environ, settings.worker_name, settings.device_name)
-        app = celery_app(settings.broker_url)
+        harden()
+        warnings.filterwarnings("ignore", category=SecurityWarning)  # of root and pickle; JSON alone is accepted
+        app = celery_app(settings.broker_url, results=True, result_seconds=settings.result_seconds)
     except NermillError as error:
         logs.complain(error)
         raise SystemExit(error.exit_code) from None
-    app.conf.update(worker_concurrency=settings.concurrency, worker_pool="threads")
+    app.conf.update(
+        worker_concurrency=settings.concurrency + REQUEST_THREADS,
+        worker_pool="threads",
+        worker_send_task_events=True,
+        task_queues=[_queue(QUEUE)],  # the artifact's own is added once the artifact is loaded
+    )
     return settings, app
 
 
 settings, app = _configure()
 
 
-@setup_logging.connect  # type: ignore[untyped-decorator]
-def _configure_logging(loglevel: int, **_: Any) -> None:
-    """Celery leaves the logs, and what is printed, alone where somebody answers this."""
-    logging.getLogger().setLevel(loglevel)
-    for name in CHATTY_LOGGERS:
-        logging.getLogger(name).setLevel(logging.WARNING)
-
-
 @dataclass
 class Process:
     """What lives as long as the worker process."""
 
-    mill: Mill
+    shards: ShardWorker
     stop: threading.Event
-    leaving: threading.Event
     keeper: threading.Thread
 
-    def take_leave(self) -> None:
-        """Hands back what is held and signs off from the ledger, unless that stays silent."""
+    def end(self) -> None:
+        """Releases what is held and signs off from the ledger, unless that does not answer."""
         self.stop.set()
-        if self.mill.hand_back():
-            self.keeper.join(HAND_BACK_SECONDS)
+        if self.shards.release_all():
+            self.keeper.join(RELEASE_SECONDS)
 
 
 _process: Process | None = None
 
 
-@app.task(name=TASK)  # type: ignore[untyped-decorator]
-def tag(version: int) -> None:
-    """Answers one bell; the doorkeeper has looked at its version."""
+def _shards() -> ShardWorker:
     assert _process is not None
-    _process.mill.metrics.rung()
-    _process.mill.work(_process.leaving)
+    return _process.shards
 
 
-def _refuse(error: MessageError) -> None:
-    assert _process is not None
-    _process.mill.metrics.refused()
-    log.warning("dropped: %s", error)
+_options: dict[str, Any] = {"trail": False, "throws": (MessageError,), "Strategy": staticmethod(strategy(_shards))}
 
 
-app.steps["consumer"].add(doorkeeper(_refuse))
+@app.task(name=TAG_SHARD, bind=True, **_options)  # type: ignore[untyped-decorator]
+def tag_shard(self: Any, run_id: str, folder: str, shard: int) -> dict[str, Any]:
+    """Tags one shard of a run; see ``ShardWorker.tag_shard``."""
+    return _shards().tag_shard(self.request.id, run_id, folder, shard)
+
+
+@app.task(name=FINISH_RUN, **_options)  # type: ignore[untyped-decorator]
+def finish_run(run_id: str, folder: str) -> dict[str, Any]:
+    """Marks a run complete and evaluates it; see ``ShardWorker.finish_run``."""
+    return _shards().finish_run(run_id, folder)
+
+
+@app.task(name=TAG_DOCUMENTS, acks_late=False, **_options)  # type: ignore[untyped-decorator]
+def tag_documents(documents: list[Any], options: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """Tags a few documents at once; see ``worker.queue.requests``."""
+    return requests.tag_documents(_shards(), documents, options)
+
+
+app.finalize()
+for name in [name for name in app.tasks if name.startswith("celery.")]:
+    app.tasks.unregister(name)
+app.steps["consumer"].add(room_step(_shards))
+
+
+@setup_logging.connect  # type: ignore[untyped-decorator]
+def _configure_logging(loglevel: int, **_: Any) -> None:
+    """Celery leaves the logs, and what is printed, alone where this signal has a receiver."""
+    logging.getLogger().setLevel(loglevel)
+    for name in QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("celery.worker.consumer.consumer").addFilter(_is_not_of_a_message)
+
+
+def _is_not_of_a_message(record: logging.LogRecord) -> bool:
+    """Celery's pages about a message that it does not know; ours is one line."""
+    return not str(record.msg).startswith("Received ")
+
+
+@task_unknown.connect  # type: ignore[untyped-decorator]
+def _refuse_unknown(name: str, **_: Any) -> None:
+    _shards().metrics.refused()
+    log.warning("refused: a message for the task %.80r, which is not one of nermill's", name)
 
 
 @worker_process_init.connect  # type: ignore[untyped-decorator]
@@ -118,38 +163,35 @@ def _refuse_prefork(**_: Any) -> None:
 
 @worker_init.connect  # type: ignore[untyped-decorator]
 def _start(**_: Any) -> None:
-    """Loads and warms the model before the first bell is taken."""
+    """Loads and warms the model before the first message is received."""
     global _process
     from nermill.worker.pipeline import load_pipeline
-
-    def ring(waiting: int) -> None:
-        queue = KEY_PREFIX + QUEUE
-        if not client.llen(queue):  # all in one round trip: whoever rings has leases to renew
-            client.lpush(queue, *(json.dumps(fresh_bell()) for _ in range(min(waiting, MAX_BELLS))))
 
     try:
         pipeline = load_pipeline(resolve_artifact(settings.model), settings.device, settings.threads)
         client = redis_client(settings.broker_url)
         metrics = Metrics()
-        mill = Mill(pipeline, Ledger(client), settings, ring, metrics)
-        metrics.observe(pipeline, lambda: len(mill.held), mill.complaint, settings.device_name)
+        ledger = Ledger(client)
+        shards = ShardWorker(pipeline, ledger, Dispatcher(celery_app(settings.broker_url), ledger), settings, metrics)
+        metrics.observe(pipeline, lambda: len(shards.held), shards.complaint, settings.device_name)
         if settings.metrics_port:
-            serve(metrics, settings.metrics_port, mill.complaint)
+            serve(metrics, settings.metrics_port, shards.complaint)
     except NermillError as error:  # the device or the port may be free next time
         logs.complain(error)
         raise SystemExit(1) from None
-    except Exception:  # Celery would swallow it, and go on without a model
+    except Exception:  # Celery would log it and go on without a model
         log.exception("the worker cannot start")
         raise SystemExit(1) from None
+    app.amqp.queues.select_add(_queue(shards.queues[1]))
     stop = threading.Event()
     loops: dict[str, Callable[[], None]] = {
-        "keep": lambda: mill.keep(stop),
-        "watch": lambda: mill.watch(stop),
-        "beat": lambda: beat(os.environ, mill.complaint, stop),
+        "keep": lambda: shards.keep(stop),
+        "watch": lambda: shards.watch(stop),
+        "beat": lambda: beat(os.environ, shards.complaint, stop),
         "broker": lambda: _watch_broker(client, metrics, stop),
     }
     threads = {name: threading.Thread(target=loop, name=name, daemon=True) for name, loop in loops.items()}
-    _process = Process(mill, stop, leaving=threading.Event(), keeper=threads["keep"])
+    _process = Process(shards, stop, keeper=threads["keep"])
     for thread in threads.values():
         thread.start()
 
@@ -163,7 +205,7 @@ def _watch_broker(client: Redis, metrics: Metrics, stop: threading.Event) -> Non
         except (RedisConnectionError, RedisTimeoutError):
             metrics.broker_silent()
         except (RedisError, KeyError):
-            pass  # it answers, and does not tell: so do many that others manage
+            pass  # it answers, and does not tell: so do many managed servers
         if stop.wait(BROKER_SECONDS):
             return
 
@@ -171,19 +213,19 @@ def _watch_broker(client: Redis, metrics: Metrics, stop: threading.Event) -> Non
 @worker_ready.connect  # type: ignore[untyped-decorator]
 def _announce(**_: Any) -> None:
     if _process is not None:
-        name = _process.mill.pipeline.manifest.name
+        name = _process.shards.pipeline.manifest.name
         log.info("ready: %s on %s, allowed roots %s", name, settings.device_name, ", ".join(settings.roots))
 
 
 @worker_shutting_down.connect  # type: ignore[untyped-decorator]
 def _begin_grace(**_: Any) -> None:
-    """Lets what is held be finished within the grace period, then hands it back and ends."""
+    """Lets what is held be finished within the grace period, then releases it and ends."""
     if (process := _process) is None:
         return
-    process.leaving.set()
+    process.shards.stopping.set()
 
     def enforce() -> None:
-        process.take_leave()
+        process.end()
         with suppress(TimeoutError):
             within(TRACING_SECONDS, tracing.stop)
         os._exit(0)
@@ -196,8 +238,8 @@ def _begin_grace(**_: Any) -> None:
 @worker_shutdown.connect  # type: ignore[untyped-decorator]
 def _end(**_: Any) -> None:
     if _process is not None:
-        _process.take_leave()
-        _process.mill.pipeline.close()
+        _process.end()
+        _process.shards.pipeline.close()
         tracing.stop()
 
 

@@ -17,6 +17,7 @@ from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from nermill.worker.contracts.errors import UsageError
+from nermill.worker.contracts.message import FINISH_RUN, TAG_DOCUMENTS, TAG_SHARD
 from nermill.worker.engine import Batch, Engine
 from nermill.worker.pipeline import Annotated, Pipeline
 
@@ -28,6 +29,8 @@ FILL_BUCKETS = (0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 1.0)
 SHARD_BUCKETS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 SLOW_CLIENT_SECONDS = 10.0  # whoever has not sent its request by then is let go
 
+TASKS = (TAG_SHARD, FINISH_RUN, TAG_DOCUMENTS)
+
 
 class Metrics:
     """Counters of one process; base units, no label that grows with the data."""
@@ -38,17 +41,20 @@ class Metrics:
         self._documents = self._counter("documents", "Documents in parts, by outcome", outcome=("ok", "rejected"))
         self._tokens = self._counter("tokens", "Tokens computed: real ones and padding", kind=("real", "padding"))
         self._stage = self._counter("stage_seconds", "Seconds spent by stage, over all shards", stage=STAGES)
-        self._attempts = self._counter("shard_attempts", "Shards claimed, first and further tries")
-        self._redelivered = self._counter("redelivered_shards", "Shards claimed that had been tried before")
-        self._expired = self._counter("expired_leases", "Leases of workers that fell silent, put back by this one")
+        self._attempts = self._counter("shard_attempts", "Shards leased, first and further tries")
+        self._redelivered = self._counter("redelivered_shards", "Shards leased that had been tried before")
+        self._recovered = self._counter("recovered_shards", "Expired leases and lost messages that were sent again")
         self._lost = self._counter("lost_leases", "Shards that went to another worker while this one held them")
         self._handed_back = self._counter("handed_back_shards", "Shards handed back for another try")
-        self._bells = self._counter("bells", "Bells answered, with or without a shard to be had")
-        self._refused = self._counter("refused_messages", "Bells and ledger entries that did not fit the contract")
+        self._messages = self._counter("messages", "Messages received, by task", task=TASKS)
+        self._refused = self._counter("refused_messages", "Messages and ledger entries that did not fit the contract")
+        self._requests = self._counter("request_documents", "Documents of requests that were tagged")
+        self._defects = self._counter("unexpected_errors", "Errors that are no fault of a store, device or ledger")
         self._silence = self._counter("broker_failures", "Times the broker did not answer when it was looked at")
         self._memory = self._gauge("broker_memory_bytes", "Memory that the broker uses")
         self._memory_limit = self._gauge("broker_memory_limit_bytes", "Memory that the broker may use")
-        self._waiting = self._gauge("waiting_shards", "Shards of all runs that wait, in the ledger")
+        self._waiting = self._gauge("waiting_shards", "Shards of all runs that no worker began")
+        self._leased = self._gauge("fleet_leased_shards", "Shards of all runs that some worker holds")
         self._duration = Histogram(
             "nermill_shard_seconds", "Seconds from claim to commit", buckets=SHARD_BUCKETS, registry=self.registry
         )
@@ -66,8 +72,8 @@ class Metrics:
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(f"nermill_{name}", text, registry=self.registry)
 
-    def claimed(self, attempts: int) -> None:
-        """A shard was claimed, for the first time or again."""
+    def leased(self, attempts: int) -> None:
+        """A shard was leased, for the first time or again."""
         self._attempts.inc()
         if attempts > 1:
             self._redelivered.inc()
@@ -86,10 +92,11 @@ class Metrics:
             self._stage.labels(stage).inc(max(0.0, took))  # clocks are set back now and then
         self._duration.observe(seconds)
 
-    def ledger(self, expired: int, waiting: int) -> None:
-        """Leases that were put back, and how many shards wait, for whoever scales workers."""
-        self._expired.inc(expired)
+    def ledger(self, recovered: int, waiting: int, leased: int) -> None:
+        """What recovery sent again, and the shards of all runs that wait and are leased: what to scale workers by."""
+        self._recovered.inc(recovered)
         self._waiting.set(waiting)
+        self._leased.set(leased)
 
     def broker(self, used: int, limit: int) -> None:
         """Bytes that the broker uses and may use."""
@@ -100,13 +107,21 @@ class Metrics:
         """The broker did not answer."""
         self._silence.inc()
 
-    def rung(self) -> None:
-        """A bell was answered."""
-        self._bells.inc()
+    def received(self, task: str) -> None:
+        """A message was received."""
+        self._messages.labels(task).inc()
 
     def refused(self) -> None:
-        """A bell or an entry did not fit the contract."""
+        """A message or an entry did not fit the contract."""
         self._refused.inc()
+
+    def requested(self, documents: int) -> None:
+        """A request's documents were tagged."""
+        self._requests.inc(documents)
+
+    def defect(self) -> None:
+        """An unexpected error."""
+        self._defects.inc()
 
     def handed_back(self) -> None:
         """A shard was handed back."""

@@ -2,7 +2,7 @@
 
 Any number of threads call ``Pipeline.annotate``; each tokenizes and decodes its own shard while the compute
 threads keep the device busy with batches mixed from all of them. How much waits between them is the callers' to
-bound: they may ask ``await_hunger`` before they begin.
+bound: they may ask ``await_spare_capacity`` before they begin.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from nermill.worker.windows import Tokens, cut, tokenize
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+FEW_WINDOWS = 32
 WARM_ROWS = 1  # rows of the batch that warms an engine whose shapes are free
 
 
@@ -120,12 +121,18 @@ class Pipeline:
         """Tokens that wait for the device."""
         return self._pool.waiting_tokens()
 
-    def await_hunger(self, timeout: float) -> bool:
+    def await_spare_capacity(self, timeout: float) -> bool:
         """Waits until the device will soon have nothing to do, or broke; False where it has enough for ``timeout``."""
-        return self._pool.await_hunger(timeout)
+        return self._pool.await_spare_capacity(timeout)
 
     def annotate(
-        self, table: pa.Table, options: Options, first: int = 0, on_fed: Callable[[], object] = lambda: None
+        self,
+        table: pa.Table,
+        options: Options,
+        first: int = 0,
+        on_fed: Callable[[], object] = lambda: None,
+        *,
+        urgent: bool = False,
     ) -> Annotated:
         """Tags the documents of a shard; blocks until they are done.
 
@@ -134,6 +141,8 @@ class Pipeline:
             options: The run's options.
             first: ``doc_index`` of the first row.
             on_fed: Called when the shard's windows wait for the device.
+            urgent: Whether its windows go before those that wait; so do those of a table with few windows, which hardly
+                delay the others.
 
         Raises:
             EngineError: the device failed for good; no document is to blame.
@@ -143,7 +152,7 @@ class Pipeline:
         tokens = tokenize(self._tokenizer, spelling.tokenizable, split=spelling.split)
         job = self._job(tokens, options)
         tokenized = time.monotonic()
-        self._pool.put(job)
+        self._pool.put(job, first=urgent or len(job.windows) <= FEW_WINDOWS)
         on_fed()
         job.done.wait()
         computed = time.monotonic()
@@ -276,11 +285,14 @@ class Tagger:
         """
         return cls(load_pipeline(resolve_artifact(str(model)), device, threads))
 
-    def tag(self, documents: Iterable[str] | Iterable[Sequence[str]], **options: object) -> list[Annotation]:
+    def tag(
+        self, documents: Iterable[str] | Iterable[Sequence[str]], *, urgent: bool = False, **options: object
+    ) -> list[Annotation]:
         """Tags texts, or documents that are split into words.
 
         Args:
             documents: Strings, or sequences of words.
+            urgent: Whether they go before other documents that wait for the device.
             options: Fields of ``Options``: aggregation, overlap, max_chars.
 
         Returns:
@@ -293,7 +305,11 @@ class Tagger:
             Document(id=str(n), text=d) if isinstance(d, str) else Document(id=str(n), words=tuple(d))
             for n, d in enumerate(documents)
         ]
-        annotated = self.pipeline.annotate(shard_table(records), Options(**options))  # type: ignore[arg-type]
+        annotated = self.pipeline.annotate(
+            shard_table(records),
+            Options(**options),  # type: ignore[arg-type]
+            urgent=urgent,
+        )
         entities, tags = annotated.part["entities"].to_pylist(), annotated.part["tags"].to_pylist()
         return [
             Annotation(tuple(Entity(**e) for e in found), row_tags and tuple(row_tags), annotated.faults.get(row))

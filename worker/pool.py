@@ -1,8 +1,8 @@
 """Windows of all shards that are in the worker at once, waiting for the device.
 
 Task threads put their tokenized jobs in and wait; compute threads take batches out that mix windows of any job.
-No timer delays a batch: one leaves as soon as the device is idle, and while it is busy the pool fills. Whoever claims
-shards asks before whether the device is hungry: what is claimed later may as well go to another worker.
+No timer delays a batch: one leaves as soon as the device is idle, and while it is busy the pool fills. Whoever takes
+shards asks before whether the device will soon be idle: until then, another worker may begin them.
 """
 
 from __future__ import annotations
@@ -95,18 +95,18 @@ class Pool:
         self._unfinished: set[Job] = set()
         self._closed: Exception | None = None
         self._lock = threading.Lock()
-        self._hunger = threading.Condition(self._lock)
+        self._spare_capacity = threading.Condition(self._lock)
         self._batch = threading.Condition(self._lock)
         self._seconds: dict[Shape, float] = {}
         self._seconds_a_token = 0.0  # of the device, padding left out
 
-    def await_hunger(self, timeout: float) -> bool:
+    def await_spare_capacity(self, timeout: float) -> bool:
         """Waits until the device will soon have nothing to do, or broke; False where it has enough for ``timeout``."""
         with self._lock:
-            return self._hunger.wait_for(self._is_hungry, timeout)
+            return self._spare_capacity.wait_for(self._has_spare_capacity, timeout)
 
-    def put(self, job: Job) -> None:
-        """Adds a job's windows."""
+    def put(self, job: Job, *, first: bool = False) -> None:
+        """Adds a job's windows: behind those that wait, or before them."""
         job.remaining = len(job.windows)
         if not job.remaining:
             job.done.set()
@@ -116,8 +116,10 @@ class Pool:
                 raise self._closed
             self._unfinished.add(job)
             self._jobs.append(job)
-            self._owner = np.append(self._owner, np.full(len(job.windows), len(self._jobs) - 1))
-            self._windows = concatenate(self._windows, job.windows)
+            owner = np.full(len(job.windows), len(self._jobs) - 1)
+            self._owner = np.concatenate([owner, self._owner] if first else [self._owner, owner])
+            windows = (job.windows, self._windows) if first else (self._windows, job.windows)
+            self._windows = concatenate(*windows)
             self._tokens += int(job.windows.lengths.sum())
             self._batch.notify()
 
@@ -135,8 +137,8 @@ class Pool:
             self._forget_empty_jobs()
             self._tokens -= placement.tokens
             self._running += 1
-            if self._is_hungry():
-                self._hunger.notify_all()
+            if self._has_spare_capacity():
+                self._spare_capacity.notify_all()
             self._batch.notify()
             return work
 
@@ -170,14 +172,14 @@ class Pool:
                 if not job.done.is_set():
                     job.error = self._closed
                     job.done.set()
-            self._hunger.notify_all()
+            self._spare_capacity.notify_all()
             self._batch.notify_all()
 
     def waiting_tokens(self) -> int:
         """Tokens that wait, for metrics."""
         return self._tokens
 
-    def _is_hungry(self) -> bool:
+    def _has_spare_capacity(self) -> bool:
         if self._closed:
             return True
         least, most = (batches * self._manifest.batch_tokens for batches in AHEAD_BATCHES)

@@ -29,6 +29,7 @@ class Settings:
         threads: Compute threads on a CPU; 0 takes all that the process may use.
         metrics_port: First port of the Prometheus endpoints (device N listens on port + N); 0 for none.
         log_format: ``text`` for people, ``json`` for one object a line.
+        result_seconds: How long Celery keeps the results of tasks.
     """
 
     broker_url: str = "redis://localhost:6379/0"
@@ -43,6 +44,7 @@ class Settings:
     threads: int = 0
     metrics_port: int = 0
     log_format: str = "text"
+    result_seconds: float = 3600.0
 
     @property
     def worker_name(self) -> str:

@@ -173,7 +173,7 @@ class Supervisor:
 
 def _command(device: Device) -> list[str]:
     celery = ["--quiet", "worker", "--pool", "threads", "--loglevel", "INFO"]
-    lonely = ["--without-gossip", "--without-mingle", "--without-heartbeat"]  # processes need not know each other
+    lonely = ["--without-gossip", "--without-mingle"]  # processes need not know each other
     name = f"nermill-{device.kind}{device.number}-{os.getpid()}@%h"
     return python_command(APP, *celery, *lonely, "-n", name)
 

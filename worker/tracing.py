@@ -66,7 +66,7 @@ def shard(claim: Claim) -> Iterator[None]:
     if _provider is None:
         yield
         return
-    facts = {"run": claim.run_id, "shard": claim.shard.index, "attempt": claim.attempts}
+    facts = {"run": claim.run_id, "shard": claim.key, "attempt": claim.attempts}
     attributes = {f"nermill.{name}": value for name, value in facts.items()}
     tracer = _provider.get_tracer("nermill")
     with (

@@ -119,14 +119,14 @@ nermill.worker.pipeline.load_engine = load_engine  # before nermill.worker.app l
 import nermill.worker.app  # noqa: E402
 import nermill.worker.mill  # noqa: E402
 import nermill.worker.parts  # noqa: E402
-from nermill.worker.contracts import patience  # noqa: E402
+from nermill.worker.contracts import deadline  # noqa: E402
 from nermill.worker.contracts.layout import RunFolder  # noqa: E402
 from nermill.worker.contracts.ledger import Claim, Completion, Ledger  # noqa: E402
 from nermill.worker.mill import Mill  # noqa: E402
 from tests.doubles import store  # noqa: E402, F401 - makes faulty:// known
 
 nermill.worker.mill.evaluate = evaluate
-patience.SECONDS = float(os.environ.get("FAULT_STORE_SECONDS", patience.SECONDS))
+deadline.SECONDS = float(os.environ.get("FAULT_STORE_SECONDS", deadline.SECONDS))
 
 FAULT_POINTS = {
     "sync": (os, "fsync"),

@@ -215,18 +215,18 @@ def test_a_shape_costs_what_the_device_took_for_it() -> None:
         assert work.placement.rows == rows
 
 
-def test_the_device_is_hungry_until_half_a_second_of_work_waits() -> None:
+def test_the_device_has_spare_capacity_until_half_a_second_of_work_waits() -> None:
     nothing, bounds = np.zeros(62, np.int64), np.array([0, 62])
     tokens, windows = Tokens(nothing, bounds, nothing, ()), cut(bounds, 64, 0)
     for tokens_per_second, jobs in [(10, 2), (1_280, 10), (1e9, 64)]:
         pool = Pool(manifest(token_budget=64))
         pool.learn((1, 64), round(tokens_per_second / 10), 0.1)
-        while pool.await_hunger(0.01):
+        while pool.await_spare_capacity(0.01):
             pool.put(Job(tokens, windows, np.zeros((62, 9), np.float32)))
             jobs -= 1
         assert jobs == 0
         with ThreadPoolExecutor() as threads:
-            woken = threads.submit(pool.await_hunger, 60)
+            woken = threads.submit(pool.await_spare_capacity, 60)
             assert pool.take() is not None
             assert woken.result()
 

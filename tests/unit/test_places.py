@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nermill.worker.contracts import patience
+from nermill.worker.contracts import deadline
 from nermill.worker.contracts.errors import StoreError
 from nermill.worker.contracts.layout import ASIDE_SECONDS, RunFolder
 from nermill.worker.contracts.schema import part_schema
@@ -99,11 +99,11 @@ def test_a_store_without_them_is_looked_at_first() -> None:
 def test_a_call_that_hangs_is_given_up_and_its_slot_comes_back() -> None:
     began = time.monotonic()
     with pytest.raises(TimeoutError, match="no answer"):
-        patience.within(0.1, lambda: time.sleep(0.5))
+        deadline.within(0.1, lambda: time.sleep(0.5))
     assert time.monotonic() - began < 0.4
-    assert patience.within(1, lambda: 7) == 7
+    assert deadline.within(1, lambda: 7) == 7
     with pytest.raises(KeyError, match="own"):
-        patience.within(1, lambda: {}["own"])
+        deadline.within(1, lambda: {}["own"])
 
 
 def test_a_fault_of_the_store_names_file_reason_and_remedy(tmp_path: Path) -> None:

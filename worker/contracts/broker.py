@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from nermill.worker.contracts.errors import BrokerError, UsageError
-from nermill.worker.contracts.message import KEY_PREFIX, QUEUE
+from nermill.worker.contracts.message import PRIORITY_STEPS, QUEUE
 
 if TYPE_CHECKING:
     from celery import Celery
     from redis import Redis
 
 SCHEMES = ("redis", "rediss", "redis+socket", "sentinel")
+RESULT_SECONDS = 3600.0
+# An unreachable backend costs a result, and holds up a worker's thread no longer than this.
+_BACKEND_OPTIONS: dict[str, Any] = {"retry_policy": {"timeout": 5.0, "max_retries": 3}}
 _SECRETS = re.compile(r"(?<=://)[^;]*(?=@)|(?<=password=)[^&;]*")
 DEFAULT_SENTINEL_SERVICE = "mymaster"
 _NO_CLUSTER = (
@@ -29,20 +32,23 @@ CELERY_SETTINGS: dict[str, Any] = {
     "task_default_queue": QUEUE,
     "task_serializer": "json",
     "accept_content": ["json"],
-    "task_ignore_result": True,
+    "result_serializer": "json",
+    "result_accept_content": ["json"],
+    "task_track_started": True,
+    "task_send_sent_event": True,
     "task_acks_late": True,
     "task_reject_on_worker_lost": True,
     "task_acks_on_failure_or_timeout": True,
     "worker_prefetch_multiplier": 1,
     "worker_disable_prefetch": True,
-    "worker_enable_remote_control": False,
-    "worker_cancel_long_running_tasks_on_connection_loss": False,
     "broker_connection_retry_on_startup": True,
     "broker_connection_max_retries": None,
 }
 TRANSPORT_OPTIONS: dict[str, Any] = {
-    "global_keyprefix": KEY_PREFIX,
-    "visibility_timeout": 3600,  # a bell that comes twice finds nothing to claim, so nothing hangs on this
+    "priority_steps": PRIORITY_STEPS,
+    "queue_order_strategy": "round_robin",
+    "polling_interval": 0.1,  # seconds that one BRPOP waits: a queue that is consumed from again joins the next one
+    "visibility_timeout": 3600,  # a message that comes twice finds its shard recorded, so nothing depends on this
     "socket_timeout": 30,
     "socket_connect_timeout": 5,
     "socket_keepalive": True,
@@ -72,8 +78,14 @@ def redacted(url: str) -> str:
     return _SECRETS.sub("***", url)
 
 
-def celery_app(url: str) -> Celery:
+def celery_app(url: str, *, results: bool = False, result_seconds: float = RESULT_SECONDS) -> Celery:
     """A Celery application on that broker; JSON alone goes in and out.
+
+    Args:
+        url: Broker URL.
+        results: Whether it stores and reads results, in the same Redis. An application that only sends needs none:
+            with a result backend, each message that it sends would subscribe it to that message's result.
+        result_seconds: How long results are kept.
 
     Raises:
         UsageError: a URL that cannot be served.
@@ -85,9 +97,25 @@ def celery_app(url: str) -> Celery:
     if scheme == "sentinel":
         options["master_name"] = _sentinel_service(url)
         url = ";".join(host.partition("?")[0] for host in url.split(";"))  # kombu falls over it at the next host
-    app = Celery("nermill", broker=url)
+    app = Celery("nermill", broker=url, set_as_current=False)
     app.conf.update(CELERY_SETTINGS, broker_transport_options=options)
+    if results:
+        app.conf.update(
+            result_backend=_backend_url(scheme, url),
+            result_expires=result_seconds,
+            result_backend_transport_options={**_BACKEND_OPTIONS, **_only(options, "master_name")},
+        )
     return app
+
+
+def _only(options: dict[str, Any], name: str) -> dict[str, Any]:
+    return {name: options[name]} if name in options else {}
+
+
+def _backend_url(scheme: str, url: str) -> str:
+    if scheme != "rediss" or "ssl_cert_reqs" in url:
+        return url
+    return url + ("&" if "?" in url else "?") + "ssl_cert_reqs=required"  # Celery's backend asks for it by name
 
 
 def redis_client(url: str, *, patient: bool = True) -> Redis:

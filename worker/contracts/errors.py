@@ -7,6 +7,7 @@
     │   └── ArtifactError   a model folder that cannot be served
     ├── BrokerError         the queue does not answer        exit code 1
     ├── StoreError          a folder or store that does not take or give files
+    │   └── UnreachableError    a file that is not there, or not for us
     ├── EngineError         an accelerator that failed
     ├── MessageError        a queue or ledger entry that is not ours
     └── LeaseLostError      the shard is another worker's by now
@@ -37,6 +38,10 @@ class BrokerError(NermillError):
 
 class StoreError(NermillError):
     """A file could not be read or written; the shard that needed it is handed back."""
+
+
+class UnreachableError(StoreError):
+    """A file that is missing or must not be read; on another machine it may be there."""
 
 
 class EngineError(NermillError):

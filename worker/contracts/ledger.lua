@@ -1,151 +1,308 @@
--- The ledger's atomic steps, one function each: redis.call order inside a function is one moment for all others.
--- First key: the prefix of all keys. First argument: the function's name. Times are milliseconds of the server's
--- clock unless the caller gives its own (tests do).
+-- The ledger's atomic steps, one function each: no other client sees a state between two redis.call of one step.
+-- First key: the prefix of all keys. First argument: the step's name. Times are milliseconds of the server's clock,
+-- unless the caller gives its own (tests do). Each step touches the keys of one run and indexes over all runs, so its
+-- cost does not grow with the number of runs.
+--
+-- Keys of a run (run:<id>…):
+--   (none)       hash: uri, options, state, artifact, priority, counters
+--   :pending     sorted set of shards that have no message; score: the shard's number
+--   :since       hash: when a shard began to wait
+--   :shards      hash: documents, first document and sha256 of each shard
+--   :sent        hash: the message set that holds a shard whose message was sent and which no worker began
+--   :leases      hash: lease id of each leased shard
+--   :attempts    hash: how often a shard was leased
+--   :results     hash: counts of each recorded shard
+--   :trial       hash: the trial that a shard's worker is about to make (see worker/queue/poison.py)
+--   :strikes     hash: how often each trial ended its worker
+--   :unable      hash: workers that cannot read the run's folder, with expiry and reason
+-- Indexes over all runs:
+--   turn:<queue>:<priority>   sorted set of runs with pending shards; score: when it was last served
+--   sent:<queue>:<priority>   sorted set of 'run shard' whose message was sent and which no worker began; score: when
+--   leases                    sorted set of 'run shard'; score: when the lease ends
+--   workers, workers:<queue>  sorted sets of live workers; score: until when
 
 local prefix, name = KEYS[1], ARGV[1]
-local runs = prefix .. 'runs'
-local FINISH = '-1' -- the run's last step, leased like a shard: it begins when all shards are done
--- keys of a run
-local PARTS = {false, 'pending', 'since', 'shards', 'leases', 'tokens', 'attempts', 'results', 'probes', 'strikes'}
+local MOVES = {{MOVES}} -- allowed transitions of a run's state; filled in from ledger.py
+local FINISH = 'finish' -- in the place of a shard's number: the run's last step, leased like a shard
+local COMMON = 'nermill'
+local PRIORITIES = {'3', '6', '9'} -- high, normal, low; Redis serves the smaller number first
+local PARTS = {false, 'pending', 'since', 'shards', 'sent', 'leases', 'attempts', 'results', 'trial', 'strikes', 'unable'}
+local FORGET_SECONDS = 7 * 86400 -- a run that nobody touches for so long is forgotten
 
 local function key(run, part) return prefix .. 'run:' .. run .. (part and ':' .. part or '') end
 
 local function clock(given)
-  if given ~= '' then return tonumber(given) end
+  if given and given ~= '' then return tonumber(given) end
   local time = redis.call('TIME')
   return time[1] * 1000 + math.floor(time[2] / 1000)
 end
 
-local function holds(run, shard, token)
-  return redis.call('HGET', key(run, 'tokens'), shard) == token and redis.call('ZSCORE', key(run, 'leases'), shard)
-end
-
--- a shard begins to wait; answers 1 where it did not wait before
-local function line_up(run, shard)
-  redis.call('HSETNX', key(run, 'since'), shard, clock(''))
-  return redis.call('ZADD', key(run, 'pending'), 'NX', shard, shard)
-end
-
--- it waits no more; answers how long it did, in milliseconds of the server's clock
-local function step_out(run, shard)
-  redis.call('ZREM', key(run, 'pending'), shard)
-  local since = redis.call('HGET', key(run, 'since'), shard)
-  redis.call('HDEL', key(run, 'since'), shard)
-  return math.max(0, clock('') - (tonumber(since or '') or clock('')))
-end
-
--- back among those that wait, unless the run was cancelled or the shard is done already
-local function wait(run, shard)
-  if redis.call('HGET', key(run), 'state') == 'cancelled' then return 0 end
-  if redis.call('HEXISTS', key(run, 'results'), shard) == 1 then return 0 end
-  return line_up(run, shard)
-end
-
+local function get(run, field) return redis.call('HGET', key(run), field) end
+local function state(run) return get(run, 'state') or 'unknown' end
 local function count(run, field, amount) redis.call('HINCRBY', key(run), field, amount) end
 
+local function expire(run, seconds)
+  for _, part in ipairs(PARTS) do redis.call('EXPIRE', key(run, part), seconds) end
+end
+
+local function move(run, to)
+  local from = state(run)
+  if from == to then return true end
+  if not (MOVES[from] and MOVES[from][to]) then return false end
+  redis.call('HSET', key(run), 'state', to)
+  return true
+end
+
+local function queue_of(run)
+  local artifact = get(run, 'artifact')
+  return (artifact and artifact ~= '') and COMMON .. '.' .. artifact:sub(1, 12) or COMMON
+end
+
+local function turn(queue, priority) return prefix .. 'turn:' .. queue .. ':' .. priority end
+local function sent(queue, priority) return prefix .. 'sent:' .. queue .. ':' .. priority end
+local function join(run, shard) return run .. ' ' .. shard end
+
+local function enroll(run, queue, priority)
+  redis.call('SADD', prefix .. 'queues', queue)
+  if not redis.call('ZSCORE', turn(queue, priority), run) then
+    redis.call('ZADD', turn(queue, priority), redis.call('INCR', prefix .. 'turns'), run)
+  end
+end
+
+local function leave(run)
+  for _, priority in ipairs(PRIORITIES) do
+    redis.call('ZREM', turn(queue_of(run), priority), run)
+    redis.call('ZREM', turn(COMMON, priority), run)
+  end
+end
+
+-- the message of a shard, if there is one, is not waited for any more
+local function unsend(run, shard)
+  local set = redis.call('HGET', key(run, 'sent'), shard)
+  if set then
+    redis.call('ZREM', set, join(run, shard))
+    redis.call('HDEL', key(run, 'sent'), shard)
+  end
+end
+
+local function unlease(run, shard)
+  redis.call('HDEL', key(run, 'leases'), shard)
+  redis.call('ZREM', prefix .. 'leases', join(run, shard))
+end
+
+-- a shard waits for a message, unless the run was cancelled or the shard is recorded; answers 1 where it is new there
+local function wait(run, shard)
+  local now = state(run)
+  if now == 'cancelled' or now == 'unknown' or redis.call('HEXISTS', key(run, 'results'), shard) == 1 then return 0 end
+  unsend(run, shard)
+  redis.call('HSETNX', key(run, 'since'), shard, clock())
+  local added = redis.call('ZADD', key(run, 'pending'), 'NX', shard == FINISH and '1e18' or shard, shard)
+  if shard == FINISH then enroll(run, COMMON, '3')
+  elseif redis.call('HEXISTS', key(run), 'blocked') == 0 then enroll(run, queue_of(run), get(run, 'priority')) end
+  return added
+end
+
 local function finish_when_done(run)
-  if redis.call('HGET', key(run), 'state') ~= 'closed' or redis.call('HEXISTS', key(run), 'finish') == 1 then return 0 end
-  if redis.call('ZCARD', key(run, 'pending')) + redis.call('ZCARD', key(run, 'leases')) > 0 then return 0 end
+  local now = state(run)
+  if now ~= 'closed' then return 0 end
+  if redis.call('HLEN', key(run, 'results')) < redis.call('HLEN', key(run, 'shards')) then return 0 end
+  move(run, 'finishing')
   return wait(run, FINISH)
+end
+
+local function holds(run, shard, lease) return redis.call('HGET', key(run, 'leases'), shard) == lease end
+
+local function live_workers(queue, now) return redis.call('ZCOUNT', prefix .. 'workers:' .. queue, '(' .. now, '+inf') end
+
+-- the live workers of a queue that said that they cannot read a run's folder: how many, and the last one's reason
+local function unable(run, queue, now)
+  local found, said = 0, ''
+  for _, worker in ipairs(redis.call('ZRANGEBYSCORE', prefix .. 'workers:' .. queue, '(' .. now, '+inf')) do
+    local entry = redis.call('HGET', key(run, 'unable'), worker)
+    if entry and tonumber(entry:match('^%d+')) > now then
+      found = found + 1
+      said = entry:match('^%d+ (.*)$')
+    end
+  end
+  return found, said
 end
 
 local step = {}
 
--- header as field, value pairs after the artifact, which stays as it is where '' is given; true where the run is new
-function step.open(run, artifact, ...)
+-- makes a run known, or known again; answers 1 where it was not
+function step.open(run, to, artifact, priority, ...)
   local fresh = redis.call('EXISTS', key(run)) == 0
-  redis.call('HSET', key(run), ...)
-  if artifact == '' then redis.call('HSETNX', key(run), 'artifact', '')
-  else redis.call('HSET', key(run), 'artifact', artifact) end
-  redis.call('HSETNX', key(run), 'opened', clock(''))
-  redis.call('ZADD', runs, 'NX', 0, run)
-  for _, part in ipairs(PARTS) do redis.call('PERSIST', key(run, part)) end
+  if fresh then redis.call('HSET', key(run), 'state', to, 'opened', clock())
+  elseif not move(run, to) then
+    return redis.error_reply('run ' .. run .. ' cannot go from ' .. state(run) .. ' to ' .. to)
+  end
+  leave(run)
+  redis.call('HSET', key(run), 'priority', priority, ...)
+  redis.call('HDEL', key(run), 'blocked', 'last_error')
+  redis.call('DEL', key(run, 'unable'))
+  if artifact ~= '' then redis.call('HSET', key(run), 'artifact', artifact)
+  else redis.call('HSETNX', key(run), 'artifact', '') end
+  if redis.call('ZCARD', key(run, 'pending')) > 0 then enroll(run, queue_of(run), priority) end
+  expire(run, FORGET_SECONDS)
   return fresh and 1 or 0
 end
 
--- pairs of shard, specification; answers how many are newly waiting
-function step.send(run, ...)
+-- pairs of shard and specification; answers how many newly wait for a message
+function step.add(run, ...)
   local added, given = 0, {...}
-  if redis.call('HGET', key(run), 'state') == 'cancelled' then return 0 end
-  redis.call('HDEL', key(run), 'finish', 'buried', 'trouble')
+  if state(run) == 'cancelled' or state(run) == 'unknown' then return 0 end
+  redis.call('HDEL', key(run), 'blocked', 'last_error')
+  redis.call('DEL', key(run, 'unable'))
   for i = 1, #given, 2 do
     local shard, spec = given[i], given[i + 1]
     if redis.call('HSET', key(run, 'shards'), shard, spec) == 1 then
       count(run, 'submitted', tonumber(spec:match('^%d+')))
     end
-    if redis.call('HEXISTS', key(run, 'results'), shard) == 0 and not redis.call('ZSCORE', key(run, 'leases'), shard) then
-      added = added + line_up(run, shard)
+    if redis.call('HEXISTS', key(run, 'leases'), shard) == 0 and redis.call('HEXISTS', key(run, 'sent'), shard) == 0 then
+      added = added + wait(run, shard)
     end
+  end
+  if added > 0 then
+    if state(run) == 'finishing' or state(run) == 'finished' then move(run, 'closed') end
+    unsend(run, FINISH)
+    redis.call('ZREM', key(run, 'pending'), FINISH)
+    expire(run, FORGET_SECONDS)
   end
   return added
 end
 
--- the next shard of the run that was served longest ago, among those that this artifact may serve
-function step.claim(artifact, lease, now)
+-- moves pending shards of a queue to its message window, runs in turn; answers run, folder, shard, priority of each
+function step.promote(queue, now)
   now = clock(now)
-  for _, run in ipairs(redis.call('ZRANGE', runs, 0, -1)) do
-    local bound = redis.call('HGET', key(run), 'artifact')
-    if bound == '' or bound == artifact then
-      local shard = redis.call('ZRANGE', key(run, 'pending'), 0, 0)[1]
+  local window, answer = 2 * math.max(1, live_workers(queue, now)), {}
+  for _, priority in ipairs(PRIORITIES) do
+    local room = window - redis.call('ZCARD', sent(queue, priority))
+    while room > 0 do
+      local run = redis.call('ZRANGE', turn(queue, priority), 0, 0)[1]
+      if not run then break end
+      local unbound = queue == COMMON and get(run, 'artifact') == ''
+      local begun = redis.call('HLEN', key(run, 'sent')) + redis.call('HLEN', key(run, 'leases'))
+      local shard = not (unbound and begun > 0) and redis.call('ZPOPMIN', key(run, 'pending'))[1]
       if shard then
-        local waited = step_out(run, shard)
-        redis.call('HSET', key(run), 'artifact', artifact)
-        redis.call('HSETNX', key(run), 'started', now)
-        redis.call('ZADD', runs, redis.call('INCR', prefix .. 'turn'), run)
-        local token = tostring(redis.call('HINCRBY', key(run), 'fence', 1))
-        redis.call('HSET', key(run, 'tokens'), shard, token)
-        redis.call('ZADD', key(run, 'leases'), now + lease, shard)
-        local attempts = redis.call('HINCRBY', key(run, 'attempts'), shard, 1)
-        if attempts > 1 then count(run, 'redeliveries', 1) end
-        local probed = redis.call('HGET', key(run, 'probes'), shard)
-        if probed then
-          redis.call('HINCRBY', key(run, 'strikes'), probed, 1)
-          redis.call('HDEL', key(run, 'probes'), shard)
-        end
-        local header = redis.call('HMGET', key(run), 'uri', 'options')
-        local spec = redis.call('HGET', key(run, 'shards'), shard)
-        return {run, shard, token, attempts, waited, header[1], header[2], spec}
+        redis.call('ZADD', sent(queue, priority), now, join(run, shard))
+        redis.call('HSET', key(run, 'sent'), shard, sent(queue, priority))
+        redis.call('ZADD', turn(queue, priority), redis.call('INCR', prefix .. 'turns'), run)
+        for _, field in ipairs({run, get(run, 'uri'), shard, priority}) do answer[#answer + 1] = field end
+        room = room - 1
+      else -- of a run without an artifact one shard at a time is under way: its worker binds it
+        redis.call('ZREM', turn(queue, priority), run)
       end
     end
   end
-  return false
+  return answer
 end
 
-function step.renew(run, shard, token, lease, now)
-  if not holds(run, shard, token) then return 0 end
-  redis.call('ZADD', key(run, 'leases'), clock(now) + lease, shard)
+-- leases a shard to a worker; answers its state, and with 'leased' all that is needed to tag it
+function step.lease(run, shard, lease, worker, artifact, milliseconds, now)
+  now = clock(now)
+  if state(run) == 'unknown' then return {'unknown'} end
+  if shard ~= FINISH and redis.call('HEXISTS', key(run, 'shards'), shard) == 0 then return {'unknown'} end
+  if shard == FINISH and state(run) ~= 'finishing' then return {'not due'} end
+  local held = redis.call('ZSCORE', prefix .. 'leases', join(run, shard))
+  if held and tonumber(held) > now then return {'leased elsewhere'} end
+  unsend(run, shard)
+  if redis.call('HEXISTS', key(run, 'results'), shard) == 1 then return {'done'} end
+  if state(run) == 'cancelled' then return {'cancelled'} end
+  if redis.call('HEXISTS', key(run), 'blocked') == 1 then return {'blocked'} end
+  local bound = get(run, 'artifact')
+  if shard ~= FINISH then
+    if bound ~= '' and bound ~= artifact then
+      wait(run, shard)
+      return {'other artifact'}
+    end
+    local entry = redis.call('HGET', key(run, 'unable'), worker)
+    if entry and tonumber(entry:match('^%d+')) > now then
+      wait(run, shard)
+      return {'unable'}
+    end
+  end
+  if bound == '' and shard ~= FINISH then
+    leave(run)
+    redis.call('HSET', key(run), 'artifact', artifact)
+    if redis.call('ZCARD', key(run, 'pending')) > 0 then enroll(run, queue_of(run), get(run, 'priority')) end
+  end
+  redis.call('ZREM', key(run, 'pending'), shard)
+  local since = tonumber(redis.call('HGET', key(run, 'since'), shard) or '') or clock()
+  redis.call('HDEL', key(run, 'since'), shard)
+  redis.call('HSETNX', key(run), 'started', now)
+  redis.call('HSET', key(run, 'leases'), shard, lease)
+  redis.call('ZADD', prefix .. 'leases', now + milliseconds, join(run, shard))
+  local attempts = redis.call('HINCRBY', key(run, 'attempts'), shard, 1)
+  if attempts > 1 then count(run, 'redeliveries', 1) end
+  local trial = redis.call('HGET', key(run, 'trial'), shard)
+  if trial then
+    redis.call('HINCRBY', key(run, 'strikes'), trial, 1)
+    redis.call('HDEL', key(run, 'trial'), shard)
+  end
+  expire(run, FORGET_SECONDS)
+  local spec = redis.call('HGET', key(run, 'shards'), shard) or ''
+  return {'leased', attempts, math.max(0, clock() - since), get(run, 'uri'), get(run, 'options'), spec}
+end
+
+function step.renew(run, shard, lease, milliseconds, now)
+  if not holds(run, shard, lease) then return 0 end
+  redis.call('ZADD', prefix .. 'leases', clock(now) + milliseconds, join(run, shard))
   return 1
 end
 
--- what the holder is about to try: a crash from here on is a strike against it; '' for nothing
-function step.probe(run, shard, token, trial)
-  if not holds(run, shard, token) then return 0 end
-  if trial == '' then redis.call('HDEL', key(run, 'probes'), shard)
-  else redis.call('HSET', key(run, 'probes'), shard, trial) end
+-- what the holder is about to try: if it ends now, that trial gets a strike; '' for nothing
+function step.probe(run, shard, lease, trial)
+  if not holds(run, shard, lease) then return 0 end
+  if trial == '' then redis.call('HDEL', key(run, 'trial'), shard)
+  else redis.call('HSET', key(run, 'trial'), shard, trial) end
   return 1
 end
 
--- hands a shard back untried, for a reason that people should see: the attempt does not count
-function step.release(run, shard, token, trouble)
-  if not holds(run, shard, token) then return 0 end
-  if trouble ~= '' then redis.call('HSET', key(run), 'trouble', trouble) end
-  redis.call('ZREM', key(run, 'leases'), shard)
-  redis.call('HDEL', key(run, 'probes'), shard)
+-- gives a shard back without counting the attempt; an error is shown to people until a shard succeeds
+function step.release(run, shard, lease, last_error)
+  if not holds(run, shard, lease) then return 0 end
+  if last_error ~= '' then redis.call('HSET', key(run), 'last_error', last_error) end
+  unlease(run, shard)
+  redis.call('HDEL', key(run, 'trial'), shard)
   redis.call('HINCRBY', key(run, 'attempts'), shard, -1)
   wait(run, shard)
   return 1
 end
 
--- the shard's part is committed, by whoever: counted once; answers {newly, whether the run's last step now waits}
-function step.complete(run, shard, token, ok, rejected, tokens, computed, now)
-  if redis.call('EXISTS', key(run)) == 0 then return {0, 0} end
-  if redis.call('HGET', key(run, 'tokens'), shard) == token then redis.call('ZREM', key(run, 'leases'), shard) end
-  step_out(run, shard)
-  redis.call('HDEL', key(run, 'probes'), shard)
-  if shard == FINISH then
-    redis.call('HDEL', key(run, 'attempts'), shard) -- a run that is resumed has another last step
-    return {redis.call('HSETNX', key(run), 'finish', 1), 0}
-  end
+-- a worker cannot read the run's folder; where no live worker can, the run is blocked until it is sent again
+function step.unable(run, worker, milliseconds, reason, now)
+  now = clock(now)
+  if state(run) == 'unknown' then return 0 end
+  redis.call('HSET', key(run, 'unable'), worker, (now + milliseconds) .. ' ' .. reason)
+  local queue = queue_of(run)
+  local found, said = unable(run, queue, now)
+  local live = live_workers(queue, now)
+  if found < live then return 0 end
+  redis.call('HSET', key(run), 'blocked', 1, 'last_error', 'none of ' .. live .. ' workers can serve it: ' .. said)
+  leave(run)
+  return 1
+end
+
+-- a shard that must not be served, for a reason that people should see: its run is blocked until it is sent again
+function step.quarantine(run, shard, last_error)
+  if state(run) == 'unknown' then return 0 end
+  redis.call('HSET', key(run), 'last_error', last_error, 'blocked', 1)
+  unlease(run, shard)
+  unsend(run, shard)
+  redis.call('ZREM', key(run, 'pending'), shard)
+  leave(run)
+  return 1
+end
+
+-- the shard's part exists, whoever wrote it: counted once; answers {newly, whether the run's last step is due}
+function step.complete(run, shard, lease, worker, ok, rejected, tokens, computed, now)
+  if state(run) == 'unknown' then return {0, 0} end
+  if holds(run, shard, lease) then unlease(run, shard) end
+  unsend(run, shard)
+  redis.call('ZREM', key(run, 'pending'), shard)
+  redis.call('HDEL', key(run, 'since'), shard)
+  redis.call('HDEL', key(run, 'trial'), shard)
+  redis.call('HDEL', key(run, 'unable'), worker)
   local newly = redis.call('HSETNX', key(run, 'results'), shard, table.concat({ok, rejected, tokens, computed}, ' '))
   if newly == 1 then
     count(run, 'ok', ok)
@@ -153,21 +310,20 @@ function step.complete(run, shard, token, ok, rejected, tokens, computed, now)
     count(run, 'tokens', tokens)
     count(run, 'computed', computed)
     redis.call('HSET', key(run), 'finished', clock(now))
-    if redis.call('HEXISTS', key(run), 'buried') == 0 then redis.call('HDEL', key(run), 'trouble') end
-    redis.call('HDEL', key(run), 'finish') -- a last step that came before this was not the last
+    if redis.call('HEXISTS', key(run), 'blocked') == 0 then redis.call('HDEL', key(run), 'last_error') end
   else
     count(run, 'duplicates', 1)
   end
   return {newly, finish_when_done(run)}
 end
 
--- no more shards will be sent; answers whether the run's last step now waits
+-- no more shards will be added; answers whether the run's last step is due
 function step.seal(run)
-  redis.call('HSET', key(run), 'state', 'closed')
+  if not move(run, 'closed') then return 0 end
   return finish_when_done(run)
 end
 
--- a committed part was taken away on purpose: its result counts no more
+-- a committed part was removed on purpose: its result does not count any more
 function step.forget(run, shard)
   local result = redis.call('HGET', key(run, 'results'), shard)
   if not result then return 0 end
@@ -176,62 +332,121 @@ function step.forget(run, shard)
   for i, field in ipairs({'ok', 'rejected', 'tokens', 'computed'}) do count(run, field, -numbers[i]) end
   redis.call('HDEL', key(run, 'results'), shard)
   redis.call('HDEL', key(run, 'attempts'), shard)
-  redis.call('DEL', key(run, 'strikes')) -- by document, for all shards: a suspect elsewhere is found anew
+  redis.call('DEL', key(run, 'strikes')) -- of all shards: a poison document of another shard is found again
   return 1
 end
 
--- expired leases wait again; answers {shards put back, shards waiting}
-function step.reap(now)
-  now = clock(now)
-  local expired, waiting = 0, 0
-  for _, run in ipairs(redis.call('ZRANGE', runs, 0, -1)) do
-    for _, shard in ipairs(redis.call('ZRANGEBYSCORE', key(run, 'leases'), '-inf', now)) do
-      redis.call('ZREM', key(run, 'leases'), shard)
-      redis.call('HDEL', key(run, 'tokens'), shard)
-      expired = expired + wait(run, shard)
-    end
-    waiting = waiting + redis.call('ZCARD', key(run, 'pending'))
+-- expired leases wait for a message again; answers how many there were (2,000 at most a call)
+function step.expire(now)
+  local expired = redis.call('ZRANGEBYSCORE', prefix .. 'leases', '-inf', clock(now), 'LIMIT', 0, 2000)
+  for _, member in ipairs(expired) do
+    local run, shard = member:match('^(.*) (.-)$')
+    unlease(run, shard)
+    wait(run, shard)
   end
-  return {expired, waiting}
+  return #expired
+end
+
+-- messages of a queue that must be sent again. depth: messages in the queue. A message that was sent, was not begun and
+-- is not in the queue is lost or about to begin: what is missing in two looks one after the other is sent again, the
+-- oldest first; all of it where the queue is empty. Answers run, folder, shard, priority of each.
+function step.recover(queue, depth, settle, now)
+  now = clock(now)
+  local waiting, missing = {}, -tonumber(depth)
+  for _, priority in ipairs(PRIORITIES) do
+    missing = missing + redis.call('ZCARD', sent(queue, priority))
+    local aged = redis.call('ZRANGEBYSCORE', sent(queue, priority), '-inf', now - settle, 'WITHSCORES', 'LIMIT', 0, 2000)
+    for i = 1, #aged, 2 do waiting[#waiting + 1] = {tonumber(aged[i + 1]), aged[i], priority} end
+  end
+  local before = tonumber(redis.call('HGET', prefix .. 'missing', queue) or '0')
+  redis.call('HSET', prefix .. 'missing', queue, math.max(0, missing))
+  local again = depth == '0' and #waiting or math.min(before, missing, #waiting)
+  table.sort(waiting, function(a, b) return a[1] < b[1] end)
+  local answer = {}
+  for i = 1, again do
+    local _, member, priority = unpack(waiting[i])
+    local run, shard = member:match('^(.*) (.-)$')
+    if state(run) == 'unknown' or state(run) == 'cancelled' then
+      redis.call('ZREM', sent(queue, priority), member)
+    else
+      redis.call('ZADD', sent(queue, priority), now, member)
+      for _, field in ipairs({run, get(run, 'uri'), shard, priority}) do answer[#answer + 1] = field end
+    end
+  end
+  return answer
 end
 
 function step.cancel(run)
-  if redis.call('EXISTS', key(run)) == 0 then return 0 end
-  redis.call('HSET', key(run), 'state', 'cancelled')
+  if not move(run, 'cancelled') then return 0 end
+  leave(run)
+  for _, shard in ipairs(redis.call('HKEYS', key(run, 'sent'))) do unsend(run, shard) end
   redis.call('DEL', key(run, 'pending'), key(run, 'since'))
-  return 1
-end
-
--- a shard that must not be served, for a reason that people should see: nobody is given it until it is sent again
-function step.bury(run, shard, trouble)
-  redis.call('HSET', key(run), 'trouble', trouble)
-  redis.call('ZREM', key(run, 'leases'), shard)
-  step_out(run, shard)
-  count(run, 'buried', 1)
+  expire(run, 86400)
   return 1
 end
 
 -- a worker process lives, for so many milliseconds from now; 0 where it leaves
-function step.greet(worker, milliseconds)
-  local now = clock('')
-  redis.call('ZADD', prefix .. 'workers', now + milliseconds, worker)
-  redis.call('ZREMRANGEBYSCORE', prefix .. 'workers', '-inf', now)
+function step.register(worker, name, queue, milliseconds)
+  local now = clock()
+  for set, member in pairs({workers = worker, ['workers:' .. COMMON] = name, ['workers:' .. queue] = name}) do
+    if milliseconds == '0' then redis.call('ZREM', prefix .. set, member)
+    else redis.call('ZADD', prefix .. set, now + milliseconds, member) end
+    redis.call('ZREMRANGEBYSCORE', prefix .. set, '-inf', now)
+  end
+  redis.call('SADD', prefix .. 'queues', queue)
   return 1
 end
 
-function step.workers() return redis.call('ZRANGEBYSCORE', prefix .. 'workers', '(' .. clock(''), '+inf') end
+function step.workers() return redis.call('ZRANGEBYSCORE', prefix .. 'workers', '(' .. clock(), '+inf') end
 
--- as if the run had never been known
+-- shards that wait for a message or were sent, and shards that are leased, over all runs (of 1,000 runs a queue at most)
+function step.load()
+  local waiting = 0
+  for _, queue in ipairs(redis.call('SMEMBERS', prefix .. 'queues')) do
+    for _, priority in ipairs(PRIORITIES) do
+      waiting = waiting + redis.call('ZCARD', sent(queue, priority))
+      for _, run in ipairs(redis.call('ZRANGE', turn(queue, priority), 0, 999)) do
+        waiting = waiting + redis.call('ZCARD', key(run, 'pending'))
+      end
+    end
+  end
+  return {waiting, redis.call('ZCARD', prefix .. 'leases')}
+end
+
+-- queues with shards that no worker began
+function step.waiting()
+  local answer = {}
+  for _, queue in ipairs(redis.call('SMEMBERS', prefix .. 'queues')) do
+    local waiting = 0
+    for _, priority in ipairs(PRIORITIES) do
+      waiting = waiting + redis.call('ZCARD', sent(queue, priority)) + redis.call('ZCARD', turn(queue, priority))
+    end
+    if waiting > 0 then answer[#answer + 1] = queue end
+  end
+  return answer
+end
+
+-- the server forgets a run at once
 function step.drop(run)
-  redis.call('ZREM', runs, run)
+  leave(run)
+  for _, shard in ipairs(redis.call('HKEYS', key(run, 'sent'))) do unsend(run, shard) end
+  for _, shard in ipairs(redis.call('HKEYS', key(run, 'leases'))) do unlease(run, shard) end
   for _, part in ipairs(PARTS) do redis.call('DEL', key(run, part)) end
   return 1
 end
 
--- nothing is left to do: the run is served no more and its entries fade
-function step.close(run, seconds)
-  redis.call('ZREM', runs, run)
-  for _, part in ipairs(PARTS) do redis.call('EXPIRE', key(run, part), seconds) end
+-- nothing is left to do: the run is served no more, and its counters stay readable for a while
+function step.close(run, lease, seconds)
+  if state(run) == 'unknown' then return 0 end
+  if lease ~= '' and not holds(run, FINISH, lease) then return 0 end
+  unlease(run, FINISH)
+  unsend(run, FINISH)
+  redis.call('HDEL', key(run, 'attempts'), FINISH) -- a run that is resumed has another last step
+  redis.call('ZREM', key(run, 'pending'), FINISH)
+  leave(run)
+  if state(run) == 'closed' then move(run, 'finishing') end
+  move(run, 'finished')
+  expire(run, seconds)
   return 1
 end
 

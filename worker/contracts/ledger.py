@@ -1,33 +1,65 @@
-"""The ledger: who holds which shard, how often it was tried, what is done; in Redis, beside the bell.
+"""The ledger: who holds which shard, how often it was tried, what is done; in Redis, beside Celery's queue.
 
-The run's folder is the truth and the ledger its cheap shadow: losing it loses progress bars, never results.
-Each step is one atomic function of ``ledger.lua``. A shard is in exactly one place: waiting, leased or done.
-Whoever holds a lease also holds a *fencing token* that grows with every claim; a worker that slept past its
-lease finds its token stale.
+The run's folder holds the results; the ledger holds what makes progress cheap, and losing it loses no result. Celery's
+messages say which shard to tag; the ledger decides whether the one who received a message does. A shard is in exactly
+one place: pending (no message yet), sent, leased or recorded. Each step is one atomic function of ``ledger.lua``.
 """
 
 from __future__ import annotations
 
 import json
 import time
+import uuid
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from enum import Enum
 from importlib.resources import files
 from typing import Any, Protocol
 
 from nermill.worker.contracts.errors import MessageError
 from nermill.worker.contracts.layout import RunFolder
-from nermill.worker.contracts.message import KEY_PREFIX
-from nermill.worker.contracts.plan import RUN_ID, SHA256, Options, Shard, options_from
+from nermill.worker.contracts.message import FINISH, KEY_PREFIX, PRIORITIES, QUEUE, queue_of
+from nermill.worker.contracts.plan import SHA256, Options, Shard, options_from
 
-FINISH = -1  # number of a run's last step, which is leased like a shard: _SUCCESS and evaluation
 MAX_ATTEMPTS = 3  # tries of a whole shard before its documents are tried one by one
-MAX_STRIKES = 2  # crashes of one document, alone, before it is rejected
+MAX_STRIKES = 2  # times that one document, alone, may end its worker before it is rejected
 MAX_INDEX = 1 << 62  # of a document; parts hold it in 64 bits
 CLOSED_SECONDS = 86_400  # how long a finished run's counters stay readable
-_SEND_CHUNK = 500
-_SOURCE = files("nermill.worker.contracts").joinpath("ledger.lua").read_text("utf-8")
+UNABLE_SECONDS = 60.0  # how long a worker that cannot read a run's folder leaves that run to others
+SETTLE_SECONDS = 1.0  # a message is not missed before that age
+_CHUNK = 500
+
+
+class RunState(str, Enum):
+    """State of a run in the ledger.
+
+    ``OPEN``: a stream that still grows. ``CLOSED``: all its shards are known. ``FINISHING``: all are recorded and the
+    run's last step is due. ``FINISHED``: ``_SUCCESS`` is written. ``CANCELLED``: what was not leased is not served.
+    """
+
+    OPEN = "open"
+    CLOSED = "closed"
+    FINISHING = "finishing"
+    FINISHED = "finished"
+    CANCELLED = "cancelled"
+
+
+TRANSITIONS: dict[RunState, tuple[RunState, ...]] = {
+    RunState.OPEN: (RunState.CLOSED, RunState.CANCELLED),
+    RunState.CLOSED: (RunState.OPEN, RunState.FINISHING, RunState.CANCELLED),
+    RunState.FINISHING: (RunState.CLOSED, RunState.FINISHED, RunState.CANCELLED),
+    RunState.FINISHED: (RunState.CLOSED,),
+    RunState.CANCELLED: (RunState.OPEN, RunState.CLOSED),
+}
+
+
+def _script() -> str:
+    moves = ", ".join(
+        f"{start.value} = {{{', '.join(f'{end.value} = true' for end in ends)}}}" for start, ends in TRANSITIONS.items()
+    )
+    source = files("nermill.worker.contracts").joinpath("ledger.lua").read_text("utf-8")
+    return source.replace("{{MOVES}}", f"{{{moves}}}")
 
 
 class RedisClient(Protocol):
@@ -38,14 +70,18 @@ class RedisClient(Protocol):
     def hkeys(self, name: str) -> Any: ...
     def hlen(self, name: str) -> Any: ...
     def zcard(self, name: str) -> Any: ...
-    def zrange(self, name: str, start: int, end: int) -> Any: ...
+    def smembers(self, name: str) -> Any: ...
+    def set(self, name: str, value: int, *, nx: bool, px: int) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A leased shard: what to do, and the token that proves the lease.
+    """A leased shard, or the leased last step of a run: what to do, and the id that proves the lease.
 
     Attributes:
+        shard: The shard; None for the run's last step.
+        lease: Random id of the lease.
+        attempts: How often it was leased, this time included.
         waited: How long it had waited, in seconds.
         fresh_until: Time by ``time.monotonic`` until which half of the lease is left at least, so that nobody else can
             have been given it.
@@ -54,8 +90,8 @@ class Claim:
     run_id: str
     uri: str
     options: Options
-    shard: Shard
-    token: str
+    shard: Shard | None
+    lease: str
     attempts: int
     waited: float
     fresh_until: float
@@ -64,10 +100,33 @@ class Claim:
     def folder(self) -> RunFolder:
         return RunFolder(self.uri)
 
+    @property
+    def key(self) -> str:
+        """The shard's number as the ledger names it."""
+        return FINISH if self.shard is None else str(self.shard.index)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A Celery message to send: one shard (or the last step, where ``shard`` is None) of a run, on a queue."""
+
+    queue: str
+    run_id: str
+    uri: str
+    shard: int | None
+    priority: int
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A run's counters. Documents and tokens are those of committed shards; times are Unix seconds or 0."""
+    """A run's counters. Documents and tokens are those of recorded shards; times are Unix seconds or 0.
+
+    Attributes:
+        pending: Shards without a message.
+        sent: Shards whose message was sent and which no worker began.
+        leased: Shards that a worker holds.
+        blocked: Whether the run is not served until it is sent again; ``last_error`` says why.
+    """
 
     state: str = "unknown"
     submitted: int = 0
@@ -77,14 +136,20 @@ class Progress:
     computed: int = 0
     redeliveries: int = 0
     duplicates: int = 0
-    buried: int = 0
-    waiting: int = 0
+    blocked: int = 0
+    pending: int = 0
+    sent: int = 0
     leased: int = 0
     done: int = 0
     started: float = 0.0
     finished: float = 0.0
     artifact: str = ""
-    trouble: str = ""
+    last_error: str = ""
+
+    @property
+    def waiting(self) -> int:
+        """Shards that no worker began."""
+        return self.pending + self.sent
 
     @property
     def unfinished_documents(self) -> int:
@@ -94,7 +159,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class WorkerProcess:
-    """A worker process as it presents itself to people.
+    """A live worker process.
 
     Attributes:
         name: As in the statistics of its parts.
@@ -111,14 +176,14 @@ class WorkerProcess:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """``newly`` is False for a duplicate; ``last`` says that the run's last step now waits for a worker."""
+    """``newly`` is False for a duplicate; ``last`` says that the run's last step is due now."""
 
     newly: bool
     last: bool
 
 
 class Ledger:
-    """Face of the ledger; what changes it is one atomic step (``send``: one for every 500 shards).
+    """The ledger's steps; each is atomic (``add``: one step for every 500 shards).
 
     Args:
         client: A redis-py client with ``decode_responses=True``.
@@ -128,7 +193,7 @@ class Ledger:
     def __init__(self, client: RedisClient, prefix: str = KEY_PREFIX) -> None:
         self._client = client
         self._prefix = prefix
-        self._script = client.register_script(_SOURCE)
+        self._script = client.register_script(_script())
 
     def _step(self, name: str, *arguments: object) -> Any:
         return self._script(keys=[self._prefix], args=[name, *arguments])
@@ -136,113 +201,176 @@ class Ledger:
     def _key(self, run_id: str, part: str = "") -> str:
         return f"{self._prefix}run:{run_id}" + (part and f":{part}")
 
-    def open(self, run_id: str, uri: str, options: Options, *, artifact: str = "", state: str = "closed") -> bool:
-        """Makes a run known, or known again. ``state`` is ``open`` for a stream that still grows, else ``closed``.
+    def open(
+        self,
+        run_id: str,
+        uri: str,
+        options: Options,
+        *,
+        artifact: str = "",
+        state: RunState = RunState.CLOSED,
+        priority: int = PRIORITIES["normal"],
+    ) -> bool:
+        """Makes a run known, or known again.
+
+        Args:
+            artifact: sha256 of the artifact that must serve it; empty leaves it to the first worker.
+            state: ``OPEN`` for a stream that still grows, else ``CLOSED``.
+            priority: Of its messages: 3, 6 or 9; the smallest goes first.
 
         Returns:
             Whether this server did not know the run.
         """
-        header = ("uri", uri, "options", json.dumps(asdict(options)), "state", state)
-        return bool(self._step("open", run_id, artifact, *header))
+        header = ("uri", uri, "options", json.dumps(asdict(options)))
+        return bool(self._step("open", run_id, state.value, artifact, priority, *header))
 
-    def send(self, run_id: str, shards: Iterable[Shard]) -> int:
-        """Lets shards wait for a worker, unless they wait, are leased or done already; returns how many now do."""
+    def add(self, run_id: str, shards: Iterable[Shard]) -> int:
+        """Makes shards pending, unless they are pending, sent, leased or recorded; returns how many newly are."""
         flat: list[object] = []
         for shard in shards:
             flat += [shard.index, f"{shard.documents} {shard.first} {shard.sha256}"]
-        size = 2 * _SEND_CHUNK
-        return sum(int(self._step("send", run_id, *flat[at : at + size])) for at in range(0, len(flat), size))
+        size = 2 * _CHUNK
+        return sum(int(self._step("add", run_id, *flat[at : at + size])) for at in range(0, len(flat), size))
 
-    def claim(self, artifact: str, lease_seconds: float, now: float | None = None) -> Claim | None:
-        """Leases the next shard that ``artifact`` may serve; the first claim binds a run to its artifact.
+    def promote(self, queue: str, now: float | None = None) -> list[Message]:
+        """Moves pending shards of a queue into its window of messages, runs in turn; returns what to send."""
+        return _messages(queue, self._step("promote", queue, _now(now)))
+
+    def recover(self, queue: str, depth: int, now: float | None = None) -> list[Message]:
+        """What was sent and is lost: neither begun nor among the ``depth`` messages of the queue, in two calls."""
+        return _messages(queue, self._step("recover", queue, depth, _ms(SETTLE_SECONDS), _now(now)))
+
+    def begin_recovery(self, every: float) -> bool:
+        """Whether nobody looked for lost work in the last ``every`` seconds; if so, the caller does now."""
+        return bool(self._client.set(f"{self._prefix}recovery", 1, nx=True, px=max(1, _ms(every))))
+
+    def lease(
+        self, run_id: str, shard: int | None, worker: WorkerProcess, lease_seconds: float, now: float | None = None
+    ) -> Claim | str:
+        """Leases a shard, or a run's last step; the first lease binds a run to the worker's artifact.
+
+        Returns:
+            The claim, or why there is none: ``unknown``, ``done``, ``leased elsewhere``, ``cancelled``, ``blocked``,
+            ``other artifact``, ``unable``, ``not due``.
 
         Raises:
-            MessageError: the entry does not fit the contract; it is counted and nobody is sent it again.
+            MessageError: the ledger's entry does not fit the contract; the run is blocked.
         """
         fresh_until = time.monotonic() + lease_seconds / 2
-        entry = self._step("claim", artifact, _ms(lease_seconds), _now(now))
-        if entry is None:
-            return None
+        lease, number = uuid.uuid4().hex, FINISH if shard is None else str(shard)
+        state, *entry = self._step(
+            "lease", run_id, number, lease, worker.name, worker.artifact, _ms(lease_seconds), _now(now)
+        )
+        if state != "leased":
+            return str(state)
         try:
-            return _parse_claim(entry, fresh_until)
-        except MessageError as error:
-            self._step("bury", *entry[:2], str(error))
-            raise
+            attempts, waited, uri, options, spec = entry
+            parsed = None if shard is None else _parse_shard(shard, spec)
+            options = options_from(json.loads(options))
+            return Claim(run_id, str(uri), options, parsed, lease, int(attempts), waited / 1000, fresh_until)
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            reason = f"run {run_id} shard {number}: the ledger's entry does not fit the contract ({error})"
+            self._step("quarantine", run_id, number, reason)
+            raise MessageError(reason) from None
 
     def renew(self, claim: Claim, lease_seconds: float, now: float | None = None) -> bool:
-        """Extends a lease; False where it went to another."""
+        """Extends a lease; False where another worker holds the shard."""
         return bool(self._step("renew", *_held(claim), _ms(lease_seconds), _now(now)))
 
-    def probe(self, claim: Claim, trial: int | None) -> bool:
-        """Notes which trial of the shard is about to begin, or that none is, so that a crash has a name.
+    def probe(self, claim: Claim, trial: str | None) -> bool:
+        """Notes which trial of the shard is about to begin, or that none is, so that a crash is attributed to it.
 
         Returns:
             False without the lease.
         """
-        return bool(self._step("probe", *_held(claim), "" if trial is None else trial))
+        return bool(self._step("probe", *_held(claim), trial or ""))
 
-    def strikes(self, run_id: str) -> dict[int, int]:
-        """How often each trial crashed its worker."""
-        return {int(index): int(n) for index, n in self._client.hgetall(self._key(run_id, "strikes")).items()}
+    def strikes(self, run_id: str) -> dict[str, int]:
+        """How often each trial ended its worker."""
+        return {str(name): int(n) for name, n in self._client.hgetall(self._key(run_id, "strikes")).items()}
 
-    def release(self, claim: Claim, trouble: str = "") -> bool:
-        """Hands a shard back; the attempt does not count. ``trouble`` is shown to people until a shard succeeds."""
-        return bool(self._step("release", *_held(claim), trouble))
+    def release(self, claim: Claim, last_error: str = "") -> bool:
+        """Gives a shard back; the attempt does not count. ``last_error`` is shown to people until a shard succeeds."""
+        return bool(self._step("release", *_held(claim), last_error))
 
-    def bury(self, claim: Claim, trouble: str) -> None:
-        """Takes a shard that must not be served out of the ledger, until it is sent again; it is counted."""
-        self._step("bury", claim.run_id, claim.shard.index, trouble)
+    def unable(self, run_id: str, worker: str, reason: str, now: float | None = None) -> bool:
+        """Notes that a worker cannot read a run's folder; returns whether no live worker can, so the run is blocked."""
+        return bool(self._step("unable", run_id, worker, _ms(UNABLE_SECONDS), reason, _now(now)))
+
+    def quarantine(self, claim: Claim, last_error: str) -> None:
+        """Blocks the run of a shard that must not be served, until it is sent again."""
+        self._step("quarantine", claim.run_id, claim.key, last_error)
 
     def complete(
-        self, claim: Claim, *, ok: int, rejected: int, tokens: int, computed: int, now: float | None = None
+        self,
+        claim: Claim,
+        worker: str,
+        *,
+        ok: int,
+        rejected: int,
+        tokens: int,
+        computed: int,
+        now: float | None = None,
     ) -> Completion:
         """Records that the shard's part is committed; a repeated call changes no counter."""
-        newly, last = self._step("complete", *_held(claim), ok, rejected, tokens, computed, _now(now))
+        newly, last = self._step("complete", *_held(claim), worker, ok, rejected, tokens, computed, _now(now))
         return Completion(bool(newly), bool(last))
 
     def seal(self, run_id: str) -> bool:
-        """Closes a stream: no more shards will be sent. Returns whether the run's last step now waits."""
+        """Closes a stream: no more shards will be added. Returns whether the run's last step is due now."""
         return bool(self._step("seal", run_id))
 
     def forget(self, run_id: str, shard: int) -> bool:
-        """Takes a result back whose part was removed on purpose, so that the shard can be sent again."""
+        """Removes the result of a shard whose part was removed on purpose, so that the shard can be sent again."""
         return bool(self._step("forget", run_id, shard))
 
-    def reap(self, now: float | None = None) -> tuple[int, int]:
-        """Lets expired leases wait again; returns (shards put back, shards that wait in all runs)."""
-        expired, waiting = self._step("reap", _now(now))
-        return int(expired), int(waiting)
+    def expire(self, now: float | None = None) -> int:
+        """Makes shards whose lease ended pending again; returns how many."""
+        return int(self._step("expire", _now(now)))
+
+    def load(self) -> tuple[int, int]:
+        """Shards of all runs that no worker began, and shards that are leased."""
+        waiting, leased = self._step("load")
+        return int(waiting), int(leased)
 
     def cancel(self, run_id: str) -> bool:
-        """Stops what has not started; what is leased may finish."""
+        """Stops what has not started; what is leased may finish. False for a run that is unknown or finished."""
         return bool(self._step("cancel", run_id))
 
-    def close(self, run_id: str) -> None:
-        """Takes a finished run off the books; its counters stay readable for a day."""
-        self._step("close", run_id, CLOSED_SECONDS)
+    def close(self, run_id: str, claim: Claim | None = None) -> bool:
+        """Marks a run finished; its counters stay readable for a day.
+
+        Args:
+            claim: The lease of the run's last step, for a worker; False is returned where it does not hold it.
+        """
+        return bool(self._step("close", run_id, claim.lease if claim else "", CLOSED_SECONDS))
 
     def drop(self, run_id: str) -> None:
         """Forgets a run at once."""
         self._step("drop", run_id)
 
-    def greet(self, worker: WorkerProcess, seconds: float) -> None:
+    def register(self, worker: WorkerProcess, seconds: float) -> None:
         """Says that a worker process lives, for so long; 0 where it leaves."""
-        self._step("greet", json.dumps(asdict(worker)), _ms(seconds))
+        self._step("register", json.dumps(asdict(worker)), worker.name, queue_of(worker.artifact), _ms(seconds))
 
     def workers(self) -> list[WorkerProcess]:
-        """Worker processes that were heard of lately, by name."""
+        """Live worker processes, by name."""
         found = []
         for entry in self._step("workers"):
-            with suppress(AttributeError, TypeError, ValueError):  # an entry of another version, or nobody's
+            with suppress(AttributeError, TypeError, ValueError):  # an entry of another version
                 found.append(WorkerProcess(**{name: str(value) for name, value in json.loads(entry).items()}))
         return sorted(found, key=lambda worker: worker.name)
 
-    def runs(self) -> list[str]:
-        """Runs that workers look at, the next to be served first."""
-        return [str(run) for run in self._client.zrange(f"{self._prefix}runs", 0, -1)]
+    def queues(self) -> list[str]:
+        """Queues that runs or workers use."""
+        return sorted({QUEUE, *map(str, self._client.smembers(f"{self._prefix}queues"))})
+
+    def waiting_queues(self) -> list[str]:
+        """Queues with shards that no worker began."""
+        return [str(queue) for queue in self._step("waiting")]
 
     def done(self, run_id: str) -> set[int]:
-        """Shards whose completion the ledger has seen."""
+        """Shards whose completion the ledger has recorded."""
         return {int(shard) for shard in self._client.hkeys(self._key(run_id, "results"))}
 
     def progress(self, run_id: str) -> Progress:
@@ -250,23 +378,24 @@ class Ledger:
         header = self._client.hgetall(self._key(run_id))
         numbers = {
             name: int(header.get(name, 0))
-            for name in ("submitted", "ok", "rejected", "tokens", "computed", "redeliveries", "duplicates", "buried")
+            for name in ("submitted", "ok", "rejected", "tokens", "computed", "redeliveries", "duplicates", "blocked")
         }
         return Progress(
             **numbers,
             state=header.get("state", "unknown"),
-            waiting=int(self._client.zcard(self._key(run_id, "pending"))),
-            leased=int(self._client.zcard(self._key(run_id, "leases"))),
+            pending=int(self._client.zcard(self._key(run_id, "pending"))),
+            sent=int(self._client.hlen(self._key(run_id, "sent"))),
+            leased=int(self._client.hlen(self._key(run_id, "leases"))),
             done=int(self._client.hlen(self._key(run_id, "results"))),
             started=int(header.get("started", 0)) / 1000,
             finished=int(header.get("finished", 0)) / 1000,
             artifact=header.get("artifact", ""),
-            trouble=header.get("trouble", ""),
+            last_error=header.get("last_error", ""),
         )
 
 
-def _held(claim: Claim) -> tuple[str, int, str]:
-    return claim.run_id, claim.shard.index, claim.token
+def _held(claim: Claim) -> tuple[str, str, str]:
+    return claim.run_id, claim.key, claim.lease
 
 
 def _ms(seconds: float) -> int:
@@ -277,21 +406,15 @@ def _now(now: float | None) -> object:
     return "" if now is None else _ms(now)
 
 
-def _parse_claim(entry: list[Any], fresh_until: float) -> Claim:
-    try:
-        run_id, shard, token, attempts, waited, uri, options, spec = entry
-        if not RUN_ID.fullmatch(run_id) or not uri:
-            raise ValueError("run id or folder")
-        parsed = _parse_shard(int(shard), spec)
-        options = options_from(json.loads(options))
-        return Claim(run_id, str(uri), options, parsed, str(token), int(attempts), waited / 1000, fresh_until)
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise MessageError(f"a ledger entry does not fit the contract ({error}): {entry!r:.200}") from None
+def _messages(queue: str, flat: list[Any]) -> list[Message]:
+    entries = zip(*[iter(map(str, flat))] * 4, strict=True)
+    return [
+        Message(queue, run_id, uri, None if shard == FINISH else int(shard), int(priority))
+        for run_id, uri, shard, priority in entries
+    ]
 
 
 def _parse_shard(index: int, spec: str) -> Shard:
-    if index == FINISH:
-        return Shard(FINISH, 0, 0, "")
     documents, first, sha256 = spec.split(" ")
     if index < 0 or int(documents) <= 0 or not 0 <= int(first) < MAX_INDEX or not SHA256.fullmatch(sha256):
         raise ValueError("shard number, size or hash")

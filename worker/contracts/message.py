@@ -1,51 +1,79 @@
-"""The bell: the one message that goes through Celery.
+"""What goes through Celery: three tasks, their queues and priorities, and the checks of their arguments.
 
-A bell says "there may be work" and names none. What the work is, who holds it and how often it was tried
-stands in the ledger, where a worker claims it in one atomic step. So a bell that is lost, late, repeated or
-forged costs at most one empty look: the queue's faults cannot become the table's.
+A message names one unit of work. Whether its receiver does that work is decided by the ledger, in one atomic step, so
+a message that is lost, late, repeated or forged cannot change a table.
 """
 
 from __future__ import annotations
 
-import json
-from base64 import b64decode
 from typing import Any
 
 from nermill.worker.contracts.errors import MessageError
+from nermill.worker.contracts.plan import RUN_ID
 
-MESSAGE_VERSION = 1
-TASK = "nermill.tag"
-QUEUE = "nermill"
-KEY_PREFIX = "nermill:"
-MAX_BELLS = 256  # in the queue: each is answered until no shard is left, and workers ring for what waits unheard
-MAX_BODY = 4096  # characters; a bell's own body has 120
+TAG_SHARD = "nermill.tag_shard"
+FINISH_RUN = "nermill.finish_run"
+TAG_DOCUMENTS = "nermill.tag_documents"
+
+KEY_PREFIX = "nermill:2:"  # 2 is the ledger's version: the first version's keys begin with ``nermill:run``
+QUEUE = "nermill"  # requests, last steps, and shards of runs that no artifact serves yet
+FINISH = "finish"  # how the ledger names a run's last step, beside the numbers of its shards
+
+# Redis serves the smallest number first.
+PRIORITIES = {"high": 3, "normal": 6, "low": 9}
+REQUEST_PRIORITY = 0
+PRIORITY_STEPS = [0, 3, 6, 9]
+
+MAX_URI = 4096  # characters
+MAX_SHARD = 1 << 40
+MAX_REQUEST_DOCUMENTS = 1_000
+MAX_REQUEST_CHARACTERS = 1_000_000
 
 
-def bell() -> dict[str, Any]:
-    """Keyword arguments of one bell."""
-    return {"version": MESSAGE_VERSION}
+def queue_of(artifact: str) -> str:
+    """The queue of an artifact's shards, by the artifact's sha256."""
+    return f"{QUEUE}.{artifact[:12]}"
 
 
-def check_message(raw: Any) -> None:
-    """Refuses whatever lies in the queue and is no bell, without unpacking more than it must.
-
-    Args:
-        raw: The message as the Redis transport has it, parsed from JSON.
+def check_run(run_id: Any, folder: Any) -> None:
+    """Checks the arguments that ``nermill.tag_shard`` and ``nermill.finish_run`` share.
 
     Raises:
-        MessageError: not a bell that this version understands.
+        MessageError: a value of the wrong type or form.
     """
-    try:
-        task, kind, body = raw["headers"]["task"], raw["content-type"], raw["body"]
-        if task != TASK:
-            raise MessageError(f"a message for the task {task!r:.80}, which is not ours")
-        if kind != "application/json" or len(body) > MAX_BODY:
-            raise MessageError(f"a message of {len(body)} characters of {kind!r:.80}; a bell is short JSON")
-        _, keywords, _ = json.loads(b64decode(body, validate=True))
-        version = keywords["version"]
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise MessageError(f"a message that is no bell ({type(error).__name__})") from None
-    if version != MESSAGE_VERSION:
+    if not isinstance(run_id, str) or not RUN_ID.fullmatch(run_id):
+        raise MessageError(f"run id {run_id!r:.80}: a run id has 1 to 64 of the characters 0-9 a-z _ -")
+    if not isinstance(folder, str) or not 0 < len(folder) <= MAX_URI or "\0" in folder:
+        raise MessageError(f"folder {folder!r:.80}: a path or URI of 1 to {MAX_URI} characters is expected")
+
+
+def check_shard(shard: Any) -> None:
+    """Checks a shard's number.
+
+    Raises:
+        MessageError: it is no whole number in range.
+    """
+    if type(shard) is not int or not 0 <= shard < MAX_SHARD:
+        raise MessageError(f"shard {shard!r:.80}: a whole number from 0 on is expected")
+
+
+def check_request(documents: Any) -> None:
+    """Checks the documents of ``nermill.tag_documents``: texts, or lists of words.
+
+    Raises:
+        MessageError: not a list, too many documents or characters, or a document of another type.
+    """
+    if not isinstance(documents, list):
         raise MessageError(
-            f"message version {version!r:.40}: this worker speaks {MESSAGE_VERSION}; upgrade the older side"
+            f"documents: a list of texts or of lists of words is expected, not {type(documents).__name__}"
         )
+    if len(documents) > MAX_REQUEST_DOCUMENTS:
+        raise MessageError(f"{len(documents)} documents: a request has {MAX_REQUEST_DOCUMENTS} at most; submit a run")
+    characters = 0
+    for number, document in enumerate(documents):
+        words = [document] if isinstance(document, str) else document
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise MessageError(f"document {number}: a text or a list of words is expected")
+        characters += sum(map(len, words))
+    if characters > MAX_REQUEST_CHARACTERS:
+        raise MessageError(f"{characters} characters: a request has {MAX_REQUEST_CHARACTERS} at most; submit a run")

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
-from nermill.worker.contracts import patience
-from nermill.worker.contracts.errors import StoreError
+from nermill.worker.contracts import deadline
+from nermill.worker.contracts.errors import StoreError, UnreachableError
 
 _LOCAL_SCHEMES = ("file://", "local://")
 _BYTES_PER_SECOND = 1 << 20  # the slowest store that is waited for
@@ -154,7 +154,11 @@ class ObjectStore:
         return [str(entry).rsplit("/", 1)[-1] for entry in entries]
 
     def _ask(self, call: Callable[[], T], size: int = 0) -> T:
-        return patience.within(patience.SECONDS + size / _BYTES_PER_SECOND, call)
+        return deadline.within(deadline.SECONDS + size / _BYTES_PER_SECOND, call)
+
+
+_DEFECTS = (AssertionError, AttributeError, NameError)  # ours, not the store's
+_UNREACHABLE = (FileNotFoundError, NotADirectoryError, PermissionError)
 
 
 @contextmanager
@@ -162,10 +166,13 @@ def telling(verb: str, path: str) -> Iterator[None]:
     """Turns whatever a store raises inside into a StoreError that names the file, the reason and the remedy."""
     try:
         yield
+    except _DEFECTS:
+        raise
     except Exception as error:
+        kind = UnreachableError if isinstance(error, _UNREACHABLE) else StoreError
         reason = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
         advice = _ADVICE.get(getattr(error, "errno", None) or 0)
-        raise StoreError(f"{path}: cannot {verb} it ({reason})" + (f"; {advice}" if advice else "")) from error
+        raise kind(f"{path}: cannot {verb} it ({reason})" + (f"; {advice}" if advice else "")) from error
 
 
 @contextmanager
