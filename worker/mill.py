@@ -23,8 +23,9 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from nermill.worker import parts, tracing
 from nermill.worker.contracts.errors import LeaseLostError, MessageError, NermillError, StoreError, UsageError
-from nermill.worker.contracts.layout import SUCCESS_FILE, part_name
+from nermill.worker.contracts.layout import REJECT_FILE, part_name
 from nermill.worker.contracts.ledger import FINISH, MAX_ATTEMPTS, Claim, Ledger, WorkerProcess
+from nermill.worker.contracts.part import mark_complete
 from nermill.worker.contracts.patience import within
 from nermill.worker.contracts.plan import read_plan
 from nermill.worker.contracts.shard import read_shard
@@ -193,7 +194,7 @@ class Mill:
         roots, run, shard = self._settings.roots, claim.folder, claim.shard.index
         places = [claim.uri]
         if is_allowed(claim.uri, roots) and run.is_local:
-            places += [run.path(name) for name in (part_name(shard), run.shard_file(shard), run.reject_file(shard))]
+            places += [run.path(name) for name in (part_name(shard), run.shard_file(shard), REJECT_FILE)]
         for place in places:
             if not is_allowed(place, roots):
                 raise MessageError(f"{place!r} is outside the allowed roots; allow it with NERMILL_ALLOWED_ROOTS")
@@ -204,8 +205,6 @@ class Mill:
             claim.folder,
             claim.shard.index,
             annotated.part,
-            annotated.faults,
-            attempts=claim.attempts,
             metadata={
                 "run_id": claim.run_id,
                 "model": manifest.name,
@@ -247,7 +246,7 @@ class Mill:
         missing = {shard.index for shard in plan.shards} - run.committed()
         is_whole = not missing and not plan.is_open
         if is_whole:
-            run.write(SUCCESS_FILE, b"", exclusive=True)
+            mark_complete(run, sorted(shard.index for shard in plan.shards))
             run.sweep()
             log.info("run %s is complete", claim.run_id)
             if plan.has_gold:
