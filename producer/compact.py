@@ -18,16 +18,16 @@ from pyarrow import parquet as pq
 
 from nermill.producer.recovery import BEFORE, beside, put_back
 from nermill.producer.sources.files import filesystem
-from nermill.producer.status import open_file, part_stats
+from nermill.producer.status import part_stats
 from nermill.worker.contracts.errors import StoreError, UsageError
 from nermill.worker.contracts.layout import (
     PLAN_FILE,
-    REJECT_FOLDER,
     SHARD_FOLDER,
     SUCCESS_FILE,
     RunFolder,
     part_name,
 )
+from nermill.worker.contracts.part import file_bytes, open_part, read_columns
 from nermill.worker.contracts.plan import Plan, Shard, read_plan
 from nermill.worker.contracts.schema import METADATA_PREFIX
 from nermill.worker.contracts.shard import encode_shard, read_shard
@@ -40,13 +40,13 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def compact(run: RunFolder, plan: Plan, target_bytes: int = TARGET_BYTES) -> Plan:
-    """Joins consecutive parts, with their documents and rejects, until each has about the target size.
+    """Joins consecutive parts, with their documents, until each has about the target size.
 
     The new files are made aside, under names that no file of the run ever had. On a local disk the new folder takes
     the old one's place in one step: a reader opens files of one state, or finds that a file it had listed is gone.
 
-    A store has no such step. There ``plan.json`` moves from the old to the new files in one put, and ``_SUCCESS`` is
-    away while both are there. So whoever goes by ``plan.json``, as nermill does, and whoever lists the folder and
+    A store has no such step. There ``_plan.json`` moves from the old to the new files in one put, and ``_SUCCESS`` is
+    away while both are there. So whoever goes by ``_plan.json``, as nermill does, and whoever lists the folder and
     then finds ``_SUCCESS``, reads each document once, or finds that a file it had listed is gone. An interrupted swap
     is taken up by the next call, by ``nermill resume`` and by ``nermill rejects --retry``.
 
@@ -141,7 +141,7 @@ def _groups(run: RunFolder, plan: Plan, target: int) -> Iterator[list[Shard]]:
     size = characters = 0
     split = False
     for shard in plan.shards:
-        cost, length, came_split = _measure(run, part_name(shard.index))
+        cost, length, came_split = _measure(run, shard.index)
         full = size + cost > target or characters + length > MAX_CHARACTERS
         if group and (full or came_split != split):
             yield group
@@ -153,22 +153,22 @@ def _groups(run: RunFolder, plan: Plan, target: int) -> Iterator[list[Shard]]:
     yield group
 
 
-def _measure(run: RunFolder, part: str) -> tuple[int, int, bool]:
+def _measure(run: RunFolder, shard: int) -> tuple[int, int, bool]:
     """Bytes and characters of a part, and whether its documents came as words: texts and words never share a shard."""
-    with _intact(run, part), open_file(run, part) as stream:
-        table = pq.read_table(stream, columns=["n_chars", "words"])
+    with _intact(run, shard), open_part(run, shard) as part:
+        table = read_columns(run, part, ["n_chars", "words"])
         characters = sum(table["n_chars"].to_pylist())
-        return int(stream.seek(0, os.SEEK_END)), characters, table["words"].null_count < len(table)
+        return file_bytes(part), characters, table["words"].null_count < len(table)
 
 
 @contextmanager
-def _intact(run: RunFolder, part: str) -> Iterator[None]:
+def _intact(run: RunFolder, shard: int) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
         raise _changed(run) from None
     except (pa.ArrowInvalid, OSError) as error:
-        raise StoreError(f"{run.path(part)}: damaged ({error}); remove it and nermill resume") from None
+        raise StoreError(f"{run.path(part_name(shard))}: damaged ({error}); remove it and nermill resume") from None
 
 
 def _join(run: RunFolder, aside: RunFolder, index: int, group: list[Shard]) -> Shard:
@@ -177,21 +177,17 @@ def _join(run: RunFolder, aside: RunFolder, index: int, group: list[Shard]) -> S
     aside.write(aside.shard_file(index), data)
     stats = [entry for shard in group for entry in part_stats(run, shard.index)]
     metadata = {"shard": str(index), "stats": json.dumps(stats)}
-    aside.write(part_name(index), _joined(run, [part_name(shard.index) for shard in group], metadata))
-    present = set(run.list(REJECT_FOLDER))
-    rejects = [run.reject_file(shard.index) for shard in group if part_name(shard.index) in present]
-    if rejects:
-        aside.write(aside.reject_file(index), _joined(run, rejects, {}))
+    aside.write(part_name(index), _joined(run, [shard.index for shard in group], metadata))
     return Shard(index, group[0].first, documents.num_rows, sha256)
 
 
-def _joined(run: RunFolder, names: list[str], metadata: dict[str, str]) -> bytes:
-    """The tables of several files in one, a row group each, with the first one's metadata and what is new."""
+def _joined(run: RunFolder, shards: list[int], metadata: dict[str, str]) -> bytes:
+    """Several parts in one, a row group each, with the first one's metadata and what is new."""
     sink = pa.BufferOutputStream()
     writer: Any = None
-    for name in names:
-        with _intact(run, name), open_file(run, name) as stream:
-            table = pq.read_table(stream)
+    for shard in shards:
+        with _intact(run, shard), open_part(run, shard) as part:
+            table = read_columns(run, part)
         if writer is None:
             added = {(METADATA_PREFIX + key).encode(): value.encode() for key, value in metadata.items()}
             schema = table.schema.with_metadata({**(table.schema.metadata or {}), **added})
@@ -204,7 +200,7 @@ def _joined(run: RunFolder, names: list[str], metadata: dict[str, str]) -> bytes
 def _swap_folders(run: RunFolder, aside: RunFolder) -> None:
     """The new folder gets whatever else lay in the old one, and its place."""
     old, new = os.path.abspath(run.uri), aside.uri
-    ours = {PLAN_FILE, SHARD_FOLDER, REJECT_FOLDER}
+    ours = {PLAN_FILE, SHARD_FOLDER}
     with telling("compact", old):
         with os.scandir(old) as entries:
             for entry in entries:
@@ -259,11 +255,9 @@ def _swap_on_store(run: RunFolder, compacted: Plan) -> bool:
 
 
 def _files(folder: RunFolder, indices: Iterable[int]) -> set[str]:
-    """Names of these shards' parts, rejects and documents, as far as they are there."""
-    there = {
-        f"{prefix}{name}" for prefix in ("", f"{SHARD_FOLDER}/", f"{REJECT_FOLDER}/") for name in folder.list(prefix)
-    }
-    return there & {name(i) for i in indices for name in (part_name, folder.shard_file, folder.reject_file)}
+    """Names of these shards' parts and documents, as far as they are there."""
+    there = {f"{prefix}{name}" for prefix in ("", f"{SHARD_FOLDER}/") for name in folder.list(prefix)}
+    return there & {name(i) for i in indices for name in (part_name, folder.shard_file)}
 
 
 def _clear(run: RunFolder) -> None:

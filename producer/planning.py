@@ -1,4 +1,4 @@
-"""A run before it is sent: inputs known by hash, documents in shards, ``plan.json`` last; on an error, nothing."""
+"""A run before it is sent: inputs known by hash, documents in shards, ``_plan.json`` last; on an error, nothing."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from nermill.producer.sources import ReadOptions, Source, open_sources
 from nermill.producer.sources.files import absolute, filesystem, is_remote
 from nermill.worker.contracts.document import Document
 from nermill.worker.contracts.errors import StoreError, UsageError
-from nermill.worker.contracts.layout import PLAN_FILE, SHARD_FOLDER, RunFolder
+from nermill.worker.contracts.layout import FIRST_LAYOUT, PLAN_FILE, SHARD_FOLDER, RunFolder
 from nermill.worker.contracts.manifest import load_manifest, resolve_artifact
-from nermill.worker.contracts.plan import Input, Options, Plan, Shard, read_plan
+from nermill.worker.contracts.plan import PLAN_VERSION, Input, Options, Plan, Shard, read_plan
 from nermill.worker.contracts.shard import read_shard
 
 RUN_ID_LENGTH = 12
@@ -156,7 +156,7 @@ def normalised(out: str) -> str:
     out = absolute(out)
     if is_remote(out):
         filesystem(out)
-    if RunFolder(out).exists(PLAN_FILE):
+    if RunFolder(out).exists(PLAN_FILE) or RunFolder(out).exists(FIRST_LAYOUT):
         raise UsageError(f"{out}: a run's folder itself; name the folder around it with --out, or nermill resume it")
     return out
 
@@ -216,5 +216,6 @@ def planned_run_id(
     The same request meets its own run again; the same with another output is another run.
     """
     inputs = [(source.file.uri, source.format, sha256) for source, (sha256, _) in zip(sources, prints, strict=True)]
-    asked = [out, inputs, model, asdict(request.read), asdict(request.options), asdict(request.limits)]
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:RUN_ID_LENGTH]
+    asked = [PLAN_VERSION, out, inputs, model, asdict(request.read), asdict(request.options), asdict(request.limits)]
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:RUN_ID_LENGTH]
+    return f"f{digest[1:]}" if digest.isdecimal() else digest  # readers of OUT take a column of digits for numbers

@@ -12,9 +12,10 @@ from nermill.producer.recovery import put_back, recover
 from nermill.producer.sources.files import absolute, suggestion
 from nermill.producer.status import Status, Tally, artifact_of_parts, look
 from nermill.worker.contracts.errors import BrokerError, StoreError, UsageError
-from nermill.worker.contracts.layout import PLAN_FILE, SUCCESS_FILE, RunFolder
+from nermill.worker.contracts.layout import FIRST_LAYOUT, PLAN_FILE, SUCCESS_FILE, RunFolder
 from nermill.worker.contracts.ledger import Ledger, Progress, RunState
 from nermill.worker.contracts.message import PRIORITIES
+from nermill.worker.contracts.part import mark_complete
 from nermill.worker.contracts.plan import Plan, Shard, read_plan
 
 MAX_WAITING_SHARDS = 100_000  # about 120 MB in the broker
@@ -40,11 +41,12 @@ def open_run(uri: str) -> tuple[RunFolder, Plan]:
     run = RunFolder(absolute(uri))
     if not run.exists(PLAN_FILE):
         put_back(run)
-    if not run.exists(PLAN_FILE) and (inside := [name for name in run.list() if name.startswith("run=")]):
-        names = ", ".join(f"{run.uri}/{name}" for name in inside[:5])
-        raise UsageError(f"{run.uri}: a folder of runs, not a run; name one: {names}")
-    if not run.exists(PLAN_FILE) and (meant := suggestion(run.uri)):
-        raise UsageError(f"{run.uri}: no run here{meant}")
+    if not run.exists(PLAN_FILE) and not run.exists(FIRST_LAYOUT):
+        if inside := [name for name in run.list() if name.startswith("run=")]:
+            names = ", ".join(f"{run.uri}/{name}" for name in inside[:5])
+            raise UsageError(f"{run.uri}: a folder of runs, not a run; name one: {names}")
+        if meant := suggestion(run.uri):
+            raise UsageError(f"{run.uri}: no run here{meant}")
     return run, read_plan(run)
 
 
@@ -161,7 +163,7 @@ def finish(run: RunFolder, plan: Plan, queue: Queue | None = None) -> bool:
     """Marks a run whose parts are all there; False where some are missing."""
     if plan.is_open or {shard.index for shard in plan.shards} != run.committed():  # more: see producer.compact
         return False
-    run.write(SUCCESS_FILE, b"", exclusive=True)
+    mark_complete(run, sorted(shard.index for shard in plan.shards))
     if queue is not None:
         with queue.ledger() as ledger:
             ledger.close(plan.run_id)

@@ -8,9 +8,9 @@ from itertools import islice
 from typing import Any
 
 from nermill.producer.shards import document_text
-from nermill.producer.status import open_file
 from nermill.worker.contracts.errors import UsageError
-from nermill.worker.contracts.layout import RunFolder, part_name
+from nermill.worker.contracts.layout import RunFolder
+from nermill.worker.contracts.part import open_part
 from nermill.worker.contracts.plan import Plan, Shard
 from nermill.worker.contracts.shard import read_documents, read_shard
 
@@ -58,12 +58,9 @@ def conll_lines(run: RunFolder, plan: Plan, limit: int | None) -> Iterator[str]:
 
 
 def _rows(run: RunFolder, shard: Shard) -> Iterator[Shown]:
-    from pyarrow import parquet as pq
-
     documents = None
-    with open_file(run, part_name(shard.index)) as stream:
-        table = pq.ParquetFile(stream)
-        for batch in table.iter_batches(64):
+    with open_part(run, shard.index) as part:
+        for batch in part.iter_batches(64, use_threads=run.is_local):
             for row in batch.to_pylist():
                 text = row.get("text")
                 if text is None and row["words"] is not None:

@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import pyarrow as pa
+
 from nermill.producer.queue import Queue
-from nermill.producer.sources.files import filesystem
 from nermill.worker.contracts.errors import StoreError
 from nermill.worker.contracts.layout import REPORT_JSON, RunFolder, part_name
 from nermill.worker.contracts.ledger import Progress, WorkerProcess
+from nermill.worker.contracts.part import measurements, open_part
 from nermill.worker.contracts.plan import Plan
 from nermill.worker.contracts.schema import metadata_of
 
@@ -225,9 +227,8 @@ def part_stats(run: RunFolder, shard: int) -> list[dict[str, Any]]:
     Raises:
         StoreError: the part cannot be read.
     """
-    with _footer(run, shard) as metadata:
-        stats = json.loads(metadata["stats"])
-        return stats if isinstance(stats, list) else [stats]
+    with _footer(run, shard) as schema:
+        return measurements(schema)
 
 
 def artifact_of_parts(run: RunFolder) -> str:
@@ -239,27 +240,17 @@ def artifact_of_parts(run: RunFolder) -> str:
     committed = run.committed()
     if not committed:
         return ""
-    with _footer(run, min(committed)) as metadata:
-        return metadata["artifact_sha256"]
+    with _footer(run, min(committed)) as schema:
+        return metadata_of(schema)["artifact_sha256"]
 
 
 @contextmanager
-def _footer(run: RunFolder, shard: int) -> Iterator[dict[str, str]]:
-    """Our metadata of a committed part; what goes wrong inside is the part's damage."""
-    import pyarrow as pa
-    from pyarrow import parquet as pq
+def _footer(run: RunFolder, shard: int) -> Iterator[pa.Schema]:
+    """The schema of a committed part, with its metadata; what goes wrong inside is the part's damage."""
 
     name = part_name(shard)
     try:
-        with open_file(run, name) as stream:
-            yield metadata_of(pq.read_schema(stream))
+        with open_part(run, shard) as part:
+            yield part.schema_arrow
     except (pa.ArrowInvalid, OSError, KeyError, ValueError) as error:
         raise StoreError(f"{run.path(name)}: damaged part ({error}); remove it and nermill resume") from None
-
-
-def open_file(run: RunFolder, name: str) -> Any:
-    """A file of the run, open for reading at any place."""
-    if run.is_local:
-        return open(run.path(name), "rb")
-    fs, path = filesystem(f"{run.uri}/{name}")
-    return fs.open(path, "rb")

@@ -26,7 +26,8 @@ from nermill.producer.run import send, wait
 from nermill.producer.shards import ShardLimits
 from nermill.producer.status import Status
 from nermill.worker.contracts.broker import redis_client
-from nermill.worker.contracts.layout import RunFolder, part_name
+from nermill.worker.contracts.layout import RunFolder
+from nermill.worker.contracts.part import open_part, read_columns
 from nermill.worker.contracts.plan import Plan
 
 ROOT = Path(__file__).parents[1]
@@ -257,7 +258,10 @@ def free_port() -> int:
 
 def table_of(run: RunFolder, plan: Plan) -> pa.Table:
     """The rows of all parts as one table, in the plan's order, without the parts' metadata."""
-    tables = [pq.read_table(pa.BufferReader(run.read(part_name(shard.index)))) for shard in plan.shards]
+    tables = []
+    for shard in plan.shards:
+        with open_part(run, shard.index) as part:
+            tables.append(read_columns(run, part))
     return pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
 
 

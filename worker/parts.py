@@ -1,4 +1,4 @@
-"""One shard to one part: written aside, synced, renamed, with its rejects beside it."""
+"""One shard to one part: written aside, synced, created exclusively; rejected documents are rows of it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nermill.worker.contracts.document import Fault
 from nermill.worker.contracts.errors import StoreError
 from nermill.worker.contracts.layout import RunFolder, part_name
-from nermill.worker.contracts.schema import REJECTS, metadata_of, with_metadata
+from nermill.worker.contracts.part import measurements, open_part
+from nermill.worker.contracts.schema import with_metadata
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,22 +29,18 @@ def commit(
     run: RunFolder,
     shard: int,
     part: pa.Table,
-    faults: dict[int, Fault],
     *,
-    attempts: int,
     metadata: dict[str, str],
     stats: dict[str, Any],
 ) -> tuple[Committed, bool]:
     """Makes a shard's part appear, once: a part that is already there stays, whoever wrote it.
 
-    The rejects are written before, so that a part never stands without them.
+    The part is the only file that a shard writes, so what its counts and its rejects say always agrees.
 
     Args:
         run: The run's folder.
         shard: Its number, which names the part.
         part: The part's rows.
-        faults: Fault of each rejected row.
-        attempts: How often the shard was tried, this time included.
         metadata: File metadata, without prefix.
         stats: Becomes the ``stats`` metadata, as JSON.
 
@@ -52,13 +48,9 @@ def commit(
         What the part says of itself, and whether it is ours.
 
     Raises:
-        StoreError: the store did not take a file.
+        StoreError: the store did not take the file.
     """
-    if faults:
-        run.write(run.reject_file(shard), _parquet(_rejects(part, faults, attempts), metadata))
-    else:
-        run.remove(run.reject_file(shard))  # of an attempt that got no further
-    rejected = len(faults)
+    rejected = part.num_rows - part["reject_reason"].null_count
     stats = {**stats, "documents": part.num_rows, "ok": part.num_rows - rejected, "rejected": rejected}
     data = _parquet(part, {**metadata, "shard": str(shard), "stats": json.dumps(stats)})
     if run.write(part_name(shard), data, exclusive=True):
@@ -74,30 +66,15 @@ def read_committed(run: RunFolder, shard: int) -> Committed:
     """
     name = part_name(shard)
     try:
-        schema = pq.read_schema(pa.BufferReader(run.read(name)))
-        stats = json.loads(metadata_of(schema)["stats"])
-        return _committed(*stats if isinstance(stats, list) else [stats])
-    except (pa.ArrowInvalid, KeyError, ValueError) as error:
+        with open_part(run, shard) as part:
+            return _committed(*measurements(part.schema_arrow))
+    except (pa.ArrowInvalid, OSError, KeyError, ValueError) as error:
         raise StoreError(f"{run.path(name)}: damaged part ({error}); remove it and nermill resume") from None
 
 
 def _committed(*stats: dict[str, Any]) -> Committed:
     """Sums over the shards of a part; a compacted one has many."""
     return Committed(*(sum(s[name] for s in stats) for name in ("ok", "rejected", "tokens", "computed_tokens")))
-
-
-def _rejects(part: pa.Table, faults: dict[int, Fault], attempts: int) -> pa.Table:
-    rows = sorted(faults)
-    named = part.select(["doc_index", "doc_id"]).take(pa.array(rows, pa.int64()))
-    return pa.table(
-        [
-            *named.columns,
-            pa.array([faults[row].reason for row in rows], pa.string()),
-            pa.array([faults[row].message for row in rows], pa.string()),
-            pa.array([attempts] * len(rows), pa.int32()),
-        ],
-        schema=REJECTS,
-    )
 
 
 def _parquet(table: pa.Table, metadata: dict[str, str]) -> bytes:

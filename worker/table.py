@@ -124,6 +124,10 @@ def part_table(
         "words": table["words"],
         "tags": _tags(spelling, prediction, spans, healthy),
         "gold_tags": table["gold_tags"],
+        "reject_reason": pa.array([faults[row].reason if row in faults else None for row in range(count)], pa.string()),
+        "reject_message": pa.array(
+            [faults[row].message if row in faults else None for row in range(count)], pa.string()
+        ),
         "text": _text(table, spelling),
         "fields": table["fields"],
     }

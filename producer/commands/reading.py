@@ -36,7 +36,7 @@ def evaluate(
     partial: Annotated[bool, typer.Option("--partial", help="Evaluate what is there of an unfinished run.")] = False,
     json: o.Json = False,
 ) -> int:
-    """Score a run against gold tags and measure its throughput; writes report.json and report.html."""
+    """Score a run against gold tags and measure its throughput; writes _report.json and _report.html."""
     from nermill.producer.progress import say
     from nermill.producer.run import open_run
     from nermill.producer.view import comparison_line, print_json, score_line

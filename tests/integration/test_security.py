@@ -101,14 +101,14 @@ def test_a_link_in_a_runs_folder_leads_nowhere(mill: Harness) -> None:
     outside = mill.folder / "outside"
     outside.mkdir()
     run, plan = mill.plan(["Ada met Charles in London.", ""])
-    Path(run.path("rejects")).symlink_to(outside)
+    Path(run.path("_rejects")).symlink_to(outside)
     send(run, plan, mill.queue())
     mill.worker()
     with pytest.raises(StoreError, match="outside the allowed roots; allow it with NERMILL_ALLOWED_ROOTS"):
         mill.wait(run, plan)
     assert not list(outside.iterdir())
     assert not run.committed()
-    Path(run.path("rejects")).unlink()
+    Path(run.path("_rejects")).unlink()
     send(run, plan, mill.queue())
     assert mill.wait(run, plan).rejected == 1
 

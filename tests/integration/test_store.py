@@ -126,12 +126,17 @@ def test_a_limit_on_file_sizes(mill: Harness, expected: list[dict[str, object]])
 
 def test_a_file_where_the_folder_of_rejects_should_be(mill: Harness) -> None:
     run, plan = mill.submit(["Ada met Charles in London.", ""])
-    obstacle = Path(run.path("rejects"))
+    obstacle = Path(run.path("_rejects"))
     obstacle.touch()
     mill.worker()
-    hand_back_then_end(mill, run, plan, "put a folder in the place of that file", [["rm", str(obstacle)]])
-    assert [row["status"] for row in rows(run)] == ["ok", "rejected"]
-    assert run.list("rejects") == ["part-00000.parquet"]
+    await_log(mill, "put a folder in the place of that file")
+    assert mill.workers[-1].is_alive
+    assert [row["reject_reason"] for row in rows(run)] == [None, "empty"], "a part needs no other file"
+    assert not run.exists(SUCCESS_FILE)
+    obstacle.unlink()
+    mill.wait(run, plan)
+    assert run.exists(SUCCESS_FILE)
+    assert run.list("_rejects") == ["rejects.parquet"]
 
 
 @pytest.fixture

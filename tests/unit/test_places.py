@@ -14,9 +14,7 @@ import pytest
 from nermill.worker.contracts import deadline
 from nermill.worker.contracts.errors import StoreError
 from nermill.worker.contracts.layout import ASIDE_SECONDS, RunFolder
-from nermill.worker.contracts.schema import part_schema
 from nermill.worker.contracts.store import ObjectStore
-from nermill.worker.parts import Committed, commit
 from nermill.worker.settings import Settings, is_allowed
 
 
@@ -116,13 +114,13 @@ def test_a_fault_of_the_store_names_file_reason_and_remedy(tmp_path: Path) -> No
 
 def test_sweeping_takes_what_no_living_writer_can_own(tmp_path: Path) -> None:
     run = RunFolder(str(tmp_path))
-    for folder in ("rejects", "_shards"):
+    for folder in ("_rejects", "_shards"):
         (tmp_path / folder).mkdir()
     aside = uuid.uuid4().hex
-    of_committed = [f".part-00000.parquet.{aside}", f"rejects/.part-00000.parquet.{aside}"]
-    young = [f".part-00001.parquet.{aside}", f".report.json.{aside}"]
-    old = [f".plan.json.{aside}", f"_shards/.shard-00001.arrow.{aside}"]
-    others = ["part-00000.parquet", ".hidden", ".part-00000.parquet.notes", "rejects/part-00000.parquet"]
+    of_committed = [f".part-00000.parquet.{aside}", f"_shards/.part-00000.parquet.{aside}"]
+    young = [f".part-00001.parquet.{aside}", f"._report.json.{aside}"]
+    old = [f"._plan.json.{aside}", f"_shards/.shard-00001.arrow.{aside}"]
+    others = ["part-00000.parquet", ".hidden", ".part-00000.parquet.notes", "_rejects/rejects.parquet"]
     for name in of_committed + young + old + others:
         (tmp_path / name).touch()
     before = time.time() - ASIDE_SECONDS - 10
@@ -143,13 +141,3 @@ def test_a_disk_without_hard_links_is_looked_at_first(tmp_path: Path, monkeypatc
     assert not run.write("part", b"second", exclusive=True)
     assert run.read("part") == b"first"
     assert run.list() == ["part"]
-
-
-def test_a_part_without_rejects_has_none_of_an_earlier_attempt(tmp_path: Path) -> None:
-    run = RunFolder(str(tmp_path))
-    run.write(run.reject_file(0), b"of an attempt that was killed before its part was there")
-    part = part_schema(keep_text=False, keep_fields=False).empty_table()
-    stats = {"tokens": 0, "computed_tokens": 0}
-    assert commit(run, 0, part, {}, attempts=2, metadata={}, stats=stats) == (Committed(0, 0, 0, 0), True)
-    assert run.list("rejects") == []
-    assert run.committed() == {0}

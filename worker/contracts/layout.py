@@ -3,14 +3,16 @@
 ::
 
     OUT/run=<id>/
-      plan.json                    what was asked: inputs, shards, model, options
+      part-00000.parquet           the annotations of that shard, rejected documents included
+      _plan.json                   what was asked: inputs, shards, model, options
       _shards/shard-00000.arrow    the documents, normalised; what a worker reads
-      part-00000.parquet           the annotations of that shard
-      rejects/part-00000.parquet   documents that could not be tagged
-      report.json  report.html     after evaluation
+      _rejects/rejects.parquet     documents that could not be tagged, copied from the parts when the run is complete
+      _report.json  _report.html   after evaluation
       _SUCCESS                     every shard has its part
+      .huggingface.yaml            tells Hugging Face datasets, from then on, that the parts are the data
 
-Folders that begin with ``_`` are skipped by the Parquet readers of the field.
+Readers of Parquet folders skip names that begin with ``_`` or ``.``, so that the run's folder reads as one table;
+datasets (5.2) skips only the latter, and would take ``_plan.json`` and ``_report.json`` for data beside a single part.
 """
 
 from __future__ import annotations
@@ -20,15 +22,19 @@ import re
 import time
 from dataclasses import dataclass
 from functools import cached_property
+from typing import BinaryIO
 
 from nermill.worker.contracts.store import Disk, Store, open_store, telling
 
-PLAN_FILE = "plan.json"
+PLAN_FILE = "_plan.json"
 SUCCESS_FILE = "_SUCCESS"
-REPORT_JSON = "report.json"
-REPORT_HTML = "report.html"
+REPORT_JSON = "_report.json"
+REPORT_HTML = "_report.html"
 SHARD_FOLDER = "_shards"
-REJECT_FOLDER = "rejects"
+REJECT_FOLDER = "_rejects"
+REJECT_FILE = f"{REJECT_FOLDER}/rejects.parquet"
+DATASETS_FILE = ".huggingface.yaml"
+FIRST_LAYOUT = "plan.json"  # the plan of a run that was made before the names began with _
 
 ASIDE_SECONDS = 3600.0  # no file is written for so long: one aside that is older has lost its writer
 
@@ -73,6 +79,10 @@ class RunFolder:
         path = self.path(name)
         with telling("read", path):
             return self._place[0].read(path)
+
+    def source(self, name: str) -> str | BinaryIO:
+        """What pyarrow opens: a file's path on a disk, elsewhere a seekable stream, to be closed."""
+        return self._place[0].source(self.path(name))
 
     def write(self, name: str, data: bytes, *, exclusive: bool = False) -> bool:
         """Makes a whole file appear at once.
@@ -137,9 +147,6 @@ class RunFolder:
 
     def shard_file(self, shard: int) -> str:
         return f"{SHARD_FOLDER}/{shard_name(shard)}"
-
-    def reject_file(self, shard: int) -> str:
-        return f"{REJECT_FOLDER}/{part_name(shard)}"
 
 
 def _numbers(pattern: re.Pattern[str], names: list[str]) -> set[int]:

@@ -1,4 +1,4 @@
-"""``plan.json``: what a run was asked to do, enough to resume it without the broker."""
+"""``_plan.json``: what a run was asked to do, enough to resume it without the broker."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from nermill.worker.contracts.errors import UsageError
-from nermill.worker.contracts.layout import PLAN_FILE, RunFolder
+from nermill.worker.contracts.layout import FIRST_LAYOUT, PLAN_FILE, RunFolder
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 RUN_ID = re.compile(r"[0-9a-z][0-9a-z_-]{0,63}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 AGGREGATIONS = ("none", "simple", "first", "average", "max")
@@ -106,6 +106,11 @@ def read_plan(run: RunFolder) -> Plan:
         UsageError: there is no run, or its plan is damaged or from another version.
     """
     if not run.exists(PLAN_FILE):
+        if run.exists(FIRST_LAYOUT):
+            raise UsageError(
+                f"{run.uri}: made by an earlier nermill ({FIRST_LAYOUT}, plan version 1), this one reads version "
+                f"{PLAN_VERSION}; submit its input again (the same --out is fine), or keep that nermill to read it"
+            )
         raise UsageError(
             f"{run.uri}: no run here ({PLAN_FILE} is missing); name a folder OUT/run=<id> that nermill made"
         )

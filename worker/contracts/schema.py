@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 OFFSET_UNIT = "unicode_code_point"
 METADATA_PREFIX = "nermill."
 
@@ -43,6 +43,8 @@ PART = pa.schema(
         pa.field("words", pa.list_(pa.string())),
         pa.field("tags", pa.list_(pa.string())),
         pa.field("gold_tags", pa.list_(pa.string())),
+        pa.field("reject_reason", pa.string()),  # null where tagged
+        pa.field("reject_message", pa.string()),
         pa.field("text", pa.string()),
         pa.field("fields", pa.string()),
     ]

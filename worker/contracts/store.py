@@ -7,7 +7,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar, cast
 
 from nermill.worker.contracts import deadline
 from nermill.worker.contracts.errors import StoreError, UnreachableError
@@ -34,6 +34,9 @@ class Store(Protocol):
     """What a run asks of the place where it lies; any method may raise whatever the place raises."""
 
     def read(self, path: str) -> bytes: ...
+    def source(self, path: str) -> str | BinaryIO:
+        """The path itself on a disk, else a seekable stream, to be closed."""
+
     def replace(self, path: str, data: bytes) -> None: ...
     def create(self, path: str, data: bytes) -> bool:
         """Like ``replace``, but leaves a file that is there as it is; False where it did."""
@@ -73,6 +76,9 @@ class Disk:
     def read(self, path: str) -> bytes:
         with open(path, "rb") as stream:
             return stream.read()
+
+    def source(self, path: str) -> str:
+        return path
 
     def replace(self, path: str, data: bytes) -> None:
         with _aside(path, data) as aside:
@@ -118,6 +124,9 @@ class ObjectStore:
 
     def read(self, path: str) -> bytes:
         return self._ask(lambda: bytes(self._fs.cat_file(path)))
+
+    def source(self, path: str) -> BinaryIO:
+        return self._ask(lambda: cast(BinaryIO, self._fs.open(path, "rb")))
 
     def replace(self, path: str, data: bytes) -> None:
         self._ask(lambda: self._fs.pipe_file(path, data), len(data))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.layout import RunFolder, part_name
+from nermill.worker.contracts.part import measurements, open_part
 from nermill.worker.contracts.schema import SCHEMA_VERSION, metadata_of
 from nermill.worker.evaluation.chunks import Bools, Ints, Labels, Tags, read_tags
 from nermill.worker.evaluation.gold import GoldFile
@@ -108,18 +108,14 @@ class Parts:
         for shard in self.shards:
             file = self.run.path(part_name(shard))
             try:
-                with self._open(shard) as part:
+                with open_part(self.run, shard) as part:
                     self.seen.append(_read_part(file, part))
-                    yield from part.iter_batches(_batch_rows(part), columns=_COLUMNS)
+                    yield from part.iter_batches(_batch_rows(part), columns=_COLUMNS, use_threads=self.run.is_local)
             except (pa.ArrowException, OSError, ValueError, KeyError) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise UsageError(f"{file}: a damaged part ({reason}); remove it and resume the run") from None
         if self.gold is not None:
             self.gold.finish(self.documents)
-
-    def _open(self, shard: int) -> pq.ParquetFile:
-        name = part_name(shard)
-        return pq.ParquetFile(self.run.path(name) if self.run.is_local else pa.BufferReader(self.run.read(name)))
 
 
 def _make_block(rows: pa.RecordBatch, gold: pa.Array, labels: Labels) -> Block:
@@ -162,8 +158,7 @@ def _read_part(file: str, part: pq.ParquetFile) -> Part:
         raise UsageError(f"{file}: part schema version {version!r}, this nermill reads {SCHEMA_VERSION!r}")
     if missing := set(_COLUMNS) - set(part.schema_arrow.names):
         raise ValueError(f"no column {', '.join(sorted(missing))}")
-    stats = json.loads(metadata.get("stats", "[]"))
-    stats = stats if isinstance(stats, list) else [stats]
+    stats = measurements(part.schema_arrow) if "stats" in metadata else []
     if not all({"claimed", "finished"} <= entry.keys() for entry in stats):
         raise ValueError("measurements without claimed and finished")
     return Part(file, part.metadata.num_rows, metadata, stats)

@@ -35,7 +35,7 @@ def evaluate(
         compare: Another run over the same documents; its difference is reported under ``compare``.
 
     Returns:
-        The content of ``report.json``; without gold it has no scores.
+        The content of ``_report.json``; without gold it has no scores.
 
     Raises:
         UsageError: no run, a run that is not complete, a damaged part, gold that does not fit.

@@ -1,4 +1,4 @@
-"""A report as files: ``report.json`` for programs, ``report.html`` for people."""
+"""A report as files: ``_report.json`` for programs, ``_report.html`` for people."""
 
 from __future__ import annotations
 

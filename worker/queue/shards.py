@@ -35,9 +35,10 @@ from nermill.worker.contracts.errors import (
     UnreachableError,
     UsageError,
 )
-from nermill.worker.contracts.layout import SUCCESS_FILE, part_name
+from nermill.worker.contracts.layout import REJECT_FILE, part_name
 from nermill.worker.contracts.ledger import MAX_ATTEMPTS, Claim, Ledger, WorkerProcess
 from nermill.worker.contracts.message import QUEUE, check_run, check_shard, queue_of
+from nermill.worker.contracts.part import mark_complete
 from nermill.worker.contracts.plan import Shard, read_plan
 from nermill.worker.contracts.shard import read_shard
 from nermill.worker.logs import about
@@ -320,7 +321,8 @@ class ShardWorker:
         roots, run = self._settings.roots, claim.folder
         places = [claim.uri]
         if is_allowed(claim.uri, roots) and run.is_local and claim.shard is not None:
-            places += [run.path(name) for name in (part_name(claim.shard.index), run.shard_file(claim.shard.index))]
+            shard = claim.shard.index
+            places += [run.path(name) for name in (part_name(shard), run.shard_file(shard), REJECT_FILE)]
         for place in places:
             if not is_allowed(place, roots):
                 raise MessageError(f"{place!r} is outside the allowed roots; allow it with NERMILL_ALLOWED_ROOTS")
@@ -331,8 +333,6 @@ class ShardWorker:
             claim.folder,
             shard.index,
             annotated.part,
-            annotated.faults,
-            attempts=claim.attempts,
             metadata={
                 "run_id": claim.run_id,
                 "model": manifest.name,
@@ -385,7 +385,7 @@ class ShardWorker:
             log.warning("run %s is not complete, %s", claim.run_id, reason)
             self._ledger.quarantine(claim, reason)
             return {"state": "incomplete", "reason": reason}
-        run.write(SUCCESS_FILE, b"", exclusive=True)
+        mark_complete(run, sorted(shard.index for shard in plan.shards))
         run.sweep()
         log.info("run %s is complete", claim.run_id)
         reason = self._evaluate(claim) if plan.has_gold else ""

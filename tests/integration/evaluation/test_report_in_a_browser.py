@@ -66,7 +66,7 @@ for (const width of widths) {
     };
     document.getElementById("seen").textContent = JSON.stringify(seen);
   };
-  frame.src = `report.html?${width}`;
+  frame.src = `_report.html?${width}`;
   document.body.append(frame);
 }
 </script>"""
@@ -137,24 +137,24 @@ def test_at_a_desk_and_on_a_telephone(server: tuple[str, list[str]], tmp_path: P
         assert view["contrast"] >= 4.5
         assert view["chart_contrast"] >= 7
     assert console == ""
-    assert set(asked) == {"/look.html", "/report.html?1280", "/report.html?390"}
+    assert set(asked) == {"/look.html", "/_report.html?1280", "/_report.html?390"}
 
 
 def test_alone_it_asks_for_nothing_and_complains_of_nothing(server: tuple[str, list[str]], tmp_path: Path) -> None:
     address, asked = server
     picture = tmp_path / "report.png"
     _, console = browse(
-        tmp_path / "profile", f"{address}/report.html", f"--screenshot={picture}", "--window-size=1280,2000"
+        tmp_path / "profile", f"{address}/_report.html", f"--screenshot={picture}", "--window-size=1280,2000"
     )
     assert console == ""
-    assert asked == ["/report.html"]
+    assert asked == ["/_report.html"]
     assert picture.stat().st_size > 50_000
 
 
 def test_on_paper(folder: Path, tmp_path: Path) -> None:
     paper = tmp_path / "report.pdf"
     _, console = browse(
-        tmp_path / "profile", (folder / "report.html").as_uri(), f"--print-to-pdf={paper}", "--no-pdf-header-footer"
+        tmp_path / "profile", (folder / "_report.html").as_uri(), f"--print-to-pdf={paper}", "--no-pdf-header-footer"
     )
     assert console == ""
     data = paper.read_bytes()

@@ -93,12 +93,8 @@ def tag(claim: Claim, ledger: Ledger) -> None:
         ledger.complete(claim, ok=0, rejected=0, tokens=0, computed=0)
         return
     claimed = time.time()
-    rows, faults = [], {}
-    for at, document in enumerate(read_documents(read_shard(run, shard.index, shard.sha256))):
-        row, fault = _row(document)
-        rows.append({"doc_index": shard.first + at, **row})
-        if fault:
-            faults[at] = fault
+    documents = read_documents(read_shard(run, shard.index, shard.sha256))
+    rows = [{"doc_index": shard.first + at, **_row(document)} for at, document in enumerate(documents)]
     options = claim.options
     table = pa.Table.from_pylist(rows, part_schema(keep_text=options.keep_text, keep_fields=options.keep_fields))
     if not run.exists(part_name(shard.index)):
@@ -106,20 +102,21 @@ def tag(claim: Claim, ledger: Ledger) -> None:
         stats = {
             "tokens": tokens, "computed_tokens": 2 * tokens, "windows": len(rows), "device": "cpu",
             "worker": "stand-in", "host": "here", "claimed": claimed, "finished": time.time(), "queue_seconds": 0.0,
-            "tokenize_seconds": 0.0, "wait_seconds": 0.0, "compute_seconds": 0.1, "decode_seconds": 0.0, "attempts": 1,
+            "tokenize_seconds": 0.0, "wait_seconds": 0.0, "compute_seconds": 0.1, "decode_seconds": 0.0,
+            "attempts": claim.attempts,
         }  # fmt: skip
         metadata = {
             "run_id": claim.run_id,
             "model": "stand-in", "artifact_sha256": ARTIFACT, "aggregation": options.aggregation,
         }  # fmt: skip
-        parts.commit(run, shard.index, table, faults, attempts=claim.attempts, metadata=metadata, stats=stats)
+        parts.commit(run, shard.index, table, metadata=metadata, stats=stats)
     committed = parts.read_committed(run, shard.index)
     ledger.complete(
         claim, ok=committed.ok, rejected=committed.rejected, tokens=committed.tokens, computed=committed.computed
     )
 
 
-def _row(document: Document) -> tuple[dict[str, Any], Fault | None]:
+def _row(document: Document) -> dict[str, Any]:
     text = document.text or " ".join(document.words or ())
     fault = document.fault
     if POISON in text:
@@ -132,10 +129,9 @@ def _row(document: Document) -> tuple[dict[str, Any], Fault | None]:
             entity = {"start": at, "end": at + len(word), "label": "PER", "text": word, "score": 0.9}
             entities.append(entity)
         at += len(word) + 1
-    row = {
+    return {
         "doc_id": document.id, "n_chars": len(text), "n_tokens": len(tags), "n_windows": 1,
         "status": "rejected" if fault else "ok", "entities": entities, "words": document.words,
         "tags": tags if document.words else None, "gold_tags": document.gold_tags, "text": document.text,
-        "fields": None,
+        "fields": None, "reject_reason": fault and fault.reason, "reject_message": fault and fault.message,
     }  # fmt: skip
-    return row, fault

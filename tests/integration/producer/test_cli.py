@@ -266,7 +266,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(nermill, broker, corpus, tmp_pa
     pq.write_table(pa.table({"body": ["Ada"]}), parquet)
     half.write_bytes(gzip.compress(os.urandom(1000))[:500])
     planned.mkdir()
-    (planned / "plan.json").write_text("{}")
+    (planned / "_plan.json").write_text("{}")
     runs = tmp_path / "runs"
     (runs / "run=one").mkdir(parents=True)
     cases = {

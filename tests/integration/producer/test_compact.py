@@ -7,6 +7,8 @@ import itertools
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -105,14 +107,34 @@ def test_rejects_can_be_tried_again_afterwards(complete, broker, serving):
         assert runs.wait(run, compacted, queue).ok == 20
 
 
+def test_a_run_is_compacted_and_read_twenty_times_by_commands(broker, tmp_path):
+    """pyarrow ended such a process about every second time, where a thread of its own let go of a Python object."""
+    corpus = tmp_path / "in.jsonl"
+    corpus.write_text("".join(f'{{"text": "Ada met Bob {n}"}}\n' for n in range(199)) + '{"text": ""}\n')
+    run, plan = make_plan(Request((str(corpus),), str(tmp_path / "out"), limits=ShardLimits(documents=1)))
+    assert len(plan.shards) == 200
+    runs.send(run, plan, Queue(broker))
+    ledger = Ledger(redis_client(broker))
+    while claim := ledger.claim(ARTIFACT, 60):
+        tag(claim, ledger)
+    said = set()
+    for _ in range(20):
+        for command in ("compact", "rejects"):
+            arguments = [sys.executable, "-m", "nermill.producer.cli", command, run.uri, "--json"]
+            done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+            assert (done.returncode, done.stderr) == (0, "")
+            said.add(done.stdout)
+    assert [json.loads(line)["parts"] for line in sorted(said) if "parts" in line] == [
+        {"before": 1, "after": 1}, {"before": 200, "after": 1},
+    ]  # fmt: skip
+    assert [json.loads(line)["reason"] for line in said if "reason" in line] == ["empty"]
+
+
 def test_a_part_never_holds_more_characters_than_a_worker_should(complete, monkeypatch):
     run, plan = complete
     monkeypatch.setattr(compacting, "MAX_CHARACTERS", 40)
     compacted = compact(run, plan)
-    characters = [
-        sum(pq.read_table(pa.BufferReader(run.read(part_name(s.index))))["n_chars"].to_pylist())
-        for s in compacted.shards
-    ]
+    characters = [sum(column(run, part_name(shard.index), "n_chars")) for shard in compacted.shards]
     assert (max(characters) <= 40, len(compacted.shards)) == (True, 4)
 
 
@@ -152,16 +174,20 @@ def test_an_unfinished_run_is_left_alone(complete):
         compact(run, plan)
 
 
+def column(run: RunFolder, name: str, wanted: str) -> list[int]:
+    with pq.ParquetFile(pa.BufferReader(run.read(name))) as part:
+        return part.read([wanted], use_threads=False)[wanted].to_pylist()
+
+
 def listed(run: RunFolder) -> list[int] | None:
     """What a careful reader sees: lists, looks for _SUCCESS, reads; None where it has to look again."""
     names = [name for name in run.list() if name.startswith("part-")]
     if not run.exists(SUCCESS_FILE):
         return None
     try:
-        tables = [pq.read_table(pa.BufferReader(run.read(name)), columns=["doc_index"]) for name in names]
+        return [index for name in names for index in column(run, name, "doc_index")]
     except StoreError:  # gone since it was listed
         return None
-    return pa.concat_tables(tables)["doc_index"].to_pylist() if tables else []
 
 
 def planned(run: RunFolder) -> list[int] | None:
@@ -169,7 +195,7 @@ def planned(run: RunFolder) -> list[int] | None:
     try:
         plan = read_plan(run)
         return table_of(run, plan)["doc_index"].to_pylist()
-    except (UsageError, StoreError):
+    except (UsageError, StoreError, FileNotFoundError):  # the part is gone since the plan was read
         return None
 
 

@@ -83,7 +83,7 @@ def test_run_tags_scores_and_leaves_no_process(tmp_path, sample):
     assert (body["state"], body["documents"]) == ("complete", {"total": 12, "ok": 12, "rejected": 0})
     assert body["scores"]["f1"] > 0.3
     assert sorted(os.listdir(body["run"])) == [
-        "_SUCCESS", "_shards", "part-00000.parquet", "plan.json", "report.html", "report.json",
+        ".huggingface.yaml", "_SUCCESS", "_plan.json", "_report.html", "_report.json", "_shards", "part-00000.parquet",
     ]  # fmt: skip
     again = subprocess.run(
         [*COMMAND, str(corpus), "--out", str(tmp_path / "out"), "--devices", "cpu"], capture_output=True, text=True

@@ -49,7 +49,7 @@ def tagged(pipeline: Pipeline, request: Request) -> tuple[RunFolder, Plan]:
     run, plan = make_plan(request)
     for shard in plan.shards:
         made = pipeline.annotate(read_shard(run, shard.index, shard.sha256), plan.options, shard.first)
-        parts.commit(run, shard.index, made.part, made.faults, attempts=1, metadata={}, stats=asdict(made.stats))
+        parts.commit(run, shard.index, made.part, metadata={}, stats=asdict(made.stats))
     return run, plan
 
 

@@ -292,5 +292,5 @@ def test_the_latency_table_has_a_row_for_each_linger(capfd, monkeypatch):
 def test_readers_of_an_open_run_see_nothing_half_done(broker, tmp_path):
     stream = Stream(str(tmp_path), Queue(broker), linger=60)
     stream.add(Document("a", text="Ada"))
-    assert os.listdir(stream.run.uri) == ["plan.json"]
+    assert os.listdir(stream.run.uri) == ["_plan.json"]
     stream.close()

@@ -132,6 +132,24 @@ def test_a_missing_or_wrong_place_is_one_line(nermill, base, command, tmp_path):
     check(code, out, err, "No such option: --no-such-option")
 
 
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"run", "plan", "submit", "doctor"}))
+def test_a_run_of_the_first_layout_is_refused_with_the_way_on(nermill, base, command, tmp_path):
+    run = tmp_path / "run=3f2a91c07b55"
+    run.mkdir()
+    (run / "plan.json").write_text('{"plan_version": 1}')
+    (tmp_path / "run=3f2a91c07b56").mkdir()
+    code, out, err = nermill(command, run, *base[command][1:])
+    check(code, out, err, str(run), "plan version 1", "submit its input again")
+    assert [path.name for path in run.iterdir()] == ["plan.json"]
+
+
+def test_nothing_is_written_into_a_run_of_the_first_layout(nermill, base, tmp_path):
+    (tmp_path / "plan.json").write_text('{"plan_version": 1}')
+    for command in ("run", "submit"):
+        check(*nermill(command, *base[command], "--out", tmp_path), "a run's folder itself")
+    check(*nermill("evaluate", *base["evaluate"], "--compare", tmp_path), "submit its input again")
+
+
 def test_mistyped_names_are_met_with_the_right_ones(nermill, base):
     corpus = base["plan"][0]
     check(*nermill("statsu"), "No such command 'statsu'. Did you mean 'status'?")

@@ -13,6 +13,7 @@ import zstandard
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.layout import RunFolder, part_name
 from nermill.worker.contracts.manifest import TOKENIZER_FILE, Input, Manifest, file_sha256, load_manifest
+from nermill.worker.contracts.schema import SCHEMA_VERSION
 from nermill.worker.evaluation import below_floors, evaluate
 from tests.unit.evaluation.runs import Doc, make_run, write_part
 
@@ -74,7 +75,9 @@ def test_a_part_of_something_else(run: RunFolder) -> None:
     run.write(part_name(0), sink.getvalue().to_pybytes())
     assert "part schema version None" in line_of(run)
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({"doc_index": [1]}).replace_schema_metadata({"nermill.schema_version": "1"}), sink)
+    pq.write_table(
+        pa.table({"doc_index": [1]}).replace_schema_metadata({"nermill.schema_version": SCHEMA_VERSION}), sink
+    )
     run.write(part_name(0), sink.getvalue().to_pybytes())
     assert "no column doc_id, entities" in line_of(run)
 

@@ -35,9 +35,9 @@ def test_the_plan_is_enough_to_know_the_run(request_):
 
 def test_the_same_request_is_the_same_run_and_another_is_another(request_):
     run, plan = make_plan(request_)
-    before = os.stat(run.path("plan.json")).st_mtime_ns
+    before = os.stat(run.path("_plan.json")).st_mtime_ns
     assert make_plan(request_) == (run, plan)
-    assert os.stat(run.path("plan.json")).st_mtime_ns == before
+    assert os.stat(run.path("_plan.json")).st_mtime_ns == before
     others = [
         replace(request_, options=Options(aggregation="max")),
         replace(request_, limits=ShardLimits(documents=5)),
@@ -77,7 +77,7 @@ def test_a_run_that_a_compaction_left_beside_its_place_is_found(request_):
 
 def test_shards_of_a_planning_that_was_killed_are_replaced(request_):
     run, plan = make_plan(request_)
-    run.remove("plan.json")
+    run.remove("_plan.json")
     run.write(run.shard_file(9), b"stale")
     assert make_plan(request_)[1].shards == plan.shards
     assert run.shards() == {0, 1, 2}
