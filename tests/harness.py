@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from celery import Celery
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
@@ -105,7 +106,7 @@ class Worker:
         return self.process.poll() is None
 
     def await_ready(self, timeout: float = 60) -> None:
-        """Waits until it has loaded its model and listens for bells."""
+        """Waits until it has loaded its model and listens for messages."""
         deadline = time.monotonic() + timeout
         while " ready: " not in (told := self.log.read_text()):
             assert self.is_alive, told
@@ -168,6 +169,14 @@ class Harness:
 
     def queue(self) -> Queue:
         return Queue(self.server.url)
+
+    def app(self) -> Celery:
+        """A Celery program that knows the broker's URL alone."""
+        return Celery(broker=self.server.url, backend=self.server.url, set_as_current=False)
+
+    def message_lists(self, client: Redis) -> list[str]:
+        """The keys of the lists that hold messages, of all queues and priorities."""
+        return [key for key in client.keys("nermill*") if client.type(key) == "list"]
 
     def submit(self, texts: list[str], **options: Any) -> tuple[RunFolder, Plan]:
         """Plans a run and sends it."""

@@ -115,11 +115,15 @@ class Pool:
             if self._closed:
                 raise self._closed
             self._unfinished.add(job)
-            self._jobs.append(job)
-            owner = np.full(len(job.windows), len(self._jobs) - 1)
-            self._owner = np.concatenate([owner, self._owner] if first else [self._owner, owner])
-            windows = (job.windows, self._windows) if first else (self._windows, job.windows)
-            self._windows = concatenate(*windows)
+            at = 0 if first else len(self._jobs)
+            self._jobs.insert(at, job)
+            owner = np.full(len(job.windows), at)
+            if first:
+                self._owner = np.concatenate([owner, self._owner + 1])
+                self._windows = concatenate(job.windows, self._windows)
+            else:
+                self._owner = np.concatenate([self._owner, owner])
+                self._windows = concatenate(self._windows, job.windows)
             self._tokens += int(job.windows.lengths.sum())
             self._batch.notify()
 

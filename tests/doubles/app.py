@@ -92,24 +92,24 @@ def die_after(owner: Any, name: str) -> None:
     setattr(owner, name, dying)
 
 
-def evaluate(run: RunFolder) -> dict[str, Any]:
+def evaluate(uri: str) -> str:
     trace("evaluates")
     time.sleep(float(os.environ.get("FAULT_EVALUATION_SECONDS", "0")))
-    report = nermill.worker.evaluation.evaluate(run)
+    reason = evaluate_apart(uri)
     trace("evaluated")
-    return report
+    return reason
 
 
 def meet(folder: Path) -> None:
     """Lets the ledger hear of two workers' shards at the same moment."""
     complete = Ledger.complete
 
-    def together(self: Ledger, claim: Claim, **counts: int) -> Completion:
+    def together(self: Ledger, claim: Claim, worker: str, **counts: int) -> Completion:
         (folder / str(os.getpid())).touch()
         deadline = time.monotonic() + 20
         while len(list(folder.iterdir())) < 2 and time.monotonic() < deadline:
             time.sleep(0.001)
-        return complete(self, claim, **counts)
+        return complete(self, claim, worker, **counts)
 
     Ledger.complete = together  # type: ignore[method-assign, assignment]
 
@@ -117,22 +117,21 @@ def meet(folder: Path) -> None:
 nermill.worker.pipeline.load_engine = load_engine  # before nermill.worker.app loads anything
 
 import nermill.worker.app  # noqa: E402
-import nermill.worker.mill  # noqa: E402
 import nermill.worker.parts  # noqa: E402
+import nermill.worker.queue.shards  # noqa: E402
 from nermill.worker.contracts import deadline  # noqa: E402
-from nermill.worker.contracts.layout import RunFolder  # noqa: E402
 from nermill.worker.contracts.ledger import Claim, Completion, Ledger  # noqa: E402
-from nermill.worker.mill import Mill  # noqa: E402
+from nermill.worker.queue.shards import ShardWorker, evaluate_apart  # noqa: E402
 from tests.doubles import store  # noqa: E402, F401 - makes faulty:// known
 
-nermill.worker.mill.evaluate = evaluate
+nermill.worker.queue.shards.evaluate_apart = evaluate
 deadline.SECONDS = float(os.environ.get("FAULT_STORE_SECONDS", deadline.SECONDS))
 
 FAULT_POINTS = {
     "sync": (os, "fsync"),
     "rename": (nermill.worker.parts, "commit"),
     "done": (Ledger, "complete"),
-    "ack": (Mill, "answer_bell"),
+    "ack": (ShardWorker, "tag_shard"),
 }
 if point := os.environ.get("FAULT_DIE_AT"):
     die_after(*FAULT_POINTS[point])

@@ -9,7 +9,7 @@ import pytest
 
 from nermill.producer.run import resume, send
 from nermill.worker.contracts.layout import SUCCESS_FILE
-from nermill.worker.contracts.message import KEY_PREFIX, MAX_BELLS, QUEUE
+from nermill.worker.contracts.message import TAG_SHARD
 from tests.chaos import undisturbed
 from tests.harness import Harness, rows, texts
 
@@ -25,14 +25,12 @@ def expected() -> list[dict[str, object]]:
     return table
 
 
-def test_bells_sent_twice_and_late_or_second_workers_change_nothing(
+def test_messages_sent_twice_and_late_or_second_workers_change_nothing(
     mill: Harness, expected: list[dict[str, object]]
 ) -> None:
     run, plan = mill.submit(DOCUMENTS)
-    mill.queue().ring(3 * len(plan.shards))
-    mill.queue().ring(2 * MAX_BELLS)
-    with mill.server.client() as client:
-        assert client.llen(KEY_PREFIX + QUEUE) == MAX_BELLS
+    for shard in plan.shards * 3:
+        mill.app().send_task(TAG_SHARD, args=(plan.run_id, run.uri, shard.index), queue="nermill")
     mill.worker(FAULT_BATCH_SECONDS="0.02")
     mill.worker(FAULT_BATCH_SECONDS="0.02")
     mill.wait(run, plan)
@@ -40,10 +38,10 @@ def test_bells_sent_twice_and_late_or_second_workers_change_nothing(
     assert run.exists(SUCCESS_FILE)
 
 
-def test_lost_bells_are_rung_again(mill: Harness, expected: list[dict[str, object]]) -> None:
+def test_lost_messages_are_sent_again(mill: Harness, expected: list[dict[str, object]]) -> None:
     run, plan = mill.submit(DOCUMENTS)
     with mill.server.client() as client:
-        assert client.delete("nermill:nermill") == 1
+        assert sum(client.delete(key) for key in mill.message_lists(client)) == 1
     mill.worker()
     mill.wait(run, plan)
     assert rows(run) == expected
@@ -51,9 +49,9 @@ def test_lost_bells_are_rung_again(mill: Harness, expected: list[dict[str, objec
 
 def test_a_killed_workers_shards_run_again_within_its_lease(mill: Harness, expected: list[dict[str, object]]) -> None:
     run, plan = mill.submit(DOCUMENTS)
-    doomed = mill.worker(FAULT_BATCH_SECONDS="0.3")
+    killed_worker = mill.worker(FAULT_BATCH_SECONDS="0.3")
     mill.until(run.committed)
-    doomed.kill()
+    killed_worker.kill()
     killed = time.monotonic()
     mill.worker()
     mill.wait(run, plan)
@@ -61,7 +59,7 @@ def test_a_killed_workers_shards_run_again_within_its_lease(mill: Harness, expec
     assert time.monotonic() - killed < mill.lease_seconds + 15
 
 
-def test_a_worker_that_is_told_to_stop_finishes_or_hands_back(mill: Harness, expected: list[dict[str, object]]) -> None:
+def test_a_worker_that_is_told_to_stop_finishes_or_releases(mill: Harness, expected: list[dict[str, object]]) -> None:
     run, plan = mill.submit(DOCUMENTS)
     leaving = mill.worker(FAULT_BATCH_SECONDS="0.2")
     mill.until(run.committed)
@@ -75,15 +73,17 @@ def test_a_worker_that_is_told_to_stop_finishes_or_hands_back(mill: Harness, exp
         assert ledger.progress(plan.run_id).redeliveries == 0
 
 
-def test_a_zombie_writes_nothing_that_counts(mill: Harness, expected: list[dict[str, object]]) -> None:
+def test_a_worker_that_sleeps_past_its_lease_writes_nothing_that_counts(
+    mill: Harness, expected: list[dict[str, object]]
+) -> None:
     run, plan = mill.submit(DOCUMENTS)
-    zombie = mill.worker(FAULT_BATCH_SECONDS="0.2")
+    late = mill.worker(FAULT_BATCH_SECONDS="0.2")
     mill.until(run.committed)
-    zombie.signal(signal.SIGSTOP)
+    late.signal(signal.SIGSTOP)
     mill.worker()
     mill.wait(run, plan)
-    zombie.signal(signal.SIGCONT)
-    zombie.terminate()
+    late.signal(signal.SIGCONT)
+    late.terminate()
     assert rows(run) == expected
     with mill.queue().ledger() as ledger:
         assert ledger.progress(plan.run_id).ok == len(DOCUMENTS)

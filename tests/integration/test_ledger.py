@@ -1,4 +1,4 @@
-"""The ledger on a real server, against a model of it: nothing lost, one winner, done never undone."""
+"""The ledger on a real server, against a model of it: nothing lost, one winner, no recorded shard changes."""
 
 from __future__ import annotations
 
@@ -9,20 +9,35 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from redis import Redis
+from redis.exceptions import ResponseError
 
 from nermill.worker.contracts.broker import redis_client
 from nermill.worker.contracts.errors import MessageError
-from nermill.worker.contracts.ledger import FINISH, Claim, Ledger
+from nermill.worker.contracts.ledger import (
+    TRANSITIONS,
+    UNABLE_SECONDS,
+    Claim,
+    Ledger,
+    Message,
+    RunState,
+    WorkerProcess,
+)
+from nermill.worker.contracts.message import PRIORITIES, QUEUE, queue_of
 from nermill.worker.contracts.plan import Options, Shard
 
 LEASE = 60.0
 SHA = "0" * 64
+ART, OTHER = "a" * 64, "b" * 64
 
 
 def shard(index: int) -> Shard:
     return Shard(index, index * 10, 10, SHA)
+
+
+def worker(artifact: str = ART, name: str = "w") -> WorkerProcess:
+    return WorkerProcess(name, "cpu", "model", artifact)
 
 
 @pytest.fixture
@@ -37,170 +52,250 @@ def ledger(client: Redis) -> Ledger:
     return Ledger(client, f"test-{uuid.uuid4().hex}:")
 
 
-def begin(ledger: Ledger, shards: int, run: str = "r") -> None:
-    ledger.open(run, "/out", Options())
-    ledger.send(run, [shard(n) for n in range(shards)])
+def begin(ledger: Ledger, shards: int, run: str = "r", **options: object) -> None:
+    ledger.open(run, "/out", Options(), **options)  # type: ignore[arg-type]
+    ledger.add(run, [shard(n) for n in range(shards)])
+
+
+def due(ledger: Ledger, artifact: str = ART, now: float | None = None) -> list[Message]:
+    """The messages that are sent now, in the order in which Redis would deliver them."""
+    sent = [message for queue in (QUEUE, queue_of(artifact)) for message in ledger.promote(queue, now)]
+    return sorted(sent, key=lambda message: message.priority)
+
+
+class Delivery:
+    """The queue between the ledger and one worker."""
+
+    def __init__(self, ledger: Ledger, of: WorkerProcess | None = None) -> None:
+        self.ledger, self.worker = ledger, of or worker()
+        self.messages: list[Message] = []
+
+    def next(self, now: float | None = None) -> Claim | None:
+        """Leases the next shard whose message is there."""
+        self.messages += due(self.ledger, self.worker.artifact, now)
+        while self.messages:
+            message = self.messages.pop(0)
+            claim = self.ledger.lease(message.run_id, message.shard, self.worker, LEASE, now)
+            if isinstance(claim, Claim):
+                return claim
+        return None
+
+    def one(self, now: float | None = None) -> Claim:
+        claim = self.next(now)
+        assert claim is not None
+        return claim
 
 
 def complete(ledger: Ledger, claim: Claim) -> bool:
-    return ledger.complete(claim, ok=9, rejected=1, tokens=100, computed=110).newly
+    return ledger.complete(claim, "w", ok=9, rejected=1, tokens=100, computed=110).newly
 
 
-def test_shards_are_claimed_in_order_with_growing_tokens(ledger: Ledger) -> None:
+def index_of(claim: Claim | None) -> int | None:
+    return None if claim is None or claim.shard is None else claim.shard.index
+
+
+def test_shards_are_leased_in_order_under_random_ids(ledger: Ledger) -> None:
     begin(ledger, 3)
-    claims = [ledger.claim("art", LEASE) for _ in range(4)]
-    assert [c and c.shard.index for c in claims] == [0, 1, 2, None]
-    assert [c and int(c.token) for c in claims] == [1, 2, 3, None]
+    queue = Delivery(ledger)
+    claims = [queue.next() for _ in range(4)]
+    assert [index_of(claim) for claim in claims] == [0, 1, 2, None]
+    assert len({claim.lease for claim in claims if claim}) == 3
 
 
-def test_sending_again_changes_nothing(ledger: Ledger) -> None:
+def test_a_lease_from_before_the_server_was_emptied_is_worth_nothing(ledger: Ledger, client: Redis) -> None:
+    begin(ledger, 1)
+    old = Delivery(ledger).one()
+    ledger.drop("r")
+    begin(ledger, 1)
+    heir = Delivery(ledger).one()
+    assert not ledger.renew(old, LEASE)
+    assert not ledger.release(old)
+    assert ledger.renew(heir, LEASE)
+
+
+def test_adding_again_changes_nothing(ledger: Ledger) -> None:
     begin(ledger, 3)
-    leased = ledger.claim("art", LEASE)
-    done = ledger.claim("art", LEASE)
-    assert leased is not None
-    assert done is not None
-    complete(ledger, done)
-    assert ledger.send("r", [shard(n) for n in range(3)]) == 0
+    queue = Delivery(ledger)
+    queue.one()
+    complete(ledger, queue.one())
+    assert ledger.add("r", [shard(n) for n in range(3)]) == 0
     assert ledger.progress("r").submitted == 30
 
 
-def test_a_zombie_cannot_renew_probe_or_release_and_completes_only_once(ledger: Ledger) -> None:
+def test_a_worker_whose_lease_ended_cannot_renew_probe_or_release_and_completes_only_once(ledger: Ledger) -> None:
     begin(ledger, 1)
-    zombie = ledger.claim("art", LEASE, now=0)
-    assert zombie is not None
-    assert ledger.reap(now=LEASE + 1) == (1, 1)
-    heir = ledger.claim("art", LEASE, now=LEASE + 2)
-    assert heir is not None
+    queue = Delivery(ledger)
+    late = queue.one(now=0)
+    assert ledger.expire(now=LEASE + 1) == 1
+    heir = queue.one(now=LEASE + 2)
     assert heir.attempts == 2
-    assert not ledger.renew(zombie, LEASE)
-    assert not ledger.probe(zombie, 3)
-    assert not ledger.release(zombie)
+    assert not ledger.renew(late, LEASE)
+    assert not ledger.probe(late, "3-3")
+    assert not ledger.release(late)
     assert complete(ledger, heir)
-    assert not complete(ledger, zombie)
+    assert not complete(ledger, late)
     progress = ledger.progress("r")
     assert (progress.ok, progress.rejected, progress.duplicates, progress.redeliveries) == (9, 1, 1, 1)
 
 
+def test_a_second_message_for_a_shard_says_why_it_is_not_leased(ledger: Ledger) -> None:
+    begin(ledger, 2)
+    queue = Delivery(ledger)
+    claim = queue.one()
+    assert ledger.lease("r", 0, worker(), LEASE) == "leased elsewhere"
+    complete(ledger, claim)
+    assert ledger.lease("r", 0, worker(), LEASE) == "done"
+    assert ledger.lease("r", 7, worker(), LEASE) == "unknown"
+    assert ledger.lease("nobody", 0, worker(), LEASE) == "unknown"
+    assert ledger.lease("r", None, worker(), LEASE) == "not due"
+    ledger.cancel("r")
+    assert ledger.lease("r", 1, worker(), LEASE) == "cancelled"
+
+
 def test_runs_take_turns(ledger: Ledger) -> None:
-    begin(ledger, 4, "large")
-    begin(ledger, 2, "small")
-    order = [c.run_id for c in (ledger.claim("art", LEASE) for _ in range(6)) if c]
+    begin(ledger, 4, "large", artifact=ART)
+    begin(ledger, 2, "small", artifact=ART)
+    queue = Delivery(ledger)
+    order = [claim.run_id for claim in (queue.next() for _ in range(6)) if claim]
     assert sorted(order[:2]) == sorted(order[2:4]) == ["large", "small"]
 
 
-def test_a_run_keeps_to_the_artifact_that_began_it(ledger: Ledger) -> None:
-    begin(ledger, 2)
-    assert ledger.claim("first", LEASE) is not None
-    assert ledger.claim("second", LEASE) is None
-    assert ledger.claim("first", LEASE) is not None
+def test_the_window_of_messages_is_bounded_and_grows_with_the_workers(ledger: Ledger) -> None:
+    begin(ledger, 50, artifact=ART)
+    assert len(due(ledger)) == 2
+    assert due(ledger) == []
+    for n in range(3):
+        ledger.register(worker(name=f"w{n}"), 60)
+    assert len(due(ledger)) == 4
+    assert isinstance(ledger.lease("r", 0, worker(), LEASE), Claim)
+    assert [message.shard for message in due(ledger)] == [6]
+
+
+def test_a_higher_priority_has_a_window_of_its_own(ledger: Ledger) -> None:
+    begin(ledger, 9, "low", artifact=ART, priority=PRIORITIES["low"])
+    assert len(due(ledger)) == 2
+    begin(ledger, 9, "high", artifact=ART, priority=PRIORITIES["high"])
+    assert [(message.run_id, message.priority) for message in due(ledger)] == [("high", 3), ("high", 3)]
+
+
+def test_the_first_shard_binds_a_run_to_the_artifact_that_serves_it(ledger: Ledger) -> None:
+    begin(ledger, 3)
+    first, second = Delivery(ledger), Delivery(ledger, worker(OTHER))
+    assert len(due(ledger)) == 1, "one shard until its worker has bound the run"
+    assert ledger.lease("r", 0, worker(), LEASE) != "unknown"
+    assert second.next() is None
+    assert {message.queue for message in due(ledger)} == {queue_of(ART)}
+    assert ledger.lease("r", 1, worker(OTHER), LEASE) == "other artifact"
+    assert index_of(first.next()) == 1, "its message was sent again, to the queue of the run's artifact"
 
 
 @pytest.mark.parametrize(
-    ("trials", "strikes"), [([7], {7: 3}), ([7, None], {})], ids=["while it is probed", "after the last trial"]
+    ("trials", "strikes"), [(["7-7"], {"7-7": 3}), (["7-7", None], {})], ids=["during a trial", "after the last trial"]
 )
-def test_a_crash_while_a_document_is_probed_is_a_strike_against_it(
-    ledger: Ledger, trials: list[int | None], strikes: dict[int, int]
+def test_a_crash_during_a_trial_is_a_strike_against_it(
+    ledger: Ledger, trials: list[str | None], strikes: dict[str, int]
 ) -> None:
     begin(ledger, 1)
+    queue = Delivery(ledger)
     for n in range(3):
-        claim = ledger.claim("art", LEASE, now=n * 100)
-        assert claim is not None
+        claim = queue.one(now=n * 100)
         assert all(ledger.probe(claim, trial) for trial in trials)
-        ledger.reap(now=n * 100 + LEASE + 1)
-    ledger.claim("art", LEASE, now=1000)
+        ledger.expire(now=n * 100 + LEASE + 1)
+    queue.one(now=1000)
     assert ledger.strikes("r") == strikes
 
 
 def test_a_claim_says_how_long_its_shard_waited(ledger: Ledger, client: Redis) -> None:
     begin(ledger, 2)
     time.sleep(0.2)
-    assert ledger.send("r", [shard(0), shard(1)]) == 0, "sent again, it waits since it was sent first"
-    claim = ledger.claim("art", LEASE)
-    assert claim is not None
+    assert ledger.add("r", [shard(0), shard(1)]) == 0, "added again, it waits since it was added first"
+    queue = Delivery(ledger)
+    claim = queue.one()
     assert 0.2 <= claim.waited < 5
     assert 0 < claim.fresh_until - time.monotonic() < LEASE / 2
     assert ledger.release(claim)
-    again = ledger.claim("art", LEASE)
-    assert again is not None
-    assert again.waited < 0.2, "put back, it waits since then"
     client.hset(ledger._key("r", "since"), "1", "nonsense")
-    other = ledger.claim("art", LEASE)
-    assert other is not None
-    assert other.waited == 0
+    waited = {index_of(claim): claim.waited for claim in (queue.one(), queue.one())}
+    assert waited[0] < 0.2, "released, it waits since then"
+    assert waited[1] == 0
     assert client.hlen(ledger._key("r", "since")) == 0
 
 
-def test_handing_back_is_no_attempt_and_no_strike(ledger: Ledger) -> None:
+def test_a_release_is_no_attempt_and_no_strike(ledger: Ledger) -> None:
     begin(ledger, 1)
-    claim = ledger.claim("art", LEASE)
-    assert claim is not None
-    ledger.probe(claim, 7)
+    queue = Delivery(ledger)
+    claim = queue.one()
+    ledger.probe(claim, "7-7")
     assert ledger.release(claim)
-    again = ledger.claim("art", LEASE)
-    assert again is not None
-    assert again.attempts == 1
+    assert queue.one().attempts == 1
     assert ledger.strikes("r") == {}
 
 
 def test_cancel_stops_what_waits_and_lets_what_is_leased_finish(ledger: Ledger) -> None:
     begin(ledger, 3)
-    claim = ledger.claim("art", LEASE)
-    assert claim is not None
+    queue = Delivery(ledger)
+    claim = queue.one()
     assert ledger.cancel("r")
-    assert ledger.claim("art", LEASE) is None
-    assert ledger.send("r", [shard(5)]) == 0
+    assert queue.next() is None
+    assert ledger.add("r", [shard(5)]) == 0
     assert complete(ledger, claim)
     assert ledger.progress("r").state == "cancelled"
 
 
-def test_forgetting_takes_the_counts_back(ledger: Ledger) -> None:
+def test_cancelled_and_finished_runs_leave_the_indexes_and_expire(ledger: Ledger, client: Redis) -> None:
+    begin(ledger, 3, "cancelled")
+    begin(ledger, 1, "finished")
+    queue = Delivery(ledger)
+    ledger.cancel("cancelled")
+    complete(ledger, queue.one())
+    finish = queue.one()
+    assert finish.shard is None
+    assert ledger.close("finished", finish)
+    assert ledger.progress("finished").ok == 9
+    assert ledger.load() == (0, 0)
+    assert ledger.waiting_queues() == []
+    for run in ("cancelled", "finished"):
+        keys = list(client.keys(f"{ledger._prefix}run:{run}*"))
+        assert keys
+        assert all(0 < client.ttl(key) <= 86_400 for key in keys)
+
+
+def test_forgetting_removes_the_counts(ledger: Ledger) -> None:
     begin(ledger, 1)
-    claim = ledger.claim("art", LEASE)
-    assert claim is not None
-    complete(ledger, claim)
+    complete(ledger, Delivery(ledger).one())
     assert ledger.forget("r", 0)
     assert not ledger.forget("r", 0)
     progress = ledger.progress("r")
     assert (progress.ok, progress.rejected, progress.tokens, progress.computed, progress.done) == (0, 0, 0, 0, 0)
-    assert ledger.send("r", [shard(0)]) == 1
+    assert ledger.add("r", [shard(0)]) == 1
+    assert ledger.progress("r").state == "closed"
 
 
-def test_a_closed_run_is_served_no_more_and_fades(ledger: Ledger, client: Redis) -> None:
-    begin(ledger, 1)
-    claim = ledger.claim("art", LEASE)
-    assert claim is not None
-    complete(ledger, claim)
-    ledger.close("r")
-    assert ledger.runs() == []
-    assert ledger.progress("r").ok == 9
-    assert 0 < client.ttl(ledger._key("r")) <= 86_400
-
-
-def test_the_last_step_waits_once_when_all_shards_are_done(ledger: Ledger) -> None:
+def test_the_last_step_is_due_once_when_all_shards_are_recorded(ledger: Ledger) -> None:
     begin(ledger, 2)
-    first, second = ledger.claim("art", LEASE), ledger.claim("art", LEASE)
-    assert first is not None
-    assert second is not None
-    assert not ledger.complete(first, ok=10, rejected=0, tokens=1, computed=1).last
-    assert ledger.complete(second, ok=10, rejected=0, tokens=1, computed=1).last
-    assert not ledger.complete(second, ok=10, rejected=0, tokens=1, computed=1).last
-    finish = ledger.claim("art", LEASE, now=0)
-    assert finish is not None
-    assert finish.shard.index == FINISH
-    assert ledger.reap(now=LEASE + 1) == (1, 1), "a kill in the middle of it, and it is done once more"
-    again = ledger.claim("art", LEASE)
-    assert again is not None
-    assert complete(ledger, again)
-    assert ledger.claim("art", LEASE) is None
+    queue = Delivery(ledger)
+    first, second = queue.one(now=0), queue.one(now=0)
+    counts = {"ok": 10, "rejected": 0, "tokens": 1, "computed": 1}
+    assert not ledger.complete(first, "w", **counts).last
+    assert ledger.complete(second, "w", **counts).last
+    assert not ledger.complete(second, "w", **counts).last
+    finish = queue.one(now=0)
+    assert finish.shard is None
+    assert ledger.expire(now=LEASE + 1) == 1, "its worker was killed"
+    again = queue.one(now=LEASE + 2)
+    assert again.attempts == 2
+    assert not ledger.close("r", finish)
+    assert ledger.close("r", again)
+    assert queue.next() is None
+    assert ledger.progress("r").state == "finished"
     assert ledger.progress("r").ok == 20
 
 
 def test_a_stream_has_its_last_step_when_it_is_sealed(ledger: Ledger) -> None:
-    ledger.open("r", "/out", Options(), state="open")
-    ledger.send("r", [shard(0)])
-    claim = ledger.claim("art", LEASE)
-    assert claim is not None
-    assert not ledger.complete(claim, ok=10, rejected=0, tokens=1, computed=1).last
+    ledger.open("r", "/out", Options(), state=RunState.OPEN)
+    ledger.add("r", [shard(0)])
+    claim = Delivery(ledger).one()
+    assert not ledger.complete(claim, "w", ok=10, rejected=0, tokens=1, computed=1).last
     assert ledger.seal("r")
     assert not ledger.seal("r")
 
@@ -209,39 +304,109 @@ def test_a_stream_has_its_last_step_when_it_is_sealed(ledger: Ledger) -> None:
     ("field", "value"),
     [("options", "{"), ("options", '{"max_chars": "many"}'), ("options", '{"unknown": 1}'), ("uri", "")],
 )
-def test_an_entry_that_makes_no_sense_is_refused_once(ledger: Ledger, client: Redis, field: str, value: str) -> None:
-    begin(ledger, 1)
+def test_an_entry_that_does_not_fit_blocks_its_run_until_it_is_sent_again(
+    ledger: Ledger, client: Redis, field: str, value: str
+) -> None:
+    begin(ledger, 2)
+    (message,) = due(ledger)
     client.hset(ledger._key("r"), field, value)
+    if field == "uri":
+        assert isinstance(ledger.lease("r", message.shard, worker(), LEASE), Claim), "the root check refuses it"
+        return
     with pytest.raises(MessageError, match="does not fit"):
-        ledger.claim("art", LEASE)
-    assert ledger.claim("art", LEASE) is None
-    assert ledger.progress("r").buried == 1
-    assert "does not fit" in ledger.progress("r").trouble
+        ledger.lease("r", message.shard, worker(), LEASE)
+    assert due(ledger) == []
+    assert ledger.progress("r").blocked == 1
+    assert "does not fit" in ledger.progress("r").last_error
+    begin(ledger, 2)
+    assert (ledger.progress("r").blocked, ledger.progress("r").last_error) == (0, "")
+    assert index_of(Delivery(ledger).one()) == 0
 
 
-def test_sending_again_mends_what_was_buried(ledger: Ledger, client: Redis) -> None:
-    begin(ledger, 1)
-    client.hset(ledger._key("r", "shards"), "0", "nonsense")
-    with pytest.raises(MessageError, match="does not fit"):
-        ledger.claim("art", LEASE)
-    assert ledger.send("r", [shard(0)]) == 1
-    assert (ledger.progress("r").buried, ledger.progress("r").trouble) == (0, "")
-    claim = ledger.claim("art", LEASE)
-    assert claim is not None
-    assert claim.shard == shard(0)
-    assert ledger.progress("r").submitted == 10
+def test_a_run_that_no_live_worker_can_read_is_blocked(ledger: Ledger) -> None:
+    begin(ledger, 1, artifact=ART)
+    able, blind = worker(name="able"), worker(name="blind")
+    for process in (able, blind):
+        ledger.register(process, 3600)
+    (message,) = due(ledger)
+    claim = ledger.lease("r", message.shard, blind, LEASE)
+    assert isinstance(claim, Claim)
+    ledger.release(claim, "/out: not there")
+    assert not ledger.unable("r", "blind", "blind: /out: not there")
+    assert ledger.lease("r", 0, blind, LEASE) == "unable"
+    later = time.time() + UNABLE_SECONDS + 1
+    again = ledger.lease("r", 0, blind, LEASE, now=later)
+    assert isinstance(again, Claim), "it tries again after a while"
+    ledger.release(again)
+    assert ledger.unable("r", "able", "able: /out: not there")
+    progress = ledger.progress("r")
+    assert progress.blocked
+    assert "none of 2 workers" in progress.last_error
+    assert "/out: not there" in progress.last_error
+    assert due(ledger) == []
+
+
+def test_what_is_missing_in_two_looks_is_sent_again_the_oldest_first(ledger: Ledger) -> None:
+    begin(ledger, 9, artifact=ART)
+    queue = queue_of(ART)
+    for n in range(3):
+        ledger.register(worker(name=f"w{n}"), 3600)
+    assert [message.shard for message in ledger.promote(queue, now=100)] == [0, 1, 2, 3, 4, 5]
+    assert ledger.recover(queue, depth=6, now=200) == [], "all are in the queue"
+    assert ledger.recover(queue, depth=4, now=210) == [], "two are missing, perhaps about to begin"
+    assert [message.shard for message in ledger.recover(queue, depth=4, now=220)] == [0, 1]
+    assert ledger.recover(queue, depth=6, now=230) == []
+    assert len(ledger.recover(queue, depth=0, now=240)) == 6, "an empty queue has none of them"
+
+
+def test_a_message_that_was_just_sent_is_not_missed(ledger: Ledger) -> None:
+    begin(ledger, 1, artifact=ART)
+    ledger.promote(queue_of(ART), now=100)
+    assert ledger.recover(queue_of(ART), depth=0, now=100.5) == []
+    assert len(ledger.recover(queue_of(ART), depth=0, now=102)) == 1
+
+
+def test_one_looks_for_lost_work_at_a_time(ledger: Ledger) -> None:
+    assert ledger.begin_recovery(60)
+    assert not ledger.begin_recovery(60)
+
+
+PATHS = {
+    RunState.OPEN: ["open"],
+    RunState.CLOSED: ["closed"],
+    RunState.FINISHING: ["closed", "finishing"],
+    RunState.FINISHED: ["closed", "finishing", "finished"],
+    RunState.CANCELLED: ["closed", "cancelled"],
+}
+
+
+@pytest.mark.parametrize("start", RunState)
+@pytest.mark.parametrize("end", RunState)
+def test_a_run_moves_along_its_transitions_only(ledger: Ledger, client: Redis, start: RunState, end: RunState) -> None:
+    ledger.open("r", "/out", Options(), state=RunState(PATHS[start][0]))
+    for state in PATHS[start][1:]:
+        ledger.open("r", "/out", Options(), state=RunState(state))
+    assert ledger.progress("r").state == start.value
+    if end is start or end in TRANSITIONS[start]:
+        ledger.open("r", "/out", Options(), state=end)
+        assert ledger.progress("r").state == end.value
+    else:
+        with pytest.raises(ResponseError, match=f"cannot go from {start.value} to {end.value}"):
+            ledger.open("r", "/out", Options(), state=end)
+        assert ledger.progress("r").state == start.value
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """Producers, workers, crashes and a clock against a plain-Python model."""
+    """Producers, workers, crashes, lost messages and a clock against a plain-Python model."""
 
     client: Redis
 
     def __init__(self) -> None:
         super().__init__()
         self.ledger = Ledger(self.client, f"machine-{uuid.uuid4().hex}:")
-        self.ledger.open("r", "/out", Options(), state="open")
+        self.ledger.open("r", "/out", Options(), state=RunState.OPEN, artifact=ART)
         self.now = 0.0
+        self.queue: list[int] = []
         self.waiting: set[int] = set()
         self.leased: dict[int, tuple[Claim, float]] = {}
         self.done: set[int] = set()
@@ -251,35 +416,66 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(index=st.integers(0, 12))
     def submit(self, index: int) -> None:
         expected = not self.cancelled and index not in self.waiting | self.leased.keys() | self.done
-        assert self.ledger.send("r", [shard(index)]) == expected
+        assert self.ledger.add("r", [shard(index)]) == expected
         if expected:
             self.waiting.add(index)
 
     @rule()
-    def claim(self) -> None:
-        claim = self.ledger.claim("art", LEASE, self.now)
-        if not self.waiting:
-            assert claim is None
-            return
-        assert claim is not None
-        assert claim.shard == shard(min(self.waiting))
-        assert all(int(claim.token) > int(old.token) for old in self.old_claims)
-        self.waiting.remove(claim.shard.index)
-        self.leased[claim.shard.index] = (claim, self.now + LEASE)
-        self.old_claims.append(claim)
+    def promote(self) -> None:
+        self.queue += [message.shard for message in self.ledger.promote(queue_of(ART), self.now)]  # type: ignore[misc]
+
+    @precondition(lambda self: self.queue)
+    @rule(data=st.data())
+    def lose_or_repeat(self, data: st.DataObject) -> None:
+        number = data.draw(st.sampled_from(self.queue))
+        if data.draw(st.booleans()):
+            self.queue.append(number)
+        else:
+            self.queue.remove(number)
+
+    @rule()
+    def recover(self) -> None:
+        self.now += 2
+        self._expire()
+        again = self.ledger.recover(queue_of(ART), len(self.queue), self.now)
+        assert {message.shard for message in again} <= self.waiting
+        self.queue += [message.shard for message in again]  # type: ignore[misc]
+
+    @precondition(lambda self: self.queue)
+    @rule()
+    def receive(self) -> None:
+        index = self.queue.pop(0)
+        claim = self.ledger.lease("r", index, worker(), LEASE, self.now)
+        held = self.leased.get(index)
+        if held and held[1] > self.now:
+            assert claim == "leased elsewhere"
+        elif index in self.done:
+            assert claim == "done"
+            self.leased.pop(index, None)
+        elif self.cancelled:
+            assert claim == "cancelled"
+        else:
+            assert isinstance(claim, Claim)
+            assert claim.shard == shard(index)
+            assert claim.lease not in {old.lease for old in self.old_claims}
+            self.waiting.discard(index)
+            self.leased[index] = (claim, self.now + LEASE)
+            self.old_claims.append(claim)
 
     @rule(seconds=st.floats(1, 90))
     def time_passes(self, seconds: float) -> None:
         self.now = round(self.now + seconds, 3)
 
     @rule()
-    def reap(self) -> None:
+    def expire(self) -> None:
+        self._expire()
+
+    def _expire(self) -> None:
         expired = {index for index, (_, until) in self.leased.items() if until <= self.now}
         for index in expired:
             del self.leased[index]
-        back = set() if self.cancelled else expired - self.done
-        self.waiting |= back
-        assert self.ledger.reap(self.now) == (len(back), len(self.waiting))
+        self.waiting |= set() if self.cancelled else expired - self.done
+        assert self.ledger.expire(self.now) == len(expired)
 
     @precondition(lambda self: self.old_claims)
     @rule(data=st.data())
@@ -288,13 +484,14 @@ class LedgerMachine(RuleBasedStateMachine):
         held = self._held(claim)
         assert self.ledger.renew(claim, LEASE, self.now) == held
         if held:
-            self.leased[claim.shard.index] = (claim, self.now + LEASE)
+            self.leased[index_of(claim)] = (claim, self.now + LEASE)  # type: ignore[index]
 
     @precondition(lambda self: self.old_claims)
     @rule(data=st.data())
     def complete(self, data: st.DataObject) -> None:
         claim = data.draw(st.sampled_from(self.old_claims))
-        index = claim.shard.index
+        index = index_of(claim)
+        assert index is not None
         assert complete(self.ledger, claim) == (index not in self.done)
         if self._held(claim):
             del self.leased[index]
@@ -306,11 +503,13 @@ class LedgerMachine(RuleBasedStateMachine):
     def release(self, data: st.DataObject) -> None:
         claim = data.draw(st.sampled_from(self.old_claims))
         held = self._held(claim)
+        index = index_of(claim)
+        assert index is not None
         assert self.ledger.release(claim) == held
         if held:
-            del self.leased[claim.shard.index]
-            if not self.cancelled and claim.shard.index not in self.done:
-                self.waiting.add(claim.shard.index)
+            del self.leased[index]
+            if not self.cancelled and index not in self.done:
+                self.waiting.add(index)
 
     @rule(chance=st.integers(0, 30))
     def cancel(self, chance: int) -> None:
@@ -320,7 +519,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.waiting.clear()
 
     def _held(self, claim: Claim) -> bool:
-        return self.leased.get(claim.shard.index, (None, 0))[0] == claim
+        return self.leased.get(index_of(claim), (None, 0))[0] == claim  # type: ignore[call-overload, no-any-return]
 
     @invariant()
     def counters_agree(self) -> None:
@@ -333,11 +532,27 @@ class LedgerMachine(RuleBasedStateMachine):
         assert (progress.ok, progress.rejected) == (9 * len(self.done), len(self.done))
         assert self.ledger.done("r") == self.done
 
+    def teardown(self) -> None:
+        """Without further faults every shard is recorded: nothing is lost for ever."""
+        if self.cancelled:
+            return
+        for _ in range(200):
+            self.now += LEASE + 1
+            self._expire()
+            self.queue += [message.shard for message in self.ledger.promote(queue_of(ART), self.now)]  # type: ignore[misc]
+            again = self.ledger.recover(queue_of(ART), len(self.queue), self.now)
+            self.queue += [message.shard for message in again]  # type: ignore[misc]
+            while self.queue:
+                claim = self.ledger.lease("r", self.queue.pop(0), worker(), LEASE, self.now)
+                if isinstance(claim, Claim):
+                    complete(self.ledger, claim)
+            if not self.ledger.progress("r").waiting and not self.ledger.progress("r").leased:
+                return
+        raise AssertionError(f"shards are left: {self.ledger.progress('r')}")
+
 
 def test_the_ledger_behaves_like_its_model(client: Redis) -> None:
     machine = type("Machine", (LedgerMachine,), {"client": client})
-    from hypothesis.stateful import run_state_machine_as_test
-
     run_state_machine_as_test(
         machine,
         settings=settings(

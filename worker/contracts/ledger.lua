@@ -361,7 +361,7 @@ function step.recover(queue, depth, settle, now)
   local before = tonumber(redis.call('HGET', prefix .. 'missing', queue) or '0')
   redis.call('HSET', prefix .. 'missing', queue, math.max(0, missing))
   local again = depth == '0' and #waiting or math.min(before, missing, #waiting)
-  table.sort(waiting, function(a, b) return a[1] < b[1] end)
+  table.sort(waiting, function(a, b) return a[1] < b[1] or (a[1] == b[1] and a[2] < b[2]) end)
   local answer = {}
   for i = 1, again do
     local _, member, priority = unpack(waiting[i])
