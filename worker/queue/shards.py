@@ -74,6 +74,7 @@ _REASONS = {
     "leased elsewhere": "another worker holds its lease",
     "cancelled": "the run is cancelled",
     "blocked": "the run is blocked; nermill status RUN says why, nermill resume RUN serves it again",
+    "quarantined": "the shard was refused; nermill status RUN says why, nermill resume RUN serves it again",
     "other artifact": "the run is bound to another artifact; its message went to that artifact's queue",
     "unable": "this worker could not read the run's folder a short time ago; the message was sent again",
     "not due": "the run is not complete, or its last step is done",
