@@ -28,6 +28,7 @@ class Settings:
         concurrency: Shards in the process at once; a quarter of them, at least two, are being read and tokenized.
         threads: Compute threads on a CPU; 0 takes all that the process may use.
         metrics_port: First port of the Prometheus endpoints (device N listens on port + N); 0 for none.
+        start_attempts: How often a process may end before it is ready until ``nermill-worker`` ends; 0 for no limit.
         log_format: ``text`` for people, ``json`` for one object a line.
         result_seconds: How long Celery keeps the results of tasks.
     """
@@ -43,6 +44,7 @@ class Settings:
     concurrency: int = 8
     threads: int = 0
     metrics_port: int = 0
+    start_attempts: int = 0
     log_format: str = "text"
     result_seconds: float = 3600.0
 

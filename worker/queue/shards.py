@@ -222,11 +222,8 @@ class ShardWorker:
         self._held[key] = claim
         try:
             self._check_roots(claim)
-            if claim.shard is None:
-                result = self._finish(claim)
-            else:
-                with tracing.shard(claim):
-                    result = self._tag(claim, claim.shard, on_fed)
+            with tracing.shard(claim):
+                result = self._finish(claim) if claim.shard is None else self._tag(claim, claim.shard, on_fed)
             self._faults.pop(key, None)
             return result
         except (MessageError, UsageError) as error:
