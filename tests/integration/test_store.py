@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import tests.doubles.store  # noqa: F401 - makes faulty:// known
-from nermill.worker.contracts.layout import SUCCESS_FILE, RunFolder
+from nermill.worker.contracts.layout import DATASETS_FILE, SUCCESS_FILE, RunFolder
 from nermill.worker.contracts.plan import Plan
 from tests.harness import Harness, harness, rows, texts
 
@@ -199,4 +199,4 @@ def test_what_a_killed_writer_left_is_swept(mill: Harness) -> None:
     mill.worker(**once)
     mill.wait(run, plan)
     assert run.exists(SUCCESS_FILE)
-    assert not [name for name in run.list() if name.startswith(".")]
+    assert [name for name in run.list() if name.startswith(".")] == [DATASETS_FILE]
