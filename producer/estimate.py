@@ -31,6 +31,8 @@ class Estimate:
 
     Attributes:
         run: Where the run would be; empty without ``--out``.
+        inputs: URI, format and size in bytes of each file.
+        left_out: Files that are not read, each with the reason.
         exists: Whether it was planned before, so that submitting resumes it.
         counts: Documents by token length; one more than EDGES, the last for what is longer.
         tokens_from: How lengths were found.
@@ -44,6 +46,7 @@ class Estimate:
     run_id: str
     exists: bool
     inputs: list[dict[str, Any]]
+    left_out: list[str]
     documents: int = 0
     rejected: int = 0
     shards: int = 0
@@ -73,6 +76,7 @@ class Estimate:
             "run_id": self.run_id or None,
             "exists": self.exists,
             "inputs": self.inputs,
+            "left_out": self.left_out,
             "documents": {"total": self.documents, "rejected": self.rejected},
             "shards": self.shards,
             "tokens": {"total": self.tokens, "longest": self.longest, "from": self.tokens_from},
@@ -101,9 +105,10 @@ def estimate(
     """
     model = model_identity(request.model)
     artifact = None if request.model is None else resolve_artifact(request.model)
-    sources = open_sources(request.inputs, request.read)
+    opened = open_sources(request.inputs, request.read)
+    sources = opened.sources
     prints = [source.file.fingerprint() for source in sources]
-    found = Estimate("", "", False, [])
+    found = Estimate("", "", False, [], opened.left_out)
     if request.out:
         out = normalised(request.out)
         if not is_remote(out):

@@ -57,7 +57,8 @@ def make_plan(request: Request, on_documents: Callable[[int], None] = lambda _: 
     """
     out = normalised(request.out)
     model = model_identity(request.model)
-    sources = open_sources(request.inputs, request.read)
+    found = open_sources(request.inputs, request.read)
+    sources = found.sources
     prints = [source.file.fingerprint() for source in sources]
     run_id = planned_run_id(out, request, model, sources, prints)
     run = RunFolder(f"{out}/run={run_id}")
@@ -83,6 +84,7 @@ def make_plan(request: Request, on_documents: Callable[[int], None] = lambda _: 
             shards=shards,
             unit=request.read.unit if any(source.format == "conll" for source in sources) else "document",
             has_gold=reading.has_gold,
+            details={"left_out": found.left_out} if found.left_out else {},
         )
         plan.write(run)
     return run, plan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,14 @@ def report_status(status: Status, *, as_json: bool, with_hint: bool = False) -> 
         if with_hint:
             print_result_hint(status.run)
     return status.exit_code
+
+
+def say_left_out(files: Iterable[str]) -> None:
+    """Names, on standard error, the files that a folder or pattern led to and that are not read."""
+    from nermill.producer.progress import say
+
+    for file in files:
+        say(f"left out: {file}")
 
 
 def ensure_evaluated(run: RunFolder, plan: Plan) -> None:

@@ -23,8 +23,9 @@ WRONG = {
     "--broker": ("amqp://host", "broker URLs begin with redis://"),
     "--compare": ("nowhere", "no run here"),
     "--costs": ("nowhere.json", "nermill-build bench ART --json writes one"),
+    "--delimiter": ("ab", "one character"),
     "--devices": ("gpu", "say auto"),
-    "--format": ("csv", "one of "),
+    "--format": ("docx", "one of "),
     "--gold": ("nowhere.conll", "No such file"),
     "--high-water": ("0", "--high-water"),
     "--id-column": ("key", "mend --id-column"),
@@ -35,12 +36,16 @@ WRONG = {
     "--min-documents-per-second": ("-1", "--min-documents-per-second"),
     "--min-f1": ("high", "--min-f1"),
     "--model": ("nowhere", "no model artifact"),
+    "--on-error": ("ignore", "one of reject, fail"),
     "--out": ("{file}/below", "cannot be a folder"),
     "--overlap": ("5000", "--overlap"),
     "--part-mib": ("0", "--part-mib"),
     "--shard-documents": ("many", "--shard-documents"),
+    "--tag-column": ("0", "columns count from 1"),
+    "--tag-names": ("O,PER", "'PER' is no tag"),
     "--text-column": ("body", "name the text with --text-column"),
     "--unit": ("word", "one of sentence, document"),
+    "--word-column": ("0", "columns count from 1"),
 }
 FINDINGS = {"--broker", "--devices", "--model", "--out"}  # doctor goes on: what is wrong is what it is asked for
 HELPFUL = {"help", "install_completion", "show_completion"}

@@ -96,14 +96,15 @@ def test_what_was_there_before_stays(request_, tmp_path):
     run, _ = make_plan(request_)
     (tmp_path / "bad.jsonl").write_text('{"text": "Ada"}\n{')
     with pytest.raises(UsageError):
-        make_plan(replace(request_, inputs=(str(tmp_path / "bad.jsonl"),)))
+        make_plan(replace(request_, inputs=(str(tmp_path / "bad.jsonl"),), read=ReadOptions(on_error="fail")))
     assert sorted(p.name for p in (tmp_path / "deep" / "out").iterdir()) == [Path(run.uri).name]
 
 
 def test_nothing_is_left_on_a_store_either(request_, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "Ada"}\n' * 10 + "{")
+    bad = replace(request_, inputs=(str(tmp_path / "bad.jsonl"),), read=ReadOptions(on_error="fail"))
     with pytest.raises(UsageError):
-        make_plan(replace(request_, inputs=(str(tmp_path / "bad.jsonl"),), out="memory://store/bad"))
+        make_plan(replace(bad, out="memory://store/bad"))
     import fsspec
 
     fs = fsspec.filesystem("memory")
