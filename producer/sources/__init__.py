@@ -17,7 +17,7 @@ from nermill.producer.sources.detect import UnknownFormatError, empty, format_of
 from nermill.producer.sources.files import SourceFile, find_files
 from nermill.producer.sources.json_array import read_json_array
 from nermill.producer.sources.jsonl import read_jsonl
-from nermill.producer.sources.options import FORMATS, Format, OnError, ReadOptions, Unit, refused
+from nermill.producer.sources.options import FORMATS, Format, OnError, ReadOptions, Unit
 from nermill.producer.sources.text import read_text
 from nermill.worker.contracts.document import Document
 from nermill.worker.contracts.errors import UsageError
@@ -55,17 +55,29 @@ class Source:
         """Its documents, one by one, in its order.
 
         Raises:
-            UsageError: the file as a whole is wrong, or a record is and ``options.on_error`` says ``fail``; the message
-                names file and line.
+            UsageError: the file as a whole is wrong, such as one whose every record is malformed; or a record is and
+                ``options.on_error`` says ``fail``. The message names file and line.
         """
-        is_empty = True
+        first: Document | None = None
+        is_malformed = True
         for document in _READERS[self.format](self.file, options):
-            is_empty = False
+            first = first or document
+            is_malformed &= document.fault is not None and document.fault.reason == "malformed"
             if document.fault is not None and options.on_error == "fail":
-                raise refused(document, self.file.uri)
+                raise UsageError(f"{self._told(document)}; mend it, or go on without it: --on-error reject")
             yield document
-        if is_empty:
+        if first is None:
             raise empty(self.file)
+        if is_malformed:
+            raise UsageError(
+                f"{self._told(first)}; no record of the file can be read: is it {self.format}? Say --format"
+            )
+
+    def _told(self, document: Document) -> str:
+        """What is wrong with a document, and where."""
+        assert document.fault is not None
+        told = document.fault.message
+        return told if told.startswith(f"{self.file.uri}:") else f"{document.id}: {told}"
 
 
 @dataclass(frozen=True)

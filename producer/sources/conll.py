@@ -8,8 +8,7 @@ from itertools import islice
 from nermill.producer.sources.files import SourceFile
 from nermill.producer.sources.options import ReadOptions
 from nermill.worker.contracts.conll import LAYOUT_LINES, find_layout, join_documents, read_sentences
-from nermill.worker.contracts.document import Document, Fault
-from nermill.worker.contracts.errors import UsageError
+from nermill.worker.contracts.document import Document
 
 
 def read_conll(file: SourceFile, options: ReadOptions) -> Iterator[Document]:
@@ -23,14 +22,9 @@ def read_conll(file: SourceFile, options: ReadOptions) -> Iterator[Document]:
     blocks = read_sentences(file.lines(), layout, file.uri)
     if options.unit == "document":
         blocks = join_documents(blocks, file.uri)
-    readable, first = False, Fault("empty", "")
     for block in blocks:
         identity = block.id or f"{file.uri}:{block.line}"
         if block.fault is not None:
-            first = first if first.message else block.fault
             yield Document(identity, fault=block.fault)
-            continue
-        readable = True
-        yield Document(identity, words=tuple(block.words), gold_tags=tuple(block.tags) or None)
-    if first.message and not readable and first.reason == "malformed":
-        raise UsageError(f"{first.message}; no sentence of the file can be read: mend it, or name another --format")
+        else:
+            yield Document(identity, words=tuple(block.words), gold_tags=tuple(block.tags) or None)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from nermill.producer.sources.files import SourceFile
-from nermill.producer.sources.options import ReadOptions, not_utf8, refused, reject
+from nermill.producer.sources.options import ReadOptions, not_utf8, reject
 from nermill.producer.sources.record import Records, record_id
 from nermill.worker.contracts.content import MAX_LINE_BYTES
 from nermill.worker.contracts.document import Document
@@ -18,20 +18,12 @@ def read_jsonl(file: SourceFile, options: ReadOptions) -> Iterator[Document]:
     """The documents of a JSONL file; lines without content are passed over.
 
     Raises:
-        UsageError: no line is JSON, or none has the text field, or the id field that was asked for.
+        UsageError: no line has the text field, or the id field that was asked for.
     """
-    records, parsed, broken = Records(options), False, ""
+    records = Records(options)
     for number, line in file.lines():
-        if line is not None and not line.strip():
-            continue
-        document = parse_line(line, f"{file.uri}:{number}", options, records)
-        if document.fault is None or document.fault.reason != "malformed":
-            parsed = True
-        elif not broken:
-            broken = f"{file.uri}:{number}: {document.fault.message}"
-        yield document
-    if broken and not parsed:
-        raise UsageError(f"{broken}, and no other line is JSON; JSONL has one object a line, name another --format")
+        if line is None or line.strip():
+            yield parse_line(line, f"{file.uri}:{number}", options, records)
     records.check()
 
 
@@ -63,7 +55,8 @@ def parse_live_line(line: bytes | None, where: str, options: ReadOptions) -> Doc
     """
     document = parse_line(line, where, options)
     if document.fault is not None and options.on_error == "fail":
-        raise refused(document, where.rpartition(":")[0])
+        told = document.fault.message.removeprefix(f"{where}: ")
+        raise UsageError(f"{where}: {told}; mend it, or go on without it: --on-error reject")
     return document
 
 

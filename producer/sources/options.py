@@ -54,14 +54,6 @@ def reject(identity: str, where: str, reason: Reason, message: str) -> Document:
     return Document(printable(identity), fault=Fault(reason, told))
 
 
-def refused(document: Document, uri: str) -> UsageError:
-    """What to say of a reject where ``--on-error fail`` wants none."""
-    assert document.fault is not None
-    told = document.fault.message
-    place = "" if told.startswith(f"{uri}:") else f"{document.id}: "
-    return UsageError(f"{place}{told}; mend it, or go on without it: --on-error reject")
-
-
 def text_document(identity: str, text: str, fields: dict[str, Any] | None = None, where: str = "") -> Document:
     """A document, or a reject where its text is empty or no Unicode text at all."""
     if not text.strip():

@@ -88,7 +88,7 @@ class TestJsonl:
 
     def test_a_file_without_any_json_is_refused(self, write):
         path = write("a.jsonl", "Ada met Bob.\nCarol came.\n")
-        refused(rf"{path}:1: broken JSON .*, and no other line is JSON", path)
+        refused(rf"{path}:1: broken JSON .*; no record of the file can be read", path)
 
     def test_no_text_field_anywhere_names_the_fields(self, write):
         path = write("a.jsonl", '{"id": 1, "body": "Ada"}\n{"id": 2, "body": "Bob"}\n')
