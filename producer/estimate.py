@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from nermill.producer.planning import Request, check_writable, model_identity, normalised, planned_run_id
+from nermill.producer.planning import Request, check_labels, check_writable, model_identity, normalised, planned_run_id
 from nermill.producer.shards import cut, document_text, estimated_tokens
 from nermill.producer.sources import Source, open_sources
 from nermill.producer.sources.files import is_remote
@@ -104,6 +104,7 @@ def estimate(
         UsageError: an input, the model, the costs or the output is wrong.
     """
     model = model_identity(request.model)
+    check_labels(request)
     artifact = None if request.model is None else resolve_artifact(request.model)
     opened = open_sources(request.inputs, request.read)
     sources = opened.sources

@@ -18,6 +18,7 @@ from nermill.producer.sources import ReadOptions, Source, open_sources
 from nermill.producer.sources.files import absolute, filesystem, is_remote
 from nermill.worker.contracts.document import Document
 from nermill.worker.contracts.errors import StoreError, UsageError
+from nermill.worker.contracts.labels import bare_labels, choice_of
 from nermill.worker.contracts.layout import PLAN_FILE, SHARD_FOLDER, RunFolder
 from nermill.worker.contracts.manifest import load_manifest, resolve_artifact
 from nermill.worker.contracts.plan import Input, Options, Plan, Shard, read_plan
@@ -57,6 +58,7 @@ def make_plan(request: Request, on_documents: Callable[[int], None] = lambda _: 
     """
     out = normalised(request.out)
     model = model_identity(request.model)
+    check_labels(request)
     found = open_sources(request.inputs, request.read)
     sources = found.sources
     prints = [source.file.fingerprint() for source in sources]
@@ -147,6 +149,17 @@ def model_identity(model: str | None) -> dict[str, str]:
     if model is None:
         return {"name": "", "sha256": ""}
     return {"name": model, "sha256": load_manifest(resolve_artifact(model)).sha256}
+
+
+def check_labels(request: Request) -> None:
+    """Looks whether the model, where one is named, has the labels that the options speak of.
+
+    Raises:
+        UsageError: it has not.
+    """
+    if request.model is not None:
+        labels = bare_labels(load_manifest(resolve_artifact(request.model)).labels)
+        choice_of(request.options).check(labels, request.model)
 
 
 def normalised(out: str) -> str:

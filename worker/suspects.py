@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import pyarrow as pa
 
@@ -84,7 +86,7 @@ def annotate_in_trials(pipeline: Pipeline, ledger: Ledger, claim: Claim, table: 
         faults |= {trial.start + row: fault for row, fault in annotated.faults.items()}
         stats.append(annotated.stats)
     ledger.probe(claim, None)  # what may still go wrong is no document's fault
-    totals = (sum(getattr(s, name) for s in stats) for name in Stats.__slots__)
+    totals = (reduce(add, (getattr(s, name) for s in stats)) for name in Stats.__slots__)
     return Annotated(pa.concat_tables(tagged), faults, Stats(*totals))
 
 

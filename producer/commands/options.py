@@ -151,6 +151,32 @@ AggregationOption = Annotated[
         help="Subwords to words: first, average, max, simple or none.",
     ),
 ]
+LabelMap = Annotated[
+    str,
+    typer.Option(
+        "--map",
+        metavar="LIST",
+        envvar="NERMILL_MAP",
+        help="New names of labels, of gold's and the model's: person=PER,corporation=ORG; X=O leaves X out.",
+        show_default=False,
+    ),
+]
+OnlyLabels = Annotated[
+    str,
+    typer.Option(
+        "--only",
+        metavar="LIST",
+        envvar="NERMILL_ONLY",
+        help="Labels that stay, by their new names: PER,ORG; default: all.",
+        show_default=False,
+    ),
+]
+MinScore = Annotated[
+    float,
+    typer.Option(
+        "--min-score", metavar="P", envvar="NERMILL_MIN_SCORE", min=0, max=1, help="Entities below it are left out."
+    ),
+]
 MaxChars = Annotated[
     int,
     typer.Option(

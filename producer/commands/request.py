@@ -52,6 +52,9 @@ def make_request(
     on_error: o.OnErrorOption = "reject",
     keep_text: o.KeepText = False,
     keep_fields: o.KeepFields = False,
+    label_map: o.LabelMap = "",
+    only: o.OnlyLabels = "",
+    min_score: o.MinScore = 0.0,
     aggregation: o.AggregationOption = "first",
     max_chars: o.MaxChars = 1_000_000,
     overlap: o.Overlap = 64,
@@ -88,7 +91,16 @@ def make_request(
             tag_column=column("--tag-column", tag_column),
             tag_names=_tag_names(tag_names),
         ),
-        options=Options(aggregation, overlap, max_chars, keep_text, keep_fields),  # type: ignore[arg-type]
+        options=Options(
+            aggregation=aggregation,  # type: ignore[arg-type]
+            overlap=overlap,
+            max_chars=max_chars,
+            keep_text=keep_text,
+            keep_fields=keep_fields,
+            map=mapping(label_map),
+            only=label_list(only),
+            min_score=min_score,
+        ),
         limits=ShardLimits(documents=shard_documents),
     )
 
@@ -107,6 +119,38 @@ def column(flag: str, number: int | None) -> int | None:
     if number == 0:
         raise UsageError(f"{flag} 0: columns count from 1, or back from -1")
     return number
+
+
+def mapping(value: str) -> dict[str, str]:
+    """The names that ``--map`` gives.
+
+    Raises:
+        UsageError: an entry is not FROM=TO, or a label is given two names.
+    """
+    names: dict[str, str] = {}
+    for entry in _entries(value):
+        label, equals, name = (piece.strip() for piece in entry.partition("="))
+        if not equals or not label or not name:
+            raise UsageError(f"--map {value!r}: {entry.strip()!r} is not FROM=TO; write person=PER,corporation=ORG")
+        if names.setdefault(label, name) != name:
+            raise UsageError(f"--map {value!r}: {label} is given two names, {names[label]} and {name}")
+    return names
+
+
+def label_list(value: str) -> tuple[str, ...]:
+    """The labels of ``--only``.
+
+    Raises:
+        UsageError: an entry is empty.
+    """
+    labels = tuple(entry.strip() for entry in _entries(value))
+    if not all(labels):
+        raise UsageError(f"--only {value!r}: an empty label; write PER,ORG")
+    return labels
+
+
+def _entries(value: str) -> list[str]:
+    return value.split(",") if value else []
 
 
 def _delimiter(value: str) -> str:

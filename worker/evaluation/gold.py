@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -11,6 +12,7 @@ import pyarrow as pa
 from nermill.worker.contracts.conll import LAYOUT_LINES, Sentence, find_layout, join_documents, read_sentences
 from nermill.worker.contracts.content import numbered_lines, open_content
 from nermill.worker.contracts.errors import UsageError
+from nermill.worker.contracts.labels import LabelChoice
 from nermill.worker.contracts.tags import Scheme, merge_schemes
 
 
@@ -22,16 +24,26 @@ class GoldFile:
         unit: What a document of the run is, ``sentence`` or ``document`` (up to the next ``-DOCSTART-``).
         word_column: Column of the words, from 1, or negative from the end; None looks for it.
         tag_column: Column of the tags, likewise.
+        choice: What becomes of its labels.
 
     Attributes:
+        tally: Entities whose label was mapped or left out: see ``contracts.labels``.
         scheme: What the tags were written in, as far as they have been read.
 
     Raises:
         UsageError: the file cannot be read, or is not of that kind.
     """
 
-    def __init__(self, path: Path, unit: str, word_column: int | None = None, tag_column: int | None = None) -> None:
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        unit: str,
+        word_column: int | None = None,
+        tag_column: int | None = None,
+        choice: LabelChoice | None = None,
+    ) -> None:
+        self.path, self.tally = path, Counter[str]()
+        self._choice = choice or LabelChoice()
         self.scheme: Scheme = "IOB2"
         head = [(raw or b"").decode(errors="replace") for _, raw in islice(self._lines(), LAYOUT_LINES)]
         layout = find_layout(head, str(path), word_column, tag_column)
@@ -57,7 +69,7 @@ class GoldFile:
         for index, name, status, words in zip(*columns, strict=True):
             sentence = self._advance(index, name)
             if words is None and status == "rejected":
-                tags.append(None if sentence.fault else sentence.tags)
+                tags.append(None if sentence.fault else self._choice.tags(sentence.tags, self.tally))
                 continue
             if words is None:
                 raise UsageError(
@@ -77,7 +89,7 @@ class GoldFile:
                     f"{self.path}:{sentence.lines[at]}: the word {sentence.words[at]!r:.60} stands where document"
                     f" {name!r} has {words[at]!r:.60}; gold and run must hold the same documents in the same order"
                 )
-            tags.append(sentence.tags)
+            tags.append(self._choice.tags(sentence.tags, self.tally))
         return pa.array(tags, pa.list_(pa.string()))
 
     def finish(self, documents: int) -> None:

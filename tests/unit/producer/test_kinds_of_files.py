@@ -57,7 +57,7 @@ def hugging_face(path: Path) -> None:
 
 GERMEVAL = "#\thttp://de.wikipedia.org [2009-10-17]\n1\tAda\tB-PER\tO\n2\tBonn\tB-LOC\tO\n\n1\tx\tO\tO\n"
 CONLLU = (
-    "# newdoc id = d1\n# sent_id = s1\n# text = x\n1-2\tzum\t_\t_\t_\t_\t_\t_\t_\t_\n"
+    "# newdoc id = d1\n# sent_id = s1\n1-2\tzum\t_\t_\t_\t_\t_\t_\t_\t_\n"
     "1\tzu\t_\t_\t_\t_\t_\t_\t_\t_\n"
     "2\tdem\t_\t_\t_\t_\t_\t_\t_\t_\n2.1\tnull\t_\t_\t_\t_\t_\t_\t_\t_\n\n# sent_id = s2\n1\tx\t_\t_\t_\t_\t_\t_\t_\t_\n"
 )
