@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,7 +52,12 @@ class Stats:
     wait_seconds: float
     compute_seconds: float
     decode_seconds: float
-    labels: Counter[str]
+    labels: dict[str, int]
+
+    def __add__(self, other: Stats) -> Stats:
+        """What two shards, or two pieces of one, cost together."""
+        numbers = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "labels"}
+        return Stats(**numbers, labels=dict(Counter(self.labels) + Counter(other.labels)))
 
 
 @dataclass(frozen=True)
@@ -166,7 +171,7 @@ class Pipeline:
             wait_seconds=max(0.0, computed - tokenized - job.seconds),
             compute_seconds=job.seconds,
             decode_seconds=time.monotonic() - computed,
-            labels=tally,
+            labels=dict(tally),
         )
         return Annotated(part, faults, stats)
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 from nermill.worker.contracts.document import Fault
 from nermill.worker.contracts.errors import LeaseLostError
 from nermill.worker.contracts.ledger import MAX_STRIKES, Claim, Ledger
-from nermill.worker.pipeline import Annotated, Pipeline, Stats
+from nermill.worker.pipeline import Annotated, Pipeline
 
 GROUPS = 8
 
@@ -86,8 +86,7 @@ def annotate_in_trials(pipeline: Pipeline, ledger: Ledger, claim: Claim, table: 
         faults |= {trial.start + row: fault for row, fault in annotated.faults.items()}
         stats.append(annotated.stats)
     ledger.probe(claim, None)  # what may still go wrong is no document's fault
-    totals = (reduce(add, (getattr(s, name) for s in stats)) for name in Stats.__slots__)
-    return Annotated(pa.concat_tables(tagged), faults, Stats(*totals))
+    return Annotated(pa.concat_tables(tagged), faults, reduce(add, stats))
 
 
 def _condemned(document: pa.Table) -> pa.Table:

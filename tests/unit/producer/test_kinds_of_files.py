@@ -59,7 +59,8 @@ GERMEVAL = "#\thttp://de.wikipedia.org [2009-10-17]\n1\tAda\tB-PER\tO\n2\tBonn\t
 CONLLU = (
     "# newdoc id = d1\n# sent_id = s1\n1-2\tzum\t_\t_\t_\t_\t_\t_\t_\t_\n"
     "1\tzu\t_\t_\t_\t_\t_\t_\t_\t_\n"
-    "2\tdem\t_\t_\t_\t_\t_\t_\t_\t_\n2.1\tnull\t_\t_\t_\t_\t_\t_\t_\t_\n\n# sent_id = s2\n1\tx\t_\t_\t_\t_\t_\t_\t_\t_\n"
+    "2\tdem\t_\t_\t_\t_\t_\t_\t_\t_\n2.1\tnull\t_\t_\t_\t_\t_\t_\t_\t_\n\n"
+    "# sent_id = s2\n1\tx\t_\t_\t_\t_\t_\t_\t_\t_\n"
 )
 CSV = 'id,text\n1,"Ada, ""Countess""\nof Lovelace"\n2,Bob\n'
 LINES = '{"id": 1, "text": "Ada"}\n{"id": 2, "text": "Bob"}\n'
