@@ -28,8 +28,8 @@ def run(request: Request, model: o.Model = "demo", devices: o.Devices = "auto", 
     from nermill.producer.status import look
 
     check_devices(devices)
-    with reading() as on_documents:
-        folder, plan = make_plan(request, on_documents)
+    with reading() as on_read:
+        folder, plan = make_plan(request, on_read)
     say_left_out(plan.details.get("left_out", ()))
     if not finish(folder, plan):
         with told_how_to_go_on("the same command again"), local_mill(model, devices, folder.uri) as (queue, worker):
@@ -63,8 +63,8 @@ def plan(
     from nermill.producer.progress import reading
     from nermill.producer.view import print_estimate, print_json
 
-    with reading() as on_documents:
-        found = estimate(request, costs, on_documents)
+    with reading() as on_read:
+        found = estimate(request, costs, on_read)
     say_left_out(found.left_out)
     if json:
         print_json(found.as_json())
@@ -104,7 +104,7 @@ def submit(
     queue = Queue(broker)
     if follow or (request.inputs == ("-",) and request.read.format in (None, "jsonl")):
         return stream(request, queue, linger, high_water, follow=follow, ack=ack, wait=wait, as_json=json)
-    with reading() as on_documents:
-        folder, plan = make_plan(request, on_documents)
+    with reading() as on_read:
+        folder, plan = make_plan(request, on_read)
     say_left_out(plan.details.get("left_out", ()))
     return go_on(folder, plan, queue, high_water, wait=wait, as_json=json)

@@ -36,6 +36,7 @@ class SourceFile:
     given: str
     in_folder: bool = False
     spool: BinaryIO | None = field(default=None, compare=False)
+    _opened: list[BinaryIO] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def is_named(self) -> bool:
@@ -48,6 +49,14 @@ class SourceFile:
         Raises:
             UsageError: it is missing or cannot be read.
         """
+        self._opened[:] = [self._open_raw()]
+        return self._opened[0]
+
+    def position(self) -> int:
+        """How many stored bytes whoever opened it last has passed; 0 once it is closed."""
+        return 0 if not self._opened or self._opened[0].closed else self._opened[0].tell()
+
+    def _open_raw(self) -> BinaryIO:
         try:
             if self.spool is not None:
                 stream = os.fdopen(os.dup(self.spool.fileno()), "rb")
