@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from nermill.producer.planning import Request, check_writable, model_identity, normalised, planned_run_id
+from nermill.producer.planning import Request, check_labels, check_writable, model_identity, normalised, planned_run_id
 from nermill.producer.shards import cut, document_text, estimated_tokens
-from nermill.producer.sources import Source, open_sources
+from nermill.producer.sources import open_sources
 from nermill.producer.sources.files import is_remote
+from nermill.producer.sources.reading import OnRead, Reading, unheard
 from nermill.worker.contracts.document import Document
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.layout import PLAN_FILE, RunFolder
@@ -31,6 +31,8 @@ class Estimate:
 
     Attributes:
         run: Where the run would be; empty without ``--out``.
+        inputs: URI, format and size in bytes of each file.
+        left_out: Files that are not read, each with the reason.
         exists: Whether it was planned before, so that submitting resumes it.
         counts: Documents by token length; one more than EDGES, the last for what is longer.
         tokens_from: How lengths were found.
@@ -44,6 +46,7 @@ class Estimate:
     run_id: str
     exists: bool
     inputs: list[dict[str, Any]]
+    left_out: list[str]
     documents: int = 0
     rejected: int = 0
     shards: int = 0
@@ -73,6 +76,7 @@ class Estimate:
             "run_id": self.run_id or None,
             "exists": self.exists,
             "inputs": self.inputs,
+            "left_out": self.left_out,
             "documents": {"total": self.documents, "rejected": self.rejected},
             "shards": self.shards,
             "tokens": {"total": self.tokens, "longest": self.longest, "from": self.tokens_from},
@@ -85,25 +89,25 @@ class Estimate:
         }
 
 
-def estimate(
-    request: Request, costs: Path | None = None, on_documents: Callable[[int], None] = lambda _: None
-) -> Estimate:
+def estimate(request: Request, costs: Path | None = None, on_read: OnRead = unheard) -> Estimate:
     """Reads an input as ``submit`` would, and counts.
 
     Args:
         request: As for ``make_plan``; ``out`` may be empty.
         costs: What ``nermill-build bench --json`` wrote; default: ``bench.json`` in the artifact's folder, where it
             was measured on this very artifact.
-        on_documents: Told now and then how many documents were read.
+        on_read: Told now and then how far the reading is.
 
     Raises:
         UsageError: an input, the model, the costs or the output is wrong.
     """
     model = model_identity(request.model)
+    check_labels(request)
     artifact = None if request.model is None else resolve_artifact(request.model)
-    sources = open_sources(request.inputs, request.read)
+    opened = open_sources(request.inputs, request.read)
+    sources = opened.sources
     prints = [source.file.fingerprint() for source in sources]
-    found = Estimate("", "", False, [])
+    found = Estimate("", "", False, [], opened.left_out)
     if request.out:
         out = normalised(request.out)
         if not is_remote(out):
@@ -118,13 +122,13 @@ def estimate(
         {"uri": s.file.uri, "format": s.format, "bytes": p[1]} for s, p in zip(sources, prints, strict=True)
     ]
     hashes = array("q")
-    for group in cut(_documents(sources, request), request.limits):
+    reading = Reading(sources, [size for _, size in prints], request.read, on_read)
+    for group in cut(reading.documents(), request.limits):
         found.shards += 1
         hashes.extend(hash(document.id) for document in group)
         _count(found, group, lengths)
-        on_documents(found.documents)
     found.tokens_from = lengths.told
-    found.duplicates, found.duplicate_ids = _duplicates(hashes, sources, request)
+    found.duplicates, found.duplicate_ids = _duplicates(hashes, reading)
     if table is not None:
         found.seconds, found.seconds_from = table.seconds(found.tokens_by_length), table.source
     return found
@@ -179,11 +183,6 @@ class _Lengths:
         return [max(1, round(guess * scale)) for guess in guesses]
 
 
-def _documents(sources: list[Source], request: Request) -> Iterator[Document]:
-    for source in sources:
-        yield from source.documents(request.read)
-
-
 def _count(found: Estimate, group: list[Document], lengths: _Lengths) -> None:
     from bisect import bisect_left
 
@@ -199,7 +198,7 @@ def _count(found: Estimate, group: list[Document], lengths: _Lengths) -> None:
         found.long += bool(found.max_length) and length > found.max_length
 
 
-def _duplicates(hashes: array[int], sources: list[Source], request: Request) -> tuple[int, list[str]]:
+def _duplicates(hashes: array[int], reading: Reading) -> tuple[int, list[str]]:
     import numpy as np
 
     values = np.frombuffer(hashes, dtype=np.int64)
@@ -209,7 +208,7 @@ def _duplicates(hashes: array[int], sources: list[Source], request: Request) -> 
     if not again.size:
         return 0, []
     named = set(again[:_NAMED_DUPLICATES].tolist())
-    read = islice(_documents(sources, request), max(named) + 1)
+    read = islice(reading.documents(), max(named) + 1)
     return int(again.size), sorted({document.id for at, document in enumerate(read) if at in named})
 
 

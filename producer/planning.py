@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
@@ -16,8 +16,9 @@ from nermill.producer.recovery import put_back
 from nermill.producer.shards import ShardLimits, cut, write_shard, write_shards
 from nermill.producer.sources import ReadOptions, Source, open_sources
 from nermill.producer.sources.files import absolute, filesystem, is_remote
-from nermill.worker.contracts.document import Document
+from nermill.producer.sources.reading import OnRead, Reading, unheard
 from nermill.worker.contracts.errors import StoreError, UsageError
+from nermill.worker.contracts.labels import bare_labels, choice_of
 from nermill.worker.contracts.layout import FIRST_LAYOUT, PLAN_FILE, SHARD_FOLDER, RunFolder
 from nermill.worker.contracts.manifest import load_manifest, resolve_artifact
 from nermill.worker.contracts.plan import PLAN_VERSION, Input, Options, Plan, Shard, read_plan
@@ -44,12 +45,12 @@ class Request:
     limits: ShardLimits = field(default_factory=ShardLimits)
 
 
-def make_plan(request: Request, on_documents: Callable[[int], None] = lambda _: None) -> tuple[RunFolder, Plan]:
+def make_plan(request: Request, on_read: OnRead = unheard) -> tuple[RunFolder, Plan]:
     """Plans a run, or finds the one that the same request made before, and mends its shards.
 
     Args:
         request: What to plan.
-        on_documents: Told now and then how many documents were read.
+        on_read: Told now and then how far the reading is.
 
     Raises:
         UsageError: an input, the model or the output is wrong; nothing was written.
@@ -57,14 +58,16 @@ def make_plan(request: Request, on_documents: Callable[[int], None] = lambda _: 
     """
     out = normalised(request.out)
     model = model_identity(request.model)
-    sources = open_sources(request.inputs, request.read)
+    check_labels(request)
+    found = open_sources(request.inputs, request.read)
+    sources = found.sources
     prints = [source.file.fingerprint() for source in sources]
     run_id = planned_run_id(out, request, model, sources, prints)
     run = RunFolder(f"{out}/run={run_id}")
     if not is_remote(out):
         check_writable(out)
         put_back(run)
-    reading = _Reading(sources, request.read, on_documents)
+    reading = Reading(sources, [size for _, size in prints], request.read, on_read)
     if run.exists(PLAN_FILE):
         return run, _mended(run, read_plan(run), reading, request.limits)
     with nothing_half_written(run):
@@ -83,12 +86,13 @@ def make_plan(request: Request, on_documents: Callable[[int], None] = lambda _: 
             shards=shards,
             unit=request.read.unit if any(source.format == "conll" for source in sources) else "document",
             has_gold=reading.has_gold,
+            details={"left_out": found.left_out} if found.left_out else {},
         )
         plan.write(run)
     return run, plan
 
 
-def _mended(run: RunFolder, plan: Plan, reading: _Reading, limits: ShardLimits) -> Plan:
+def _mended(run: RunFolder, plan: Plan, reading: Reading, limits: ShardLimits) -> Plan:
     """A run's plan; shards without a part whose documents are gone or damaged are written anew from the input."""
     committed = run.committed()
     broken = {shard.index for shard in plan.shards if shard.index not in committed and not _is_whole(run, shard)}
@@ -116,26 +120,6 @@ def _is_whole(run: RunFolder, shard: Shard) -> bool:
     return True
 
 
-class _Reading:
-    """All sources as one stream, counted on the way."""
-
-    def __init__(self, sources: list[Source], options: ReadOptions, on_documents: Callable[[int], None]) -> None:
-        self._sources, self._options, self._on_documents = sources, options, on_documents
-        self.counts = [0] * len(sources)
-        self.has_gold = False
-
-    def documents(self) -> Iterator[Document]:
-        total = 0
-        for at, source in enumerate(self._sources):
-            for document in source.documents(self._options):
-                self.counts[at] += 1
-                self.has_gold |= document.gold_tags is not None
-                total += 1
-                if total % 1000 == 0:
-                    self._on_documents(total)
-                yield document
-
-
 def model_identity(model: str | None) -> dict[str, str]:
     """Name and hash of the artifact that a run asks for; both empty where the workers may choose.
 
@@ -145,6 +129,17 @@ def model_identity(model: str | None) -> dict[str, str]:
     if model is None:
         return {"name": "", "sha256": ""}
     return {"name": model, "sha256": load_manifest(resolve_artifact(model)).sha256}
+
+
+def check_labels(request: Request) -> None:
+    """Looks whether the model, where one is named, has the labels that the options speak of.
+
+    Raises:
+        UsageError: it has not.
+    """
+    if request.model is not None:
+        labels = bare_labels(load_manifest(resolve_artifact(request.model)).labels)
+        choice_of(request.options).check(labels, request.model)
 
 
 def normalised(out: str) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from nermill.producer.run import OnStatus
+from nermill.producer.sources.reading import OnRead, unheard
 from nermill.producer.status import Status
 from nermill.worker.contracts.console import visible
 from nermill.worker.contracts.ledger import WorkerProcess
@@ -52,15 +53,24 @@ def paused(show: OnStatus) -> OnStatus:
 
 
 @contextmanager
-def reading() -> Iterator[Callable[[int], None]]:
-    """Progress of reading inputs, on a terminal alone."""
+def reading() -> Iterator[OnRead]:
+    """A bar for the reading of inputs, on a terminal alone."""
     if not sys.stderr.isatty():
-        yield lambda _: None
+        yield unheard
         return
     from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    with Console(stderr=True).status("reading", spinner="dots") as status:
-        yield lambda documents: status.update(f"reading: {documents:,} documents")
+    columns = (
+        TextColumn("reading"),
+        BarColumn(_BAR_WIDTH),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[documents]:,} documents"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading", total=None, documents=0)
+        yield lambda far: bar.update(task, completed=far.bytes, total=far.total_bytes, documents=far.documents)
 
 
 def facts(status: Status) -> list[str]:

@@ -15,7 +15,8 @@ from nermill.producer.queue import HIGH_WATER, Queue
 from nermill.producer.recovery import closed
 from nermill.producer.run import is_above, open_ledger, send_shards
 from nermill.producer.shards import Kind, ShardLimits, differ, document_text, estimated_tokens, kind_of, write_shard
-from nermill.producer.sources.files import BLOCK, MAX_LINE_BYTES, is_remote
+from nermill.producer.sources.files import is_remote
+from nermill.worker.contracts.content import BLOCK, MAX_LINE_BYTES
 from nermill.worker.contracts.document import Document
 from nermill.worker.contracts.errors import BrokerError
 from nermill.worker.contracts.layout import RunFolder

@@ -184,7 +184,7 @@ def _inputs() -> list[tuple[str, bytes]]:
 def read_all(path: Path, options: ReadOptions) -> str:
     """Reads an input as a plan would; returns what it was refused with, or nothing."""
     try:
-        for source in open_sources([str(path)], options):
+        for source in open_sources([str(path)], options).sources:
             encode_shard(shard_table(list(source.documents(options))))
     except UsageError as error:
         return str(error)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nermill.worker.batching import spread
+from nermill.worker.contracts.labels import LabelChoice, key
 from nermill.worker.contracts.plan import Aggregation
 
 Int = NDArray[np.int64]
@@ -26,7 +30,17 @@ class Labels:
         self.names = tuple(names)
         self.type = np.array([names.index(_type_of(label)) + 1 if _type_of(label) else 0 for label in labels])
         self.begins = np.array([label[:2] in ("B-", "S-", "U-") for label in labels])
-        self.tags = ("O", *(prefix + name for name in names for prefix in ("B-", "I-")))
+        self.tags = _tags_of(names)
+
+    def renamed(self, names: Sequence[str]) -> Labels:
+        """The same labels under other names, one for each of ``names``; an empty one is never written."""
+        labels = copy(self)
+        labels.names, labels.tags = tuple(names), _tags_of(names)
+        return labels
+
+
+def _tags_of(names: Sequence[str]) -> tuple[str, ...]:
+    return ("O", *(prefix + name for name in names for prefix in ("B-", "I-")))
 
 
 def _type_of(label: str) -> str:
@@ -137,6 +151,25 @@ def spans(units: Units, *, join: bool = True) -> Spans:
         return Spans(empty, empty, empty, empty, np.zeros(0, np.float32))
     score = np.add.reduceat(units.score[inside], begin) / (end - begin)
     return Spans(where[begin], inside[begin], inside[end - 1], kind[begin], score.astype(np.float32))
+
+
+def choose(spans: Spans, labels: Labels, choice: LabelChoice) -> tuple[Spans, Labels, Counter[str]]:
+    """Leaves entities out and renames labels.
+
+    Returns:
+        The spans that stay, the labels under their new names, and how many spans were mapped or left out, by key.
+    """
+    if choice.is_all:
+        return spans, labels, Counter()
+    names = [choice.target(name) for name in labels.names]
+    sure = spans.score >= np.float32(choice.min_score)
+    named = np.array([True, *map(bool, names)])[spans.type]
+    tally: Counter[str] = Counter()
+    for number, (label, name) in enumerate(zip(labels.names, names, strict=True), 1):
+        of_label = spans.type == number
+        tally[key("predicted", label, name)] += int((of_label & (sure | (not name))).sum()) if name != label else 0
+        tally[f"predicted.below_min_score.{label}"] += int((of_label & ~sure & named).sum())
+    return spans.where(sure & named), labels.renamed(names), +tally
 
 
 def tag_numbers(units: Units, spans: Spans) -> Int:

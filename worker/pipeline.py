@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,13 +22,14 @@ from numpy.typing import NDArray
 from nermill.worker import decode
 from nermill.worker.contracts.document import Annotation, Document, Entity, Fault
 from nermill.worker.contracts.errors import EngineError
+from nermill.worker.contracts.labels import choice_of
 from nermill.worker.contracts.manifest import TOKENIZER_FILE, Manifest, resolve_artifact
 from nermill.worker.contracts.plan import Options
 from nermill.worker.contracts.shard import shard_table
 from nermill.worker.engine import Batch, Engine, load_engine
 from nermill.worker.engine.warmup import blank_batch, token_budget
 from nermill.worker.pool import Job, Pool, Work, give_up, halves, hand_out, lay_out
-from nermill.worker.table import Prediction, Spelling, part_table, spell
+from nermill.worker.table import Prediction, Spelling, chosen_gold, part_table, spell
 from nermill.worker.windows import Tokens, cut, tokenize
 
 if TYPE_CHECKING:
@@ -39,7 +41,10 @@ WARM_ROWS = 1  # rows of the batch that warms an engine whose shapes are free
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What one shard cost. Tokens include special tokens; ``computed_tokens`` padding as well; times in seconds."""
+    """What one shard cost. Tokens include special tokens; ``computed_tokens`` padding as well; times in seconds.
+
+    ``labels`` counts the entities that were mapped or left out: see ``contracts.labels``.
+    """
 
     windows: int
     tokens: int
@@ -48,6 +53,12 @@ class Stats:
     wait_seconds: float
     compute_seconds: float
     decode_seconds: float
+    labels: dict[str, int]
+
+    def __add__(self, other: Stats) -> Stats:
+        """What two shards, or two pieces of one, cost together."""
+        numbers = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "labels"}
+        return Stats(**numbers, labels=dict(Counter(self.labels) + Counter(other.labels)))
 
 
 @dataclass(frozen=True)
@@ -160,7 +171,7 @@ class Pipeline:
         if job.error:
             raise EngineError(f"{self.engine.device}: {job.error}") from job.error
         faults |= {spelling.rows[document]: Fault("model_failure", message) for document, message in job.failed.items()}
-        part = self._decode(table, spelling, job, faults, options, first)
+        part, tally = self._decode(table, spelling, job, faults, options, first)
         lengths = job.windows.lengths
         stats = Stats(
             windows=len(lengths),
@@ -170,6 +181,7 @@ class Pipeline:
             wait_seconds=max(0.0, computed - tokenized - job.seconds),
             compute_seconds=job.seconds,
             decode_seconds=time.monotonic() - computed,
+            labels=dict(tally),
         )
         return Annotated(part, faults, stats)
 
@@ -179,16 +191,19 @@ class Pipeline:
 
     def _decode(
         self, table: pa.Table, spelling: Spelling, job: Job, faults: dict[int, Fault], options: Options, first: int
-    ) -> pa.Table:
-        tokens = job.tokens
+    ) -> tuple[pa.Table, Counter[str]]:
+        tokens, choice = job.tokens, choice_of(options)
         document = np.repeat(np.arange(len(tokens.counts)), tokens.counts)
         whole = np.flatnonzero(~np.isin(document, list(job.failed)))  # a failed document's logits were never written
         units = decode.units(job.logits[whole], document[whole], tokens.words[whole], self.labels, options.aggregation)
         units = replace(units, first=whole[units.first], last=whole[units.last])
-        spans = decode.spans(units, join=options.aggregation != "none")
+        spans, labels, tally = decode.choose(
+            decode.spans(units, join=options.aggregation != "none"), self.labels, choice
+        )
         windows = np.bincount(job.windows.document, minlength=len(tokens.counts))
-        prediction = Prediction(tokens, windows, units, spans, self.labels)
-        return part_table(table, spelling, prediction, faults, options, first)
+        prediction = Prediction(tokens, windows, units, spans, labels)
+        part = part_table(chosen_gold(table, choice, tally), spelling, prediction, faults, options, first)
+        return part, tally
 
     def _compute(self) -> None:
         """Prepares a batch while others are on the device, so that the device goes from one to the next."""

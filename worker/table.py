@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -11,6 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from nermill.worker.contracts.document import Fault
+from nermill.worker.contracts.labels import LabelChoice
 from nermill.worker.contracts.plan import Options
 from nermill.worker.contracts.schema import ENTITY, part_schema
 from nermill.worker.decode import Labels, Spans, Units, tag_numbers
@@ -88,6 +90,16 @@ class Prediction:
     units: Units
     spans: Spans
     labels: Labels
+
+
+def chosen_gold(table: pa.Table, choice: LabelChoice, tally: Counter[str]) -> pa.Table:
+    """A shard whose gold tags have the names that the output's have; ``tally`` counts what was changed."""
+    if not choice.map and not choice.only:
+        return table
+    gold: list[list[str] | None] = table["gold_tags"].to_pylist()
+    chosen = [None if tags is None else choice.tags(tags, tally) for tags in gold]
+    at = table.schema.get_field_index("gold_tags")
+    return table.set_column(at, table.schema.field(at), pa.array(chosen, pa.list_(pa.string())))
 
 
 def part_table(

@@ -61,7 +61,7 @@ Format = Annotated[
         "--format",
         metavar="FORMAT",
         envvar="NERMILL_FORMAT",
-        help="jsonl, conll, text, parquet; default: by suffix and content.",
+        help="jsonl, json, csv, tsv, parquet, conll or text; default: by suffix and content.",
     ),
 ]
 Unit = Annotated[
@@ -70,7 +70,7 @@ Unit = Annotated[
         "--unit",
         metavar="UNIT",
         envvar="NERMILL_UNIT",
-        help="What a document of a CoNLL file is: sentence, or document (-DOCSTART-).",
+        help="What a document of a CoNLL file is: sentence, or document (-DOCSTART-, # newdoc).",
     ),
 ]
 IdColumn = Annotated[
@@ -80,7 +80,57 @@ IdColumn = Annotated[
     ),
 ]
 TextColumn = Annotated[
-    str, typer.Option("--text-column", metavar="NAME", envvar="NERMILL_TEXT_COLUMN", help="Field with the text.")
+    str,
+    typer.Option(
+        "--text-column", metavar="NAME", envvar="NERMILL_TEXT_COLUMN", help="Field with the text, or a list of words."
+    ),
+]
+Delimiter = Annotated[
+    str,
+    typer.Option(
+        "--delimiter",
+        metavar="CHAR",
+        envvar="NERMILL_DELIMITER",
+        help="Between the fields of a CSV: a character, or tab; default: by suffix and header.",
+        show_default=False,
+    ),
+]
+WordColumn = Annotated[
+    int | None,
+    typer.Option(
+        "--word-column",
+        metavar="N",
+        envvar="NERMILL_WORD_COLUMN",
+        help="CoNLL: column of the words, from 1, or from the end with -1; default: by content.",
+    ),
+]
+TagColumn = Annotated[
+    int | None,
+    typer.Option(
+        "--tag-column",
+        metavar="N",
+        envvar="NERMILL_TAG_COLUMN",
+        help="CoNLL: column of the tags, from 1, or from the end with -1; default: by content.",
+    ),
+]
+TagNames = Annotated[
+    str,
+    typer.Option(
+        "--tag-names",
+        metavar="LIST",
+        envvar="NERMILL_TAG_NAMES",
+        help="Names of tags that are numbers, in their order: O,B-PER,I-PER,...",
+        show_default=False,
+    ),
+]
+OnErrorOption = Annotated[
+    str,
+    typer.Option(
+        "--on-error",
+        metavar="WHAT",
+        envvar="NERMILL_ON_ERROR",
+        help="A record that cannot be read: reject (it alone, named in the rejects) or fail (nothing is written).",
+    ),
 ]
 Lines = Annotated[
     bool, typer.Option("--lines", envvar="NERMILL_LINES", help="Plain text: each line is a document, not each file.")
@@ -99,6 +149,32 @@ AggregationOption = Annotated[
         metavar="HOW",
         envvar="NERMILL_AGGREGATION",
         help="Subwords to words: first, average, max, simple or none.",
+    ),
+]
+LabelMap = Annotated[
+    str,
+    typer.Option(
+        "--map",
+        metavar="LIST",
+        envvar="NERMILL_MAP",
+        help="New names of labels, of gold's and the model's: person=PER,corporation=ORG; X=O leaves X out.",
+        show_default=False,
+    ),
+]
+OnlyLabels = Annotated[
+    str,
+    typer.Option(
+        "--only",
+        metavar="LIST",
+        envvar="NERMILL_ONLY",
+        help="Labels that stay, by their new names: PER,ORG; default: all.",
+        show_default=False,
+    ),
+]
+MinScore = Annotated[
+    float,
+    typer.Option(
+        "--min-score", metavar="P", envvar="NERMILL_MIN_SCORE", min=0, max=1, help="Entities below it are left out."
     ),
 ]
 MaxChars = Annotated[

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -29,13 +30,28 @@ def report_status(status: Status, *, as_json: bool, with_hint: bool = False) -> 
     return status.exit_code
 
 
+def say_left_out(files: Iterable[str]) -> None:
+    """Names, on standard error, the files that a folder or pattern led to and that are not read."""
+    from nermill.producer.progress import say
+
+    for file in files:
+        say(f"left out: {file}")
+
+
 def ensure_evaluated(run: RunFolder, plan: Plan) -> None:
-    """Scores a complete run against the gold tags of its documents, unless a worker did so already."""
-    if not plan.has_gold or run.exists(REPORT_JSON):
+    """Scores a complete run against the gold tags of its documents, unless a worker did so already.
+
+    What the scores do not show, such as labels that gold and model do not share, is said on standard error.
+    """
+    if not plan.has_gold:
         return
+    from nermill.producer.progress import say
     from nermill.worker.evaluation import evaluate, write_report
 
-    write_report(run, evaluate(run))
+    if not run.exists(REPORT_JSON):
+        write_report(run, evaluate(run))
+    for line in json.loads(run.read(REPORT_JSON))["warnings"]:
+        say(line)
 
 
 def go_on(run: RunFolder, plan: Plan, queue: Queue, high_water: int, *, wait: bool, as_json: bool) -> int:

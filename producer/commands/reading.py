@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from nermill.producer.commands import options as o
+from nermill.producer.commands.request import column, label_list, mapping
 from nermill.producer.queue import DEFAULT_BROKER
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.layout import REPORT_HTML
@@ -33,20 +34,32 @@ def evaluate(
         str | None,
         typer.Option("--compare", metavar="RUN", help="Another run over the same documents, to tell the difference."),
     ] = None,
+    word_column: o.WordColumn = None,
+    tag_column: o.TagColumn = None,
+    label_map: o.LabelMap = "",
+    only: o.OnlyLabels = "",
+    min_score: o.MinScore = 0.0,
     partial: Annotated[bool, typer.Option("--partial", help="Evaluate what is there of an unfinished run.")] = False,
     json: o.Json = False,
 ) -> int:
-    """Score a run against gold tags and measure its throughput; writes _report.json and _report.html."""
+    """Score a run against gold tags and measure its throughput; writes _report.json and _report.html.
+
+    The columns are those of the gold file. Labels are mapped and left out on both sides, after what the run did.
+    """
     from nermill.producer.progress import say
     from nermill.producer.run import open_run
     from nermill.producer.view import comparison_line, print_json, score_line
+    from nermill.worker.contracts.labels import LabelChoice
+    from nermill.worker.evaluation import GoldOptions, write_report
     from nermill.worker.evaluation import evaluate as evaluated
-    from nermill.worker.evaluation import write_report
     from nermill.worker.evaluation.floors import below_floors
 
     folder, _ = open_run(run)
     other = open_run(compare)[0] if compare else None
-    report = evaluated(folder, gold=gold, partial=partial, compare=other)
+    choice = LabelChoice(mapping(label_map), label_list(only), min_score)
+    columns = column("--word-column", word_column), column("--tag-column", tag_column)
+    file = None if gold is None else GoldOptions(gold, *columns)
+    report = evaluated(folder, gold=file, partial=partial, compare=other, choice=choice)
     missed = below_floors(report, f1=min_f1, accuracy=min_accuracy, documents_per_second=min_documents_per_second)
     write_report(folder, report)
     if json:

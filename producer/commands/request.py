@@ -44,9 +44,17 @@ def make_request(
     unit: o.Unit = "sentence",
     id_column: o.IdColumn = "id",
     text_column: o.TextColumn = "text",
+    delimiter: o.Delimiter = "",
+    word_column: o.WordColumn = None,
+    tag_column: o.TagColumn = None,
+    tag_names: o.TagNames = "",
     lines: o.Lines = False,
+    on_error: o.OnErrorOption = "reject",
     keep_text: o.KeepText = False,
     keep_fields: o.KeepFields = False,
+    label_map: o.LabelMap = "",
+    only: o.OnlyLabels = "",
+    min_score: o.MinScore = 0.0,
     aggregation: o.AggregationOption = "first",
     max_chars: o.MaxChars = 1_000_000,
     overlap: o.Overlap = 64,
@@ -59,18 +67,40 @@ def make_request(
     """
     from nermill.producer.planning import Request
     from nermill.producer.shards import ShardLimits
-    from nermill.producer.sources import Format, ReadOptions, Unit
+    from nermill.producer.sources import Format, OnError, ReadOptions, Unit
     from nermill.worker.contracts.plan import Aggregation, Options
 
     _check("--format", format_, (None, *get_args(Format)))
     _check("--unit", unit, get_args(Unit))
+    _check("--on-error", on_error, get_args(OnError))
     _check("--aggregation", aggregation, get_args(Aggregation))
     return Request(
         inputs=tuple(inputs),
         out=out,
         model=model,
-        read=ReadOptions(format_, unit, id_column, text_column, keep_fields, lines),  # type: ignore[arg-type]
-        options=Options(aggregation, overlap, max_chars, keep_text, keep_fields),  # type: ignore[arg-type]
+        read=ReadOptions(
+            format=format_,  # type: ignore[arg-type]
+            unit=unit,  # type: ignore[arg-type]
+            id_column=id_column,
+            text_column=text_column,
+            keep_fields=keep_fields,
+            lines=lines,
+            on_error=on_error,  # type: ignore[arg-type]
+            delimiter=_delimiter(delimiter),
+            word_column=column("--word-column", word_column),
+            tag_column=column("--tag-column", tag_column),
+            tag_names=_tag_names(tag_names),
+        ),
+        options=Options(
+            aggregation=aggregation,  # type: ignore[arg-type]
+            overlap=overlap,
+            max_chars=max_chars,
+            keep_text=keep_text,
+            keep_fields=keep_fields,
+            map=mapping(label_map),
+            only=label_list(only),
+            min_score=min_score,
+        ),
         limits=ShardLimits(documents=shard_documents),
     )
 
@@ -78,6 +108,66 @@ def make_request(
 def _check(flag: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
     if value not in allowed:
         raise UsageError(f"{flag} {value!r}: one of {', '.join(name for name in allowed if name)}")
+
+
+def column(flag: str, number: int | None) -> int | None:
+    """The number of a CoNLL column.
+
+    Raises:
+        UsageError: it is 0.
+    """
+    if number == 0:
+        raise UsageError(f"{flag} 0: columns count from 1, or back from -1")
+    return number
+
+
+def mapping(value: str) -> dict[str, str]:
+    """The names that ``--map`` gives.
+
+    Raises:
+        UsageError: an entry is not FROM=TO, or a label is given two names.
+    """
+    names: dict[str, str] = {}
+    for entry in _entries(value):
+        label, equals, name = (piece.strip() for piece in entry.partition("="))
+        if not equals or not label or not name:
+            raise UsageError(f"--map {value!r}: {entry.strip()!r} is not FROM=TO; write person=PER,corporation=ORG")
+        if names.setdefault(label, name) != name:
+            raise UsageError(f"--map {value!r}: {label} is given two names, {names[label]} and {name}")
+    return names
+
+
+def label_list(value: str) -> tuple[str, ...]:
+    """The labels of ``--only``.
+
+    Raises:
+        UsageError: an entry is empty.
+    """
+    labels = tuple(entry.strip() for entry in _entries(value))
+    if not all(labels):
+        raise UsageError(f"--only {value!r}: an empty label; write PER,ORG")
+    return labels
+
+
+def _entries(value: str) -> list[str]:
+    return value.split(",") if value else []
+
+
+def _delimiter(value: str) -> str:
+    value = {"tab": "\t", "\\t": "\t"}.get(value, value)
+    if len(value) > 1 or value in ('"', "\n", "\r"):
+        raise UsageError(f"--delimiter {value!r}: one character, such as ';', or tab")
+    return value
+
+
+def _tag_names(value: str) -> tuple[str, ...]:
+    from nermill.worker.contracts.tags import is_tag
+
+    names = tuple(name.strip() for name in value.split(",")) if value else ()
+    for name in names:
+        if not is_tag(name):
+            raise UsageError(f"--tag-names {value!r}: {name!r} is no tag; name them in order: O,B-PER,I-PER,...")
+    return names
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:

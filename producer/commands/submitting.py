@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nermill.producer.commands import options as o
-from nermill.producer.commands.outcome import ensure_evaluated, go_on, report_status, told_how_to_go_on
+from nermill.producer.commands.outcome import ensure_evaluated, go_on, report_status, say_left_out, told_how_to_go_on
 from nermill.producer.commands.request import takes_request
 from nermill.producer.commands.streaming import stream
 from nermill.producer.queue import DEFAULT_BROKER, HIGH_WATER
@@ -28,8 +28,9 @@ def run(request: Request, model: o.Model = "demo", devices: o.Devices = "auto", 
     from nermill.producer.status import look
 
     check_devices(devices)
-    with reading() as on_documents:
-        folder, plan = make_plan(request, on_documents)
+    with reading() as on_read:
+        folder, plan = make_plan(request, on_read)
+    say_left_out(plan.details.get("left_out", ()))
     if not finish(folder, plan):
         with told_how_to_go_on("the same command again"), local_mill(model, devices, folder.uri) as (queue, worker):
 
@@ -62,8 +63,9 @@ def plan(
     from nermill.producer.progress import reading
     from nermill.producer.view import print_estimate, print_json
 
-    with reading() as on_documents:
-        found = estimate(request, costs, on_documents)
+    with reading() as on_read:
+        found = estimate(request, costs, on_read)
+    say_left_out(found.left_out)
     if json:
         print_json(found.as_json())
     else:
@@ -102,6 +104,7 @@ def submit(
     queue = Queue(broker)
     if follow or (request.inputs == ("-",) and request.read.format in (None, "jsonl")):
         return stream(request, queue, linger, high_water, follow=follow, ack=ack, wait=wait, as_json=json)
-    with reading() as on_documents:
-        folder, plan = make_plan(request, on_documents)
+    with reading() as on_read:
+        folder, plan = make_plan(request, on_read)
+    say_left_out(plan.details.get("left_out", ()))
     return go_on(folder, plan, queue, high_water, wait=wait, as_json=json)

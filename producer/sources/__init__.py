@@ -1,34 +1,47 @@
-"""Files become documents: one stream, whatever the format, the compression or the place."""
+"""Files become documents: one stream, whatever the format, the compression or the place.
+
+A reader is a function of a file and the options that yields documents; ``_READERS`` names one for each format.
+A record that cannot be read is yielded as a document with a fault; what is wrong with a file as a whole is raised.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
-from nermill.producer.sources.conll import looks_like_conll, read_conll
+from nermill.producer.sources.conll import read_conll
+from nermill.producer.sources.delimited import read_delimited
+from nermill.producer.sources.detect import UnknownFormatError, empty, format_of, is_documentation
 from nermill.producer.sources.files import SourceFile, find_files
+from nermill.producer.sources.json_array import read_json_array
 from nermill.producer.sources.jsonl import read_jsonl
-from nermill.producer.sources.options import FORMATS, Format, ReadOptions, Unit
+from nermill.producer.sources.options import FORMATS, Format, OnError, ReadOptions, Unit
 from nermill.producer.sources.text import read_text
 from nermill.worker.contracts.document import Document
 from nermill.worker.contracts.errors import UsageError
 
-__all__ = ["FORMATS", "Format", "ReadOptions", "Source", "SourceFile", "Unit", "open_sources"]
+__all__ = ["FORMATS", "Format", "Inputs", "OnError", "ReadOptions", "Source", "SourceFile", "Unit", "open_sources"]
 
-_HEAD = 1 << 16
-_SUFFIXES: dict[str, Format] = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".parquet": "parquet",
-    ".conll": "conll",
-    ".conll03": "conll",
-    ".iob": "conll",
-    ".iob2": "conll",
-    ".bio": "conll",
-    ".bioes": "conll",
+Reader = Callable[[SourceFile, ReadOptions], Iterator[Document]]
+
+
+def _read_parquet(file: SourceFile, options: ReadOptions) -> Iterator[Document]:
+    from nermill.producer.sources.parquet import read_parquet  # pyarrow takes its time to import
+
+    return read_parquet(file, options)
+
+
+_READERS: dict[Format, Reader] = {
+    "jsonl": read_jsonl,
+    "json": read_json_array,
+    "csv": partial(read_delimited, format_="csv"),
+    "tsv": partial(read_delimited, format_="tsv"),
+    "parquet": _read_parquet,
+    "conll": read_conll,
+    "text": read_text,
 }
-_COMPRESSED = (".gz", ".zst", ".zstd")
 
 
 @dataclass(frozen=True)
@@ -42,73 +55,72 @@ class Source:
         """Its documents, one by one, in its order.
 
         Raises:
-            UsageError: the file as a whole is wrong; the message names file and line.
+            UsageError: the file as a whole is wrong, such as one whose every record is malformed; or a record is and
+                ``options.on_error`` says ``fail``. The message names file and line.
         """
-        empty = True
-        for document in self._read(options):
-            empty = False
+        first: Document | None = None
+        is_malformed = True
+        for document in _READERS[self.format](self.file, options):
+            first = first or document
+            is_malformed &= document.fault is not None and document.fault.reason == "malformed"
+            if document.fault is not None and options.on_error == "fail":
+                raise UsageError(f"{self._told(document)}; mend it, or go on without it: --on-error reject")
             yield document
-        if empty:
-            raise _empty(self.file)
+        if first is None:
+            raise empty(self.file)
+        if is_malformed:
+            raise UsageError(
+                f"{self._told(first)}; no record of the file can be read: is it {self.format}? Say --format"
+            )
 
-    def _read(self, options: ReadOptions) -> Iterator[Document]:
-        if self.format == "parquet":
-            from nermill.producer.sources.parquet import read_parquet  # pyarrow takes its time to import
-
-            return read_parquet(self.file, options)
-        readers = {"jsonl": read_jsonl, "conll": read_conll, "text": read_text}
-        return readers[self.format](self.file, options)
+    def _told(self, document: Document) -> str:
+        """What is wrong with a document, and where."""
+        assert document.fault is not None
+        told = document.fault.message
+        return told if told.startswith(f"{self.file.uri}:") else f"{document.id}: {told}"
 
 
-def open_sources(inputs: Sequence[str], options: ReadOptions) -> list[Source]:
+@dataclass(frozen=True)
+class Inputs:
+    """What the arguments led to.
+
+    Attributes:
+        sources: The files that are read, in order.
+        left_out: The files that are not, each with the reason.
+    """
+
+    sources: list[Source]
+    left_out: list[str]
+
+
+def open_sources(inputs: Sequence[str], options: ReadOptions) -> Inputs:
     """Finds the inputs and the format of each.
+
+    Left out are documentation (README.md, LICENSE ...) beside data, however it was named, for a shell's pattern is not
+    to be told from names; and files of no known format in a folder.
 
     Raises:
         UsageError: a file that is missing, empty, of no known format, or of another format than its folder.
     """
-    sources = [Source(file, _format_of(file, options)) for file in find_files(inputs)]
+    files = find_files(inputs)
+    data = [file for file in files if not is_documentation(file)] or files
+    left_out = [f"{file.uri} (documentation)" for file in files if file not in data]
+    sources: list[Source] = []
+    unknown: UnknownFormatError | None = None
+    for file in data:
+        try:
+            sources.append(Source(file, format_of(file, options)))
+        except UnknownFormatError as error:
+            if not file.in_folder:
+                raise
+            unknown = unknown or error
+            left_out.append(str(error).partition("; ")[0])
+    if unknown is not None and not sources:
+        raise unknown
     for one, other in pairwise(sources):
-        if one.file.given == other.file.given and one.format != other.format:
+        if one.file.in_folder and one.file.given == other.file.given and one.format != other.format:
             raise UsageError(
                 f"{one.file.given}: mixed formats ({one.file.uri} {one.format}, {other.file.uri} {other.format}); "
                 "name one kind with a glob, or say --format"
             )
-    return sources
-
-
-def _format_of(file: SourceFile, options: ReadOptions) -> Format:
-    with file.open() as stream:
-        head = stream.read(_HEAD).removeprefix(b"\xef\xbb\xbf")
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UsageError(f"{file.uri}: UTF-16 text; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
-    by_suffix = _suffix_format(file.uri)
-    found = options.format or by_suffix or _sniff(head, file.uri)
-    if not head.strip() and (file.is_named or found != "text" or options.lines):
-        raise _empty(file)
-    return found
-
-
-def _suffix_format(uri: str) -> Format | None:
-    name = uri.rsplit("/", 1)[-1].lower()
-    for ending in _COMPRESSED:
-        name = name.removesuffix(ending)
-    return next((found for suffix, found in _SUFFIXES.items() if name.endswith(suffix)), None)
-
-
-def _sniff(head: bytes, uri: str) -> Format:
-    if head.startswith(b"PAR1"):
-        return "parquet"
-    if b"\0" in head[:4096]:
-        raise UsageError(f"{uri}: neither JSONL, CoNLL, text nor Parquet; say --format {'|'.join(FORMATS)} if it is")
-    start = head.lstrip()
-    if start.startswith((b'{"', b"{ ", b"{}")):
-        return "jsonl"
-    if start.startswith(b"[{"):
-        raise UsageError(f"{uri}:1: a JSON array; write one object a line (jq -c '.[]')")
-    lines = head.decode(errors="replace").splitlines()
-    complete = lines if len(head) < _HEAD else lines[:-1]
-    return "conll" if looks_like_conll(complete[:50]) else "text"
-
-
-def _empty(file: SourceFile) -> UsageError:
-    return UsageError(f"{file.uri}: the file is empty; name a file with documents, or leave it out")
+    return Inputs(sources, left_out)

@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import difflib
 import glob
-import gzip
 import hashlib
-import io
 import os
 import shutil
 import sys
 import tempfile
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, BinaryIO, cast
 
+from nermill.worker.contracts.content import BLOCK, numbered_lines, open_content, unreadable
 from nermill.worker.contracts.errors import UsageError
 
 STDIN = "-"
-MAX_LINE_BYTES = 32 << 20
-MAX_EXPANSION = 1000  # decompressed bytes for each compressed one, once BOMB_BYTES are passed
-BOMB_BYTES = 1 << 30
-BLOCK = 1 << 20
-
-_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
 
 @dataclass(frozen=True)
@@ -36,12 +28,15 @@ class SourceFile:
     Attributes:
         uri: As it was given, or as its glob or folder named it; ``-`` is standard input.
         given: The argument that led to it.
+        in_folder: Whether that argument is a folder, whose other files the user may never have looked at.
         spool: Content of standard input or a named pipe, kept because it is read more than once.
     """
 
     uri: str
     given: str
+    in_folder: bool = False
     spool: BinaryIO | None = field(default=None, compare=False)
+    _opened: list[BinaryIO] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def is_named(self) -> bool:
@@ -54,6 +49,14 @@ class SourceFile:
         Raises:
             UsageError: it is missing or cannot be read.
         """
+        self._opened[:] = [self._open_raw()]
+        return self._opened[0]
+
+    def position(self) -> int:
+        """How many stored bytes whoever opened it last has passed; 0 once it is closed."""
+        return 0 if not self._opened or self._opened[0].closed else self._opened[0].tell()
+
+    def _open_raw(self) -> BinaryIO:
         try:
             if self.spool is not None:
                 stream = os.fdopen(os.dup(self.spool.fileno()), "rb")
@@ -67,17 +70,12 @@ class SourceFile:
             raise unreadable(self.uri, error) from None
 
     def open(self) -> BinaryIO:
-        """The file's content, decompressed where its first bytes are those of gzip or Zstandard.
+        """The file's content, decompressed.
 
         Raises:
             UsageError: it is missing or cannot be read; reading raises it too, for a damaged or hostile stream.
         """
-        raw = self.open_raw()
-        try:
-            return cast(BinaryIO, io.BufferedReader(_Content(raw, self.uri), BLOCK))
-        except BaseException:
-            raw.close()
-            raise
+        return open_content(self.open_raw(), self.uri)
 
     def fingerprint(self) -> tuple[str, int]:
         """sha256 of the stored bytes, and how many there are."""
@@ -91,72 +89,10 @@ class SourceFile:
                 raise unreadable(self.uri, error) from None
         return digest.hexdigest(), size
 
-    def lines(self) -> Iterator[tuple[int, bytes | None]]:
+    def lines(self, *, keep_ends: bool = False) -> Generator[tuple[int, bytes | None], None, None]:
         """Its content by numbered lines."""
         with self.open() as stream:
-            yield from numbered_lines(stream)
-
-
-def numbered_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """Lines from 1 on, without their ends; None for a line above MAX_LINE_BYTES."""
-    number = 0
-    while line := stream.readline(MAX_LINE_BYTES):
-        number += 1
-        if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
-            while (rest := stream.readline(BLOCK)) and not rest.endswith(b"\n"):
-                pass
-            yield number, None
-            continue
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        yield number, line.removesuffix(b"\n").removesuffix(b"\r")
-
-
-class _Content(io.RawIOBase):
-    """Stored bytes decompressed on the way, with a guard against decompression bombs."""
-
-    def __init__(self, raw: BinaryIO, uri: str) -> None:
-        self._raw, self._uri, self._given = raw, uri, 0
-        try:
-            magic = raw.read(4)
-            raw.seek(0)
-        except OSError as error:
-            raise unreadable(uri, error) from None
-        self._packed = True
-        if magic.startswith(_GZIP):
-            self._stream: Any = gzip.GzipFile(fileobj=raw)
-        elif magic == _ZSTD:
-            import pyarrow as pa
-
-            self._stream = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
-        else:
-            self._stream, self._packed = raw, False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        try:
-            block = self._stream.read(len(buffer))
-        except (EOFError, zlib.error, OSError, ValueError) as error:
-            if self._packed and not getattr(error, "errno", None):
-                raise UsageError(
-                    f"{self._uri}: compressed data damaged or cut short ({error}); copy or compress it again"
-                ) from None
-            raise unreadable(self._uri, error) from None
-        self._given += len(block)
-        if self._packed and self._given > BOMB_BYTES and self._given > MAX_EXPANSION * max(1, self._raw.tell()):
-            raise UsageError(
-                f"{self._uri}: expands more than {MAX_EXPANSION} times; decompress it yourself if you trust it"
-            )
-        buffer[: len(block)] = block
-        return len(block)
-
-    def close(self) -> None:
-        if not self.closed:
-            self._stream.close()
-            self._raw.close()
-        super().close()
+            yield from numbered_lines(stream, keep_ends=keep_ends)
 
 
 def find_files(inputs: Sequence[str]) -> list[SourceFile]:
@@ -170,11 +106,12 @@ def find_files(inputs: Sequence[str]) -> list[SourceFile]:
     found: dict[str, SourceFile] = {}
     for given in inputs:
         if given == STDIN:
-            found[given] = SourceFile(STDIN, STDIN, _spool(STDIN))
+            found[given] = SourceFile(STDIN, STDIN, spool=_spool(STDIN))
             continue
         names = _find_remote(given) if is_remote(given) else _find_local(given)
+        in_folder = names != [given] and (os.path.isdir(given) or not glob.has_magic(given))
         for name in names:
-            found.setdefault(name, SourceFile(name, given, _spool(name) if _is_pipe(name) else None))
+            found.setdefault(name, SourceFile(name, given, in_folder, _spool(name) if _is_pipe(name) else None))
     return list(found.values())
 
 
@@ -201,11 +138,6 @@ def filesystem(uri: str) -> tuple[Any, str]:
     except (ImportError, ValueError) as error:
         raise UsageError(f"{uri}: {error}; see fsspec's list of stores for the package to install") from None
     return fs, str(path)
-
-
-def unreadable(uri: str, error: Exception) -> UsageError:
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return UsageError(f"{uri}: cannot be read ({reason}); check the path and its permissions")
 
 
 @cache

@@ -1,4 +1,4 @@
-"""How inputs are to be read, and what every reader says of a text in the same words."""
+"""How inputs are to be read, and what every reader says of a bad record in the same words."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nermill.worker.contracts.document import Document, Fault
+from nermill.worker.contracts.document import Document, Fault, Reason
 from nermill.worker.contracts.errors import UsageError
 
-Format = Literal["jsonl", "conll", "text", "parquet"]
+Format = Literal["jsonl", "json", "csv", "tsv", "parquet", "conll", "text"]
 Unit = Literal["sentence", "document"]
-FORMATS: tuple[Format, ...] = ("jsonl", "conll", "text", "parquet")
+OnError = Literal["reject", "fail"]
+FORMATS: tuple[Format, ...] = ("jsonl", "json", "csv", "tsv", "parquet", "conll", "text")
+KNOWN = "JSONL, JSON, CSV, TSV, Parquet, CoNLL, text (.txt .md)"
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,17 @@ class ReadOptions:
 
     Attributes:
         format: ``None`` looks at suffix and content of each file.
-        unit: What a document of a CoNLL file is: a sentence, or what stands between ``-DOCSTART-`` lines.
+        unit: What a document of a CoNLL file is: a sentence, or what stands between ``-DOCSTART-`` or ``# newdoc``.
         id_column: Field or column of the id; a record without one is called ``path:line``. Where it is not the default,
             a file in which no record has it is refused.
-        text_column: Field or column of the text.
+        text_column: Field or column of the text, or of a list of words. Records without a field of the default name
+            may have ``tokens`` or ``words`` instead.
         keep_fields: Whether the other fields travel along.
         lines: Whether each line of a plain text is a document.
+        on_error: What a record that cannot be read costs: itself (``reject``), or the whole run (``fail``).
+        delimiter: Between the fields of a CSV or TSV file, one character; empty looks at suffix and header.
+        word_column, tag_column: Columns of a CoNLL file, from 1, or negative from the end; None looks for them.
+        tag_names: Names of tags that are given as numbers, by number; empty takes a Parquet file's own.
     """
 
     format: Format | None = None
@@ -34,48 +41,42 @@ class ReadOptions:
     text_column: str = "text"
     keep_fields: bool = False
     lines: bool = False
+    on_error: OnError = "reject"
+    delimiter: str = ""
+    word_column: int | None = None
+    tag_column: int | None = None
+    tag_names: tuple[str, ...] = ()
 
 
-def text_document(identity: str, text: str, fields: dict[str, Any] | None = None) -> Document:
+def reject(identity: str, where: str, reason: Reason, message: str) -> Document:
+    """A document that cannot be tagged; its id or its message says where it stands."""
+    told = message if identity == where else f"{where}: {message}"
+    return Document(printable(identity), fault=Fault(reason, told))
+
+
+def text_document(identity: str, text: str, fields: dict[str, Any] | None = None, where: str = "") -> Document:
     """A document, or a reject where its text is empty or no Unicode text at all."""
     if not text.strip():
-        return Document(identity, fault=Fault("empty", "the text is empty"))
+        return reject(identity, where or identity, "empty", "the text is empty")
     if not is_unicode(text):
-        return Document(printable(identity), fault=Fault("not_utf8", "the text has lone surrogates"))
+        return reject(identity, where or identity, "not_utf8", "the text has lone surrogates")
     return Document(identity, text=text, fields=fields)
 
 
-def not_utf8(identity: str, error: UnicodeDecodeError) -> Document:
+def not_utf8(identity: str, where: str, error: UnicodeDecodeError) -> Document:
     """The reject of a document whose bytes are not UTF-8."""
-    return Document(identity, fault=Fault("not_utf8", f"not UTF-8 (byte {error.object[error.start]:#04x})"))
-
-
-def record_id(value: Any, fallback: str) -> str:
-    """The id of a record as a string; ``fallback`` where it has none.
-
-    Raises:
-        TypeError: the id is a list, an object or bytes.
-    """
-    if value is None or value == "":
-        return fallback
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (list, dict, bytes)):
-        raise TypeError(f"the id is a {type(value).__name__}, not a string or number")
-    return str(value)
+    return reject(identity, where, "not_utf8", f"not UTF-8 (byte {error.object[error.start]:#04x})")
 
 
 def no_text_field(where: str, fields: Sequence[str], options: ReadOptions) -> UsageError:
     """What to say of an input in which no record has the text field."""
-    found = ", ".join(fields[:20]) or "none"
+    found = printable(", ".join(fields[:20])) or "none"
     return UsageError(f"{where}: no field {options.text_column!r} (found: {found}); name the text with --text-column")
 
 
 def no_id_field(where: str, fields: Sequence[str], options: ReadOptions) -> UsageError:
     """What to say of an input in which no record has the id field that was asked for."""
-    found = ", ".join(fields[:20]) or "none"
+    found = printable(", ".join(fields[:20])) or "none"
     return UsageError(f"{where}: no field {options.id_column!r} (found: {found}); mend --id-column")
 
 
@@ -89,4 +90,5 @@ def is_unicode(text: str) -> bool:
 
 
 def printable(text: str) -> str:
+    """Text with ``?`` for lone surrogates."""
     return text.encode(errors="replace").decode()

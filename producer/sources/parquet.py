@@ -1,16 +1,19 @@
-"""Parquet tables: one row a document, the id and the text from two columns."""
+"""Parquet tables: one row a document, the id and the text or the words from two columns, tags from a third."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import parquet as pq
 
-from nermill.producer.sources.files import SourceFile, unreadable
-from nermill.producer.sources.options import ReadOptions, no_id_field, no_text_field, record_id, text_document
-from nermill.worker.contracts.document import Document, Fault
+from nermill.producer.sources.files import SourceFile
+from nermill.producer.sources.options import ReadOptions, no_id_field, no_text_field
+from nermill.producer.sources.record import content_field, record_document, tags_field
+from nermill.worker.contracts.content import unreadable
+from nermill.worker.contracts.document import Document
 from nermill.worker.contracts.errors import UsageError
 
 _ROWS = 1024
@@ -25,12 +28,14 @@ def read_parquet(file: SourceFile, options: ReadOptions) -> Iterator[Document]:
     with file.open_raw() as stream:
         try:
             table = pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
-            columns = _columns(table.schema_arrow, file.uri, options)
+            schema = table.schema_arrow
+            columns = _columns(schema, file.uri, options)
+            names = options.tag_names or class_names(schema, tags_field(schema.names))
             number = 0
             for batch in table.iter_batches(_ROWS, columns=columns):
                 for row in _rows(batch):
                     number += 1
-                    yield _document(row, f"{file.uri}:{number}", options)
+                    yield record_document(row, f"{file.uri}:{number}", options, names)
         except (pa.ArrowException, OSError, ValueError) as error:
             if getattr(error, "errno", None):
                 raise unreadable(file.uri, error) from None
@@ -38,18 +43,43 @@ def read_parquet(file: SourceFile, options: ReadOptions) -> Iterator[Document]:
             raise UsageError(f"{file.uri}: not a whole Parquet file ({reason}); copy it again") from None
 
 
+def class_names(schema: pa.Schema, column: str | None) -> tuple[str, ...]:
+    """Names of a column's classes, as Hugging Face's datasets writes them into the file's metadata; else none."""
+    try:
+        feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
+        while isinstance(feature, list) or "names" not in feature:
+            feature = feature[0] if isinstance(feature, list) else feature["feature"]
+        return tuple(map(str, feature["names"]))
+    except (KeyError, IndexError, TypeError, ValueError):
+        return ()
+
+
 def _columns(schema: pa.Schema, uri: str, options: ReadOptions) -> list[str]:
     names: list[str] = schema.names
-    if options.text_column not in names:
+    content = content_field(names, options)
+    if content is None:
         raise no_text_field(uri, names, options)
     if options.id_column not in names and options.id_column != ReadOptions.id_column:
         raise no_id_field(uri, names, options)
-    kind = schema.field(options.text_column).type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise UsageError(f"{uri}: column {options.text_column!r} is {kind}, not a string; mend --text-column")
-    return names if options.keep_fields else [n for n in (options.id_column, options.text_column) if n in names]
+    kind = _plain(schema.field(content).type)
+    if not _is_text(kind) and not (_is_list(kind) and _is_text(_plain(kind.value_type))):
+        raise UsageError(f"{uri}: column {content!r} is {kind}, not a string or a list of words; mend --text-column")
+    tags = tags_field(names) if _is_list(kind) else None
+    if options.keep_fields:
+        return names
+    return [name for name in dict.fromkeys((options.id_column, content, tags)) if name in names]
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
@@ -65,16 +95,3 @@ def _value(scalar: pa.Scalar) -> Any:
         return scalar.as_py()
     except UnicodeDecodeError as error:
         return error
-
-
-def _document(row: dict[str, Any], where: str, options: ReadOptions) -> Document:
-    try:
-        identity = record_id(row.pop(options.id_column, None), where)
-    except TypeError as error:
-        return Document(where, fault=Fault("wrong_type", str(error)))
-    text = row.pop(options.text_column)
-    if isinstance(text, UnicodeDecodeError):
-        return Document(identity, fault=Fault("not_utf8", "the text is not UTF-8"))
-    if text is None:
-        return Document(identity, fault=Fault("missing_field", f"{options.text_column!r} is null"))
-    return text_document(identity, text, row if options.keep_fields else None)

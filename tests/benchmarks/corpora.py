@@ -75,7 +75,7 @@ def spread(texts: Sequence[str], count: int) -> list[str]:
 
 def _texts(data: Path, unit: Unit) -> list[str]:
     options = ReadOptions(unit=unit)
-    (source,) = open_sources([str(data)], options)
+    (source,) = open_sources([str(data)], options).sources
     return [" ".join(document.words) for document in source.documents(options) if document.words]
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -329,3 +331,24 @@ def test_what_cannot_be_tagged_is_a_type_error_that_says_what_to_pass(
         assert "\n" not in str(caught.value)
         assert len(made.tag(text for text in ("Ada", "Bob"))) == 2, "any iterable is fine"
         assert made.tag([]) == []
+
+
+def test_labels_are_chosen_in_entities_tags_and_gold_and_counted(tokenizer: Tokenizer) -> None:
+    words = [f"w{n}" for n in range(200)]
+    table = shard_table([Document("a", words=tuple(words), gold_tags=("B-person", "B-X", *["O"] * 198))])
+    with tagger(tokenizer, HashEngine(manifest())) as made:
+        whole = made.pipeline.annotate(table, Options()).part.to_pylist()[0]
+        first, *others = sorted({entity["label"] for entity in whole["entities"]})
+        assert others
+        options = Options(map={first: "NEW", "person": "NEW"}, only=("NEW",), min_score=0.5)
+        annotated = made.pipeline.annotate(table, options)
+    row = annotated.part.to_pylist()[0]
+    stays = [e for e in whole["entities"] if e["label"] == first and e["score"] >= 0.5]
+    assert row["entities"] == [{**entity, "label": "NEW"} for entity in stays]
+    assert [tag for tag in row["tags"] if tag.startswith("B-")] == ["B-NEW"] * len(stays)
+    assert row["gold_tags"] == ["B-NEW", *["O"] * 199]
+    counts = json.loads(json.dumps(asdict(annotated.stats)))["labels"]
+    assert counts["gold.mapped.person"] == counts["gold.left_out.X"] == 1
+    assert counts[f"predicted.mapped.{first}"] == len(stays)
+    assert sum(n for name, n in counts.items() if name.startswith("predicted.")) == len(whole["entities"])
+    assert (annotated.stats + annotated.stats).labels == {name: 2 * n for name, n in counts.items()}

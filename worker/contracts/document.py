@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Reason = Literal["empty", "not_utf8", "missing_field", "wrong_type", "too_large", "model_failure", "crashed_worker"]
+Reason = Literal[
+    "empty", "malformed", "not_utf8", "missing_field", "wrong_type", "too_large", "model_failure", "crashed_worker"
+]
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,9 @@ class Options:
         max_chars: Longest document in code points; a longer one is rejected.
         keep_text: Whether parts carry the text.
         keep_fields: Whether parts carry the record's other fields, as JSON.
+        map: New names of labels, gold's and the model's; ``O`` leaves a label out.
+        only: Labels that stay, by their new names; empty for all.
+        min_score: Entities below this score, in [0, 1], are left out.
     """
 
     aggregation: Aggregation = "first"
@@ -35,6 +38,9 @@ class Options:
     max_chars: int = 1_000_000
     keep_text: bool = False
     keep_fields: bool = False
+    map: dict[str, str] = field(default_factory=dict)
+    only: tuple[str, ...] = ()
+    min_score: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +142,7 @@ def options_from(body: dict[str, Any]) -> Options:
     defaults = Options()
     if not isinstance(body, dict) or (unknown := body.keys() - {f.name for f in fields(Options)}):
         raise ValueError(f"unknown options {sorted(unknown) if isinstance(body, dict) else body!r}")
+    body = {name: tuple(value) if isinstance(value, list) else value for name, value in body.items()}
     for name, value in body.items():
         if type(value) is not type(getattr(defaults, name)):
             raise ValueError(f"option {name}={value!r} has the wrong type")
@@ -144,4 +151,8 @@ def options_from(body: dict[str, Any]) -> Options:
         raise ValueError(f"aggregation {options.aggregation!r} is none of {', '.join(AGGREGATIONS)}")
     if not 0 <= options.overlap <= 4096 or not 0 < options.max_chars <= 2**31 - 1:
         raise ValueError("overlap or max_chars out of range")
+    if not all(isinstance(text, str) and text for text in (*options.map, *options.map.values(), *options.only)):
+        raise ValueError("map or only names no label")
+    if not 0 <= options.min_score <= 1:
+        raise ValueError("min_score out of range")
     return options

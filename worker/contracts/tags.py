@@ -66,6 +66,17 @@ def detect_scheme(sequences: Iterable[Sequence[str]]) -> Scheme:
     return found
 
 
+def merge_schemes(one: Scheme, other: Scheme) -> Scheme:
+    """The scheme of two files, or of two parts of one: IOB2 where both are, else the one that allows more."""
+    order: tuple[Scheme, ...] = ("IOB2", "IOB1", "BIOES")
+    return max(one, other, key=order.index)
+
+
+def is_tag(tag: str) -> bool:
+    """Whether a tag is of any scheme: ``O``, or a known prefix, a dash and a label."""
+    return _parse(tag) is not None
+
+
 def _starts_chunk(before: str, label_before: str, prefix: str, label: str) -> bool:
     if prefix == OUTSIDE:
         return False

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from nermill.worker.evaluation.evaluation import evaluate
+from nermill.worker.evaluation.evaluation import GoldOptions, evaluate
 from nermill.worker.evaluation.floors import below_floors
 from nermill.worker.evaluation.report import write_report
 
-__all__ = ["below_floors", "evaluate", "write_report"]
+__all__ = ["GoldOptions", "below_floors", "evaluate", "write_report"]

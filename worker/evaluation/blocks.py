@@ -17,6 +17,7 @@ from nermill.worker.contracts.part import measurements, open_part
 from nermill.worker.contracts.schema import SCHEMA_VERSION, metadata_of
 from nermill.worker.evaluation.chunks import Bools, Ints, Labels, Tags, read_tags
 from nermill.worker.evaluation.gold import GoldFile
+from nermill.worker.evaluation.selection import choose_entities
 
 _BLOCK_BYTES = 16 << 20  # uncompressed; bounds memory where documents are long
 _BLOCK_ROWS = 8192
@@ -119,6 +120,8 @@ class Parts:
 
 
 def _make_block(rows: pa.RecordBatch, gold: pa.Array, labels: Labels) -> Block:
+    if not labels.choice.is_all:
+        rows = choose_entities(rows, labels)
     has_gold = gold.is_valid()
     scored = np.flatnonzero(has_gold.to_numpy(zero_copy_only=False))
     gold, tags = gold.filter(has_gold), rows["tags"].filter(has_gold)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from nermill.worker.contracts.errors import UsageError
+from nermill.worker.contracts.labels import LabelChoice, key
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -19,18 +21,29 @@ NO_LABEL = -1
 
 
 class Labels:
-    """Labels and tags by number, in the order in which they were met."""
+    """Labels and tags by number, in the order in which they were met.
 
-    def __init__(self) -> None:
+    Args:
+        choice: Under which names they count, and which do not.
+
+    Attributes:
+        names: Labels, by number, under the names that they count by.
+        tally: Entities whose label was mapped or left out: see ``contracts.labels``.
+    """
+
+    def __init__(self, choice: LabelChoice | None = None) -> None:
+        self.choice = choice or LabelChoice()
         self.names: list[str] = []
-        self._labels: dict[str, int] = {}
+        self.tally: Counter[str] = Counter()
+        self._labels: dict[str, int] = {"": NO_LABEL}
         self._tags: dict[str, tuple[int, int]] = {"O": (O, NO_LABEL)}
 
     def __len__(self) -> int:
         return len(self.names)
 
     def label(self, name: str) -> int:
-        """A label's number."""
+        """A label's number; NO_LABEL for one that is left out."""
+        name = self.choice.target(name)
         if name not in self._labels:
             self._labels[name] = len(self.names)
             self.names.append(name)
@@ -46,8 +59,16 @@ class Labels:
             prefix, dash, name = tag.partition("-")
             if prefix not in _PREFIXES or not dash or not name:
                 raise UsageError(f"tag {tag!r} fits no scheme; tags are 'O' or like 'B-PER'")
-            self._tags[tag] = _PREFIXES[prefix], self.label(name)
+            label = self.label(name)
+            self._tags[tag] = O if label == NO_LABEL else _PREFIXES[prefix], label
         return self._tags[tag]
+
+    def count(self, side: str, tag: str, times: int) -> None:
+        """Notes how often a tag that begins an entity was met in ``gold`` or ``predicted``."""
+        prefix, _, label = tag.partition("-")
+        name = self.choice.target(label)
+        if times and prefix == "B" and name != label:
+            self.tally[key(side, label, name)] += times
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +127,11 @@ def read_tags(flat: pa.Array, offsets: Ints, labels: Labels, *, normalise: bool)
         UsageError: a tag of no scheme.
     """
     encoded = flat if pa.types.is_dictionary(flat.type) else flat.dictionary_encode()
-    table = np.array([labels.tag(tag) for tag in encoded.dictionary.to_pylist()], np.int64).reshape(-1, 2)
+    tags = encoded.dictionary.to_pylist()
+    table = np.array([labels.tag(tag) for tag in tags], np.int64).reshape(-1, 2)
     codes = encoded.indices.to_numpy(zero_copy_only=False)
+    for tag, times in zip(tags, np.bincount(codes, minlength=len(tags)).tolist(), strict=True):
+        labels.count("gold" if normalise else "predicted", tag, times)
     prefix, label = table[codes, 0], table[codes, 1]
     starts = _starts(prefix, label, offsets)
     rewritten = np.where(starts, B, I)

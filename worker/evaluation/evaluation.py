@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nermill.worker.contracts.errors import UsageError
+from nermill.worker.contracts.labels import LabelChoice, bare_labels, choice_of
 from nermill.worker.contracts.layout import RunFolder
 from nermill.worker.contracts.manifest import Manifest
 from nermill.worker.contracts.plan import Plan, read_plan
@@ -18,19 +21,35 @@ from nermill.worker.evaluation.lengths import Lengths
 from nermill.worker.evaluation.mistakes import Mistakes
 from nermill.worker.evaluation.provenance import describe_origin, find_manifest
 from nermill.worker.evaluation.scores import REPLICATES, Tally
+from nermill.worker.evaluation.selection import describe_choice, explain_labels
 from nermill.worker.evaluation.throughput import measure_throughput
 
 REPORT_VERSION = 1
 
 
+@dataclass(frozen=True)
+class GoldOptions:
+    """A gold file, and where its columns are: see ``contracts.conll``."""
+
+    path: Path
+    word_column: int | None = None
+    tag_column: int | None = None
+
+
 def evaluate(
-    run: RunFolder, *, gold: Path | None = None, partial: bool = False, compare: RunFolder | None = None
+    run: RunFolder,
+    *,
+    gold: Path | GoldOptions | None = None,
+    partial: bool = False,
+    compare: RunFolder | None = None,
+    choice: LabelChoice | None = None,
 ) -> dict[str, Any]:
     """Scores and throughput of a run, in constant memory.
 
     Args:
         run: The run's folder.
         gold: CoNLL file with gold tags for the run's documents; else those that came with them.
+        choice: What becomes of labels, after what the run's own options made of them.
         partial: Go on although parts are missing.
         compare: Another run over the same documents; its difference is reported under ``compare``.
 
@@ -40,7 +59,9 @@ def evaluate(
     Raises:
         UsageError: no run, a run that is not complete, a damaged part, gold that does not fit.
     """
-    parts, plan, warnings = _open_run(run, Labels(), gold, partial)
+    choice = choice or LabelChoice()
+    gold = GoldOptions(gold) if isinstance(gold, Path) else gold
+    parts, plan, warnings = _open_run(run, Labels(choice), gold, partial)
     tally, mistakes = Tally(parts.labels), Mistakes(parts.labels)
     calibration, lengths = Calibration(parts.labels), Lengths()
     for block in parts.blocks():
@@ -59,12 +80,17 @@ def evaluate(
         "documents": sum(part.rows for part in parts.seen),
     }
     if tally.documents:
-        warnings += _unknown_labels(tally, manifest, gold)
-        report |= _describe_gold(parts) | tally.scores() | mistakes.summary() | {"calibration": calibration.summary()}
+        scores = tally.scores()
+        warnings += _unknown_labels(run, plan, tally, manifest, gold, scores["f1"])
+        report |= _describe_gold(parts) | scores | mistakes.summary() | {"calibration": calibration.summary()}
     else:
         warnings.append("no gold tags in the run, so there are no scores; name them with --gold FILE")
+    run_choice = choice_of(plan.options)
+    if not (run_choice.is_all and choice.is_all):
+        report["labels"], told = describe_choice((run_choice, choice), _label_tally(parts))
+        warnings += told
     if compare is not None:
-        report["compare"] = _compare(run, compare, gold, partial)
+        report["compare"] = _compare(run, compare, gold, partial, choice)
     return report | {
         "throughput": measure_throughput([entry for part in parts.seen for entry in part.stats]),
         "lengths": lengths.summary() | {"shapes": [list(shape) for shape in manifest.shapes] if manifest else []},
@@ -73,10 +99,24 @@ def evaluate(
     }
 
 
-def _open_run(run: RunFolder, labels: Labels, gold: Path | None, partial: bool) -> tuple[Parts, Plan, list[str]]:
+def _open_run(run: RunFolder, labels: Labels, gold: GoldOptions | None, partial: bool) -> tuple[Parts, Plan, list[str]]:
     plan = read_plan(run)
     shards, warnings = _shards_to_read(run, plan, partial)
-    return Parts(run, shards, labels, plan.documents, GoldFile(gold, plan.unit) if gold else None), plan, warnings
+    file = None
+    if gold is not None:
+        file = GoldFile(gold.path, plan.unit, gold.word_column, gold.tag_column, choice_of(plan.options))
+    return Parts(run, shards, labels, plan.documents, file), plan, warnings
+
+
+def _label_tally(parts: Parts) -> Counter[str]:
+    """Entities that the run's worker and this evaluation mapped or left out; gold's of a gold file are its own."""
+    tally = Counter(parts.labels.tally)
+    for entry in (entry for part in parts.seen for entry in part.stats):
+        counts = entry.get("labels", {})
+        tally.update({k: n for k, n in counts.items() if parts.gold is None or not k.startswith("gold.")})
+    if parts.gold is not None:
+        tally.update(parts.gold.tally)
+    return tally
 
 
 def _shards_to_read(run: RunFolder, plan: Plan, partial: bool) -> tuple[list[int], list[str]]:
@@ -110,24 +150,28 @@ def _describe_gold(parts: Parts) -> dict[str, Any]:
     }
 
 
-def _unknown_labels(tally: Tally, manifest: Manifest | None, gold: Path | None) -> list[str]:
+def _unknown_labels(
+    run: RunFolder, plan: Plan, tally: Tally, manifest: Manifest | None, gold: GoldOptions | None, f1: float
+) -> list[str]:
     """Gold labels that the model cannot answer: an error where the person at the terminal named the gold file."""
-    if manifest is None:
+    rows = dict(zip(tally.labels.names, tally.conlleval.tolist(), strict=True))
+    if manifest is not None:
+        named = (choice_of(plan.options).target(label) for label in bare_labels(manifest.labels))
+        known = sorted({tally.labels.choice.target(name) for name in named if name} - {""})
+    elif not f1:  # all that is known of the model is what it answered
+        known = sorted(name for name, row in rows.items() if row[1])
+    else:
         return []
-    known = {label.partition("-")[2] for label in manifest.labels} - {""}
-    support = dict(zip(tally.labels.names, tally.conlleval[:, 0].tolist(), strict=True))
-    unknown = sorted(name for name, count in support.items() if count and name not in known)
-    if not unknown:
-        return []
-    named = ", ".join(f"{name} ({support[name]:,})" for name in unknown)
-    line = f"gold has labels that the model does not know: {named}; it knows {', '.join(sorted(known))}"
-    if gold is not None:
-        raise UsageError(f"{gold}: {line}; rename or remove them")
-    return [f"{line}; they count as missed"]
+    line = explain_labels(run.uri, {name: row[0] for name, row in rows.items()}, known, f1)
+    if line and gold is not None:
+        raise UsageError(f"{gold.path}: {line} --gold {gold.path}")
+    return [line] if line else []
 
 
-def _compare(run: RunFolder, other: RunFolder, gold: Path | None, partial: bool) -> dict[str, Any]:
-    labels = Labels()
+def _compare(
+    run: RunFolder, other: RunFolder, gold: GoldOptions | None, partial: bool, choice: LabelChoice
+) -> dict[str, Any]:
+    labels = Labels(choice)
     mine, _, _ = _open_run(run, labels, gold, partial)
     theirs, plan, warnings = _open_run(other, labels, None, partial)
     found = Comparison(mine, theirs).run()

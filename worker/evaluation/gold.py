@@ -2,50 +2,61 @@
 
 from __future__ import annotations
 
-import gzip
-import io
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import IO
 
 import pyarrow as pa
-from zstandard import ZstdDecompressor, ZstdError
 
+from nermill.worker.contracts.conll import LAYOUT_LINES, Sentence, find_layout, join_documents, read_sentences
+from nermill.worker.contracts.content import numbered_lines, open_content
 from nermill.worker.contracts.errors import UsageError
-from nermill.worker.contracts.tags import Scheme, detect_scheme, to_iob2
-
-_DOCUMENT_MARK = "-DOCSTART-"
-
-
-@dataclass(frozen=True, slots=True)
-class _Sentence:
-    line: int
-    words: list[str]
-    tags: tuple[str, ...]
-    opens_document: bool
+from nermill.worker.contracts.labels import LabelChoice
+from nermill.worker.contracts.tags import Scheme, merge_schemes
 
 
 class GoldFile:
     """Gold tags of all documents of a run, in the run's order.
 
     Args:
-        path: A CoNLL file, or ``.gz`` or ``.zst`` of one: a word a line, its tag in the last column, an empty line
-            after a sentence.
+        path: A CoNLL file, perhaps compressed, as an input of a run may be: see ``contracts.conll``.
         unit: What a document of the run is, ``sentence`` or ``document`` (up to the next ``-DOCSTART-``).
+        word_column: Column of the words, from 1, or negative from the end; None looks for it.
+        tag_column: Column of the tags, likewise.
+        choice: What becomes of its labels.
+
+    Attributes:
+        tally: Entities whose label was mapped or left out: see ``contracts.labels``.
+        scheme: What the tags were written in, as far as they have been read.
 
     Raises:
         UsageError: the file cannot be read, or is not of that kind.
     """
 
-    def __init__(self, path: Path, unit: str) -> None:
-        self.path = path
-        self.scheme: Scheme = self._detect()
-        self._documents = enumerate(self._read_documents() if unit == "document" else self._sentences())
+    def __init__(
+        self,
+        path: Path,
+        unit: str,
+        word_column: int | None = None,
+        tag_column: int | None = None,
+        choice: LabelChoice | None = None,
+    ) -> None:
+        self.path, self.tally = path, Counter[str]()
+        self._choice = choice or LabelChoice()
+        self.scheme: Scheme = "IOB2"
+        head = [(raw or b"").decode(errors="replace") for _, raw in islice(self._lines(), LAYOUT_LINES)]
+        layout = find_layout(head, str(path), word_column, tag_column)
+        if layout.tag is None and any(head):
+            raise UsageError(f"{path}: words without tags; gold is CoNLL, word and tag a line")
+        sentences = read_sentences(self._lines(), layout, str(path))
+        self._documents = enumerate(join_documents(sentences, str(path)) if unit == "document" else sentences)
         self._taken = 0
 
     def take(self, rows: pa.RecordBatch) -> pa.Array:
-        """Gold tags of a block's documents; documents between blocks are passed over.
+        """Gold tags of a block's documents, null where the file's own are damaged, as the document then is too.
+
+        Documents between blocks are passed over.
 
         Args:
             rows: A block with ``doc_index``, ``doc_id``, ``status`` and ``words``.
@@ -58,13 +69,15 @@ class GoldFile:
         for index, name, status, words in zip(*columns, strict=True):
             sentence = self._advance(index, name)
             if words is None and status == "rejected":
-                tags.append(sentence.tags)
+                tags.append(None if sentence.fault else self._choice.tags(sentence.tags, self.tally))
                 continue
             if words is None:
                 raise UsageError(
                     f"{self.path}: document {name!r} of the run came as text, not as words, so tags cannot be held"
                     " against it; submit the CoNLL file itself"
                 )
+            if sentence.fault is not None:
+                raise UsageError(f"{sentence.fault.message}; mend the gold tags")
             if len(words) != len(sentence.words):
                 raise UsageError(
                     f"{self.path}:{sentence.line}: {len(sentence.words)} gold tags for the {len(words)} words of"
@@ -73,10 +86,10 @@ class GoldFile:
             if words != sentence.words:
                 at = next(i for i, pair in enumerate(zip(words, sentence.words, strict=True)) if pair[0] != pair[1])
                 raise UsageError(
-                    f"{self.path}:{sentence.line + at}: the word {sentence.words[at]!r:.60} stands where document"
+                    f"{self.path}:{sentence.lines[at]}: the word {sentence.words[at]!r:.60} stands where document"
                     f" {name!r} has {words[at]!r:.60}; gold and run must hold the same documents in the same order"
                 )
-            tags.append(sentence.tags)
+            tags.append(self._choice.tags(sentence.tags, self.tally))
         return pa.array(tags, pa.list_(pa.string()))
 
     def finish(self, documents: int) -> None:
@@ -85,15 +98,15 @@ class GoldFile:
         Raises:
             UsageError: it has more documents.
         """
-        for index, sentence in self._documents:
+        for index, sentence in self._read():
             if index >= documents:
                 raise UsageError(
                     f"{self.path}:{sentence.line}: gold goes on after the run's {documents:,} documents;"
                     " name the file that was submitted"
                 )
 
-    def _advance(self, index: int, name: str) -> _Sentence:
-        for number, sentence in self._documents:
+    def _advance(self, index: int, name: str) -> Sentence:
+        for number, sentence in self._read():
             self._taken = number + 1
             if number == index:
                 return sentence
@@ -102,68 +115,14 @@ class GoldFile:
             " name the file that was submitted"
         )
 
-    def _detect(self) -> Scheme:
-        line = 0
+    def _read(self) -> Iterator[tuple[int, Sentence]]:
+        for number, sentence in self._documents:
+            self.scheme = merge_schemes(self.scheme, sentence.scheme)
+            yield number, sentence
 
-        def tags() -> Iterator[tuple[str, ...]]:
-            nonlocal line
-            for sentence in self._raw():
-                line = sentence.line
-                yield sentence.tags
-
+    def _lines(self) -> Iterator[tuple[int, bytes | None]]:
         try:
-            return detect_scheme(tags())
-        except ValueError as error:
-            raise UsageError(f"{self.path}: in the sentence from line {line}: {error}") from None
-
-    def _sentences(self) -> Iterator[_Sentence]:
-        for raw in self._raw():
-            yield _Sentence(raw.line, raw.words, to_iob2(raw.tags, self.scheme), raw.opens_document)
-
-    def _read_documents(self) -> Iterator[_Sentence]:
-        document: _Sentence | None = None
-        for sentence in self._sentences():
-            if document is None or sentence.opens_document:
-                if document is not None:
-                    yield document
-                document = sentence
-            else:
-                words, tags = document.words + sentence.words, document.tags + sentence.tags
-                document = _Sentence(document.line, words, tags, document.opens_document)
-        if document is not None:
-            yield document
-
-    def _raw(self) -> Iterator[_Sentence]:
-        first, words, tags, opens = 0, list[str](), list[str](), False
-        for number, line in self._lines():
-            columns = line.split()
-            if columns and columns[0] != _DOCUMENT_MARK:
-                if len(columns) < 2:
-                    raise UsageError(f"{self.path}:{number}: a word without a tag; gold is CoNLL, word and tag a line")
-                first = first if words else number
-                words.append(columns[0])
-                tags.append(columns[-1])
-                continue
-            if words:
-                yield _Sentence(first, words, tuple(tags), opens)
-                words, tags, opens = [], [], False
-            opens = opens or bool(columns)
-        if words:
-            yield _Sentence(first, words, tuple(tags), opens)
-
-    def _lines(self) -> Iterator[tuple[int, str]]:
-        try:
-            with self._open() as stream:
-                yield from enumerate(stream, 1)
-        except (OSError, EOFError, ZstdError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise UsageError(f"{self.path}: cannot read the gold tags ({reason})") from None
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{self.path}: gold is not UTF-8 ({error.reason} at byte {error.start})") from None
-
-    def _open(self) -> IO[str]:
-        if self.path.suffix == ".gz":
-            return gzip.open(self.path, "rt", encoding="utf-8", newline="\n")
-        if self.path.suffix == ".zst":
-            return io.TextIOWrapper(ZstdDecompressor().stream_reader(self.path.open("rb"), closefd=True), "utf-8")
-        return self.path.open("r", encoding="utf-8", newline="\n")
+            with open_content(self.path.open("rb"), str(self.path)) as stream:
+                yield from numbered_lines(stream)
+        except OSError as error:
+            raise UsageError(f"{self.path}: cannot read the gold tags ({error.strerror or error})") from None

@@ -30,7 +30,7 @@ def describe_origin(plan: Plan, parts: list[Part], manifest: Manifest | None) ->
     return {
         "created": plan.created,
         "inputs": [asdict(entry) for entry in plan.inputs],
-        "options": asdict(plan.options),
+        "options": {**asdict(plan.options), "only": list(plan.options.only)},
         "model": _values(parts, "model"),
         "artifact_sha256": _values(parts, "artifact_sha256"),
         "aggregation": _values(parts, "aggregation"),

@@ -12,6 +12,8 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import pyarrow as pa
 
@@ -19,7 +21,7 @@ from nermill.worker.contracts.document import Fault
 from nermill.worker.contracts.errors import LeaseLostError
 from nermill.worker.contracts.ledger import MAX_STRIKES, Claim, Ledger
 from nermill.worker.contracts.plan import Shard
-from nermill.worker.pipeline import Annotated, Pipeline, Stats
+from nermill.worker.pipeline import Annotated, Pipeline
 
 GROUPS = 8
 
@@ -132,8 +134,7 @@ def annotate_in_trials(pipeline: Pipeline, ledger: Ledger, claim: Claim, shard: 
         faults |= {trial.start + row: fault for row, fault in annotated.faults.items()}
         stats.append(annotated.stats)
     ledger.probe(claim, None)  # what may go wrong from here on is no document's fault
-    totals = (sum(getattr(s, name) for s in stats) for name in Stats.__slots__)
-    return Annotated(pa.concat_tables(tagged), faults, Stats(*totals))
+    return Annotated(pa.concat_tables(tagged), faults, reduce(add, stats))
 
 
 def _as_fault(document: pa.Table) -> pa.Table:

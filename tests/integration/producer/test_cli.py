@@ -364,3 +364,40 @@ def _seconds(environment: dict[str, str]) -> float:
         [sys.executable, "-m", "nermill.producer.cli", "--help"], env=environment, check=True, capture_output=True
     )
     return time.monotonic() - began
+
+
+def test_labels_that_gold_and_model_do_not_share_are_explained(nermill, broker, serving, tmp_path):
+    corpus, gold = tmp_path / "in.conll", ("B-person", "O")
+    corpus.write_text("".join(f"{word}\t{tag}\n" for word, tag in zip(("Ada", "met"), gold, strict=True)))
+    command = ["submit", corpus, "--out", tmp_path / "out", "--wait", "--json", "--broker", broker]
+    with serving():
+        code, out, err = nermill(*command)
+    status = json.loads(out)
+    assert (code, status["scores"]["f1"]) == (0, 0.0)
+    mend = f"nermill evaluate {status['run']} --map person=PER"
+    assert f"no label is in both, so F1 is 0; to compare them: {mend}\n" in err
+    code, out, _ = nermill(*mend.split()[1:], "--json")
+    report = json.loads(out)
+    assert (code, report["f1"], report["labels"]["gold"]["mapped"]) == (0, 1.0, {"person": 1})
+
+
+def test_what_is_left_out_and_rejected_is_said(nermill, broker, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "README.md").write_text("# Data")
+    (folder / "a.csv").write_text("id,text\n1,Ada\n2\n")
+    code, out, err = nermill("plan", folder, "--json")
+    assert (code, json.loads(out)["documents"]) == (0, {"total": 2, "rejected": 1})
+    assert err == f"nermill: left out: {folder}/README.md (documentation)\n"
+    code, out, err = nermill("plan", folder, "--on-error", "fail")
+    assert (code, out) == (2, "")
+    assert f"{folder}/a.csv:3: 1 field where the header has 2; mend it, or go on without it: --on-error reject" in err
+
+
+def test_labels_that_the_model_lacks_are_named_before_anything_is_written(nermill, tmp_path):
+    corpus = tmp_path / "in.jsonl"
+    corpus.write_text('{"text": "Ada"}')
+    code, out, err = nermill("plan", corpus, "--out", tmp_path / "out", "--only", "GPE")
+    assert (code, out) == (2, "")
+    assert err == "nermill: --only GPE: the model demo has no label GPE; it has LOC, MISC, ORG, PER\n"
+    assert not (tmp_path / "out").exists()

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
 import os
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet as pq
 
 from nermill.producer.planning import Request, make_plan, nothing_half_written
 from nermill.producer.recovery import BEFORE, beside
 from nermill.producer.shards import ShardLimits
-from nermill.producer.sources import ReadOptions
+from nermill.producer.sources import ReadOptions, reading
 from nermill.worker.contracts.errors import StoreError, UsageError
 from nermill.worker.contracts.layout import RunFolder, part_name
 from nermill.worker.contracts.plan import Options, read_plan
@@ -31,6 +35,23 @@ def test_the_plan_is_enough_to_know_the_run(request_):
     assert (plan.documents, [s.documents for s in plan.shards], run.shards()) == (10, [4, 4, 2], {0, 1, 2})
     assert (plan.inputs[0].documents, plan.inputs[0].format, len(plan.inputs[0].sha256)) == (10, "jsonl", 64)
     assert (plan.has_gold, plan.unit) == (False, "document")
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "in.csv.gz", "in.parquet"])
+def test_the_reading_says_how_far_it_is(request_, tmp_path, name, monkeypatch):
+    monkeypatch.setattr(reading, "_TOLD_SECONDS", 0.0)
+    path = tmp_path / name
+    texts = [f"Ada {n} {hashlib.sha256(str(n).encode()).hexdigest()}" for n in range(20_000)]
+    if name.endswith("parquet"):
+        pq.write_table(pa.table({"text": texts}), path, row_group_size=5000)
+    elif name.endswith("gz"):
+        path.write_bytes(gzip.compress("\n".join(["text", *texts]).encode()))
+    seen: list[reading.ReadProgress] = []
+    make_plan(replace(request_, inputs=(str(tmp_path / "in.jsonl"), str(path)), limits=ShardLimits()), seen.append)
+    total = sum(file.stat().st_size for file in {tmp_path / "in.jsonl", path})
+    assert {far.total_bytes for far in seen} == {total}
+    assert (seen[-1].bytes, seen[-1].documents) == (total, 10 if name == "in.jsonl" else 20_010)
+    assert name == "in.jsonl" or len({far.bytes for far in seen}) > 2  # it moves within a file, packed or not
 
 
 def test_the_same_request_is_the_same_run_and_another_is_another(request_):
@@ -96,14 +117,15 @@ def test_what_was_there_before_stays(request_, tmp_path):
     run, _ = make_plan(request_)
     (tmp_path / "bad.jsonl").write_text('{"text": "Ada"}\n{')
     with pytest.raises(UsageError):
-        make_plan(replace(request_, inputs=(str(tmp_path / "bad.jsonl"),)))
+        make_plan(replace(request_, inputs=(str(tmp_path / "bad.jsonl"),), read=ReadOptions(on_error="fail")))
     assert sorted(p.name for p in (tmp_path / "deep" / "out").iterdir()) == [Path(run.uri).name]
 
 
 def test_nothing_is_left_on_a_store_either(request_, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "Ada"}\n' * 10 + "{")
+    bad = replace(request_, inputs=(str(tmp_path / "bad.jsonl"),), read=ReadOptions(on_error="fail"))
     with pytest.raises(UsageError):
-        make_plan(replace(request_, inputs=(str(tmp_path / "bad.jsonl"),), out="memory://store/bad"))
+        make_plan(replace(bad, out="memory://store/bad"))
     import fsspec
 
     fs = fsspec.filesystem("memory")

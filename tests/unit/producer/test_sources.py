@@ -20,6 +20,7 @@ from pyarrow import parquet as pq
 
 from nermill.producer.sources import ReadOptions, files, open_sources
 from nermill.producer.sources.jsonl import parse_line
+from nermill.worker.contracts import content
 from nermill.worker.contracts.document import Document
 from nermill.worker.contracts.errors import UsageError
 
@@ -29,7 +30,7 @@ TWO = "Peter B-PER\nBlack I-PER\n\nhe O\n"
 
 def read(*inputs: object, **options: object) -> list[Document]:
     wanted = ReadOptions(**options)  # type: ignore[arg-type]
-    return [d for s in open_sources([str(i) for i in inputs], wanted) for d in s.documents(wanted)]
+    return [d for s in open_sources([str(i) for i in inputs], wanted).sources for d in s.documents(wanted)]
 
 
 def faults(documents: list[Document]) -> list[str | None]:
@@ -76,10 +77,18 @@ class TestJsonl:
         assert [d.id for d in documents[:7]] == ["ok", "e", "m", "n", "w", "u", "s"]
         assert documents[7].id == f"{path}:8"
 
-    def test_names_the_line_of_broken_json(self, write):
-        path = write("a.jsonl", '{"text": "Ada"}\n{"text": \n')
-        refused(rf"{path}:2: broken JSON", path)
-        refused("nested too deep", write("deep.jsonl", "[" * 100_000))
+    def test_broken_json_costs_its_line(self, write):
+        path = write("a.jsonl", '{"text": "Ada"}\n{"text": \n{"text": "Bob"}\n' + "[" * 100_000)
+        documents = read(path)
+        assert faults(documents) == [None, "malformed", None, "malformed"]
+        assert documents[1].id == f"{path}:2"
+        assert documents[1].fault.message == "broken JSON (Expecting value, column 10)"
+        assert documents[3].fault.message == "broken JSON (nested too deep)"
+        refused(rf"{path}:2: broken JSON .*; mend it, or go on without it: --on-error reject", path, on_error="fail")
+
+    def test_a_file_without_any_json_is_refused(self, write):
+        path = write("a.jsonl", "Ada met Bob.\nCarol came.\n")
+        refused(rf"{path}:1: broken JSON .*; no record of the file can be read", path)
 
     def test_no_text_field_anywhere_names_the_fields(self, write):
         path = write("a.jsonl", '{"id": 1, "body": "Ada"}\n{"id": 2, "body": "Bob"}\n')
@@ -92,7 +101,7 @@ class TestJsonl:
         assert [d.id for d in read(path)] == [f"{path}:1", f"{path}:2"]
 
     def test_lines_that_cannot_be_read_are_rejects_whatever_the_id_field(self, write, monkeypatch):
-        monkeypatch.setattr(files, "MAX_LINE_BYTES", 64)
+        monkeypatch.setattr(content, "MAX_LINE_BYTES", 64)
         path = write("a.jsonl", b'{"key": "a", "text": "\xff"}\n{"text": "' + b"x" * 100 + b'"}\n')
         documents = read(path, id_column="key")
         assert faults(documents) == ["not_utf8", "too_large"]
@@ -101,7 +110,7 @@ class TestJsonl:
         refused(rf"{path}:3: no field 'key' \(found: id, text\)", path, id_column="key")
 
     def test_a_line_above_the_limit_is_one_reject(self, write, monkeypatch):
-        monkeypatch.setattr(files, "MAX_LINE_BYTES", 64)
+        monkeypatch.setattr(content, "MAX_LINE_BYTES", 64)
         path = write("a.jsonl", json.dumps({"text": "x" * 100}) + "\n" + json.dumps({"text": "Ada"}) + "\n")
         assert faults(read(path)) == ["too_large", None]
 
@@ -109,7 +118,7 @@ class TestJsonl:
     def test_any_unicode_text_comes_through(self, text):
         for ascii_only in (True, False):
             line = json.dumps({"id": "x", "text": text}, ensure_ascii=ascii_only).encode()
-            document, _ = parse_line(line, "w", ReadOptions())
+            document = parse_line(line, "w", ReadOptions())
             assert document.text == (text if text.strip() else None)
 
 
@@ -146,17 +155,22 @@ class TestConll:
         assert faults(read(write("a.conll", b"caf\xe9 O\n\nBonn B-LOC\n"))) == ["not_utf8", None]
 
     @pytest.mark.parametrize(
-        ("content", "message"),
+        ("line", "message"),
         [
-            ("EU NNP B-ORG\n", ":1: 3 columns where CoNLL has four"),
-            (TWO + "\nEU NNP B-NP B-ORG\n", ":6: 4 columns where the lines before have 2"),
-            (TWO + "\nalone\n", ":6: 1 column where the lines before have 2"),
-            (TWO + "\nEU X-ORG\n", ":6: the tag 'X-ORG' is of no known scheme"),
+            ("EU NNP B-NP B-ORG\n", ":6: 4 columns where the file has 2"),
+            ("alone\n", ":6: 1 column where the file has 2"),
+            ("EU X-ORG\n", ":6: the tag 'X-ORG' is of no known scheme"),
         ],
     )
-    def test_wrong_lines_are_named(self, write, content, message):
-        path = write("a.conll", content)
-        refused(f"{path}{message}", path)
+    def test_a_wrong_line_costs_its_sentence(self, write, line, message):
+        path = write("a.conll", TWO + "\n" + line + "came O\n\nBonn B-LOC\n")
+        documents = read(path)
+        assert faults(documents) == [None, None, "malformed", None]
+        assert documents[2].fault.message.startswith(f"{path}{message}")
+        refused(f"{path}{message}.*: --on-error reject", path, on_error="fail")
+
+    def test_no_column_of_tags_is_named(self, write):
+        refused(":1: 3 columns, and none holds tags", write("a.conll", "EU NNP NP\n"))
 
 
 class TestText:
@@ -214,8 +228,8 @@ class TestFiles:
         refused("damaged or cut short", write("a.jsonl.x", whole[: len(whole) // 2]), format="jsonl")
 
     def test_a_bomb_is_refused(self, write, monkeypatch):
-        monkeypatch.setattr(files, "BOMB_BYTES", 1 << 20)
-        monkeypatch.setattr(files, "MAX_EXPANSION", 100)
+        monkeypatch.setattr(content, "BOMB_BYTES", 1 << 20)
+        monkeypatch.setattr(content, "MAX_EXPANSION", 100)
         bomb = gzip.compress(b'{"text": "' + b"a" * (8 << 20) + b'"}\n')
         refused("expands more than 100 times", write("a.jsonl.gz", bomb))
 
@@ -257,8 +271,7 @@ class TestFiles:
         refused("no files in this folder", write("folder/.x", "").parent)
         refused("nobody://x: Protocol not known", "nobody://x")
         refused("UTF-16", write("u.txt", "Ada".encode("utf-16")))
-        refused("neither JSONL, CoNLL, text nor Parquet", write("a.bin", b"\x7fELF\0\0"))
-        refused("a JSON array; write one object a line", write("a.json", '[{"text": "Ada"}]'))
+        refused("the suffix .bin is of no known format, and it is not text; known are", write("a.bin", b"\x7fELF\0\0"))
         refused("broken JSON", path, write("b.txt", "Ada"), format="jsonl")
 
     def test_mixed_formats_in_a_folder(self, write):

@@ -1,0 +1,147 @@
+"""CSV and TSV with a header: one record a row, the id and the text from two columns; quotes as in RFC 4180.
+
+The standard library's parser reads them, since it knows the line of each record, whatever line breaks fields have,
+and goes on after one that is damaged.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+
+from nermill.producer.sources.files import SourceFile
+from nermill.producer.sources.options import Format, ReadOptions, no_id_field, no_text_field, printable, reject
+from nermill.producer.sources.record import content_field, record_document
+from nermill.worker.contracts import content
+from nermill.worker.contracts.document import Document
+from nermill.worker.contracts.errors import UsageError
+
+DELIMITERS = (",", ";", "\t", "|")  # between which is chosen where a CSV's own is not given
+
+
+def read_delimited(file: SourceFile, options: ReadOptions, format_: Format) -> Iterator[Document]:
+    """The rows of a CSV or TSV file.
+
+    Raises:
+        UsageError: the header lacks a column that was asked for.
+    """
+    rows = _rows(file, options, format_)
+    header = next(rows, None)
+    if header is None:
+        return
+    line, names = header
+    names = _checked(names, f"{file.uri}:{line}", options) if isinstance(names, list) else []
+    if not names:
+        raise UsageError(f"{file.uri}:{line}: no header ({header[1]}); the first line names the columns")
+    for line, cells in rows:
+        where = f"{file.uri}:{line}"
+        if isinstance(cells, str):
+            yield reject(where, where, "too_large" if "longer" in cells else "malformed", cells)
+        elif len(cells) != len(names):
+            noun = "field" if len(cells) == 1 else "fields"
+            yield reject(where, where, "malformed", f"{len(cells)} {noun} where the header has {len(names)}")
+        else:
+            yield _document(dict(zip(names, cells, strict=True)), where, options)
+
+
+def _document(record: dict[str, str], where: str, options: ReadOptions) -> Document:
+    document = record_document(record, where, options)
+    if document.fault is not None and document.fault.reason == "not_utf8":
+        return reject(document.id, where, "not_utf8", "not UTF-8")
+    return document
+
+
+def _checked(names: list[str], where: str, options: ReadOptions) -> list[str]:
+    names = [printable(name.strip()) for name in names]
+    if content_field(names, options) is None:
+        raise no_text_field(where, names, options)
+    if options.id_column not in names and options.id_column != ReadOptions.id_column:
+        raise no_id_field(where, names, options)
+    return names
+
+
+def _rows(file: SourceFile, options: ReadOptions, format_: Format) -> Iterator[tuple[int, list[str] | str]]:
+    """Each record's first line and its cells, or what is wrong with it."""
+    csv.field_size_limit(content.MAX_LINE_BYTES)
+    lines = _Lines(file)
+    try:
+        delimiter = options.delimiter or ("\t" if format_ == "tsv" else _sniff(lines.peek(), options))
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        while True:
+            first = lines.begin()
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield first, _told(error, lines)
+                continue
+            if lines.too_long:
+                yield first, f"longer than {content.MAX_LINE_BYTES >> 20} MiB"
+            elif len(cells) > 1 or any(map(str.strip, cells)):  # else a blank line
+                yield first, cells
+    finally:
+        lines.close()
+
+
+def _told(error: csv.Error, lines: _Lines) -> str:
+    reason = str(error)
+    if "unexpected end of data" in reason or "field larger" in reason:
+        lines.again()
+        return "a quote is opened and never closed"
+    if "expected after" in reason:
+        return "text behind a closing quote; within a quoted field a quote is written twice"
+    return f"broken CSV ({reason})"
+
+
+def _sniff(header: str, options: ReadOptions) -> str:
+    """The delimiter whose columns are those that are looked for, else the one that makes most of them."""
+
+    def rank(delimiter: str) -> tuple[bool, int]:
+        names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
+        return content_field(names, options) is not None, len(names)
+
+    return max(DELIMITERS, key=rank)
+
+
+class _Lines:
+    """Lines of a file for the parser, which may give the lines of a record that failed once more, but the first."""
+
+    def __init__(self, file: SourceFile) -> None:
+        self._lines = file.lines(keep_ends=True)
+        self._taken: list[tuple[int, str]] = []
+        self._waiting: list[tuple[int, str]] = []  # the next one last
+        self._next = 1
+        self.too_long = False
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        if not self._waiting:
+            number, raw = next(self._lines)
+            self._waiting.append((number, "\n" if raw is None else raw.decode(errors="surrogateescape")))
+            self.too_long |= raw is None
+        line = self._waiting.pop()
+        self._taken.append(line)
+        self._next = line[0] + 1
+        return line[1]
+
+    def peek(self) -> str:
+        """The first line, which stays; empty for an empty file."""
+        line = next(self, "")
+        self._waiting, self._taken = self._taken, []
+        return line
+
+    def begin(self) -> int:
+        """Begins a record; the number of its first line."""
+        self._taken, self.too_long = [], False
+        return self._waiting[-1][0] if self._waiting else self._next
+
+    def again(self) -> None:
+        """Takes back all lines of the record but the first."""
+        self._waiting += reversed(self._taken[1:])
+        self._taken = []
+
+    def close(self) -> None:
+        self._lines.close()

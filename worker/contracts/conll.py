@@ -1,0 +1,301 @@
+"""The one reader of CoNLL columns, for inputs and for gold: a word a line, a blank line after each sentence.
+
+What a file looks like, its ``Layout``, is found in its first lines: tabs or blanks, leading columns of word numbers,
+where words and tags stand. ``read_sentences`` then goes through the whole file once. A line that does not fit costs
+its sentence: the sentence has a ``fault``, and the rest goes on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from nermill.worker.contracts.document import Fault
+from nermill.worker.contracts.errors import UsageError
+from nermill.worker.contracts.tags import OUTSIDE, Scheme, detect_scheme, is_tag, merge_schemes, to_iob2
+
+DOCSTART = "-DOCSTART-"
+MAX_DOCUMENT_WORDS = 1_000_000
+LAYOUT_LINES = 1000  # lines in which a file's layout shows
+
+_BLANKS = re.compile(r"[ \t]+")
+_NO_WORD = re.compile(r"\d+-\d+|\d+\.\d+")  # CoNLL-U: a range of words that are written as one, and an empty node
+_COMMENT = re.compile(r"#\s*(sent_id|newdoc)(?:\s+id)?(?:\s*=\s*(.*))?")
+_WEBANNO = "#FORMAT=WebAnno"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The columns of a file, numbered from 0.
+
+    Attributes:
+        tabs: Whether cells are separated by single tabs, and may hold blanks; else by runs of blanks and tabs.
+        columns: Cells of a line.
+        word: Column of the words.
+        tag: Column of the tags; None where the file has none.
+        counter: Column of the word's number in its sentence, if there is one.
+    """
+
+    tabs: bool
+    columns: int
+    word: int
+    tag: int | None
+    counter: int | None = None
+
+
+@dataclass
+class Sentence:
+    """Consecutive lines of words, or the sentences of one document.
+
+    Attributes:
+        line: Line of the first word.
+        words: The words.
+        tags: An IOB2 tag a word; empty where the file has none.
+        lines: Line of each word.
+        scheme: What the tags were written in, as far as they show it.
+        id: What ``# sent_id`` says, or for a document ``# newdoc id``; else empty.
+        opens_document: Whether ``-DOCSTART-`` or ``# newdoc`` stands before it.
+        document_id: What that ``# newdoc`` says.
+        fault: Why it cannot be used, with the line.
+    """
+
+    line: int = 0
+    words: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
+    lines: list[int] = field(default_factory=list)
+    scheme: Scheme = "IOB2"
+    id: str = ""
+    opens_document: bool = False
+    document_id: str = ""
+    fault: Fault | None = None
+
+
+def find_layout(lines: Sequence[str], name: str, word: int | None = None, tag: int | None = None) -> Layout:
+    """What a file looks like.
+
+    Args:
+        lines: Its first lines; LAYOUT_LINES are enough.
+        name: The file's name in messages.
+        word: Column of the words, from 1, or negative from the end; None looks for it.
+        tag: Column of the tags, likewise; None looks for it, and a file of one column has none.
+
+    Raises:
+        UsageError: no column holds tags, or there is no such column.
+    """
+    sample = _Sample(lines)
+    if sample.is_webanno:
+        raise UsageError(f"{name}: a WebAnno TSV file; export CoNLL 2002 or CoNLL-U from WebAnno or INCEpTION instead")
+    columns = sample.columns
+    if not columns:
+        return Layout(sample.tabs, 1, 0, None)
+    counter = sample.counter()
+    at_word = _column("--word-column", word, columns, name)
+    at_tag = _column("--tag-column", tag, columns, name)
+    if at_word is None:
+        at_word = 0 if counter is None else min(counter + 1, columns - 1)
+    if at_tag is None:
+        at_tag = sample.tag_column(at_word, counter)
+        if at_tag is None and word is None and counter is None and columns > 1:
+            raise UsageError(
+                f"{name}:{sample.first}: {columns} columns, and none holds tags (O, B-PER, I-PER ...); say where they "
+                "are: --word-column N --tag-column N, or --word-column N for words alone; or name another --format"
+            )
+    if at_tag == at_word:
+        raise UsageError(f"{name}: words and tags cannot both be in column {at_word + 1}; mend --word-column")
+    return Layout(sample.tabs, columns, at_word, at_tag, counter)
+
+
+def looks_like_conll(lines: Sequence[str]) -> bool:
+    """Whether a file's first lines are columns of which one holds tags, or the ten columns of CoNLL-U."""
+    sample = _Sample(lines)
+    if sample.is_webanno or sample.has_docstart:
+        return True
+    counter = sample.counter()
+    if not sample.is_even or sample.columns < 2:
+        return False
+    word = 0 if counter is None else counter + 1
+    return sample.tag_column(word, counter) is not None or (counter == 0 and sample.columns == 10)
+
+
+def read_sentences(lines: Iterable[tuple[int, bytes | None]], layout: Layout, name: str) -> Iterator[Sentence]:
+    """The sentences of a file; a last one without its blank line counts.
+
+    Args:
+        lines: Numbered lines without their ends; None for one that is too long.
+        layout: Its columns.
+        name: The file's name in messages.
+    """
+    sentence, coming = Sentence(), Sentence()  # coming: what comments say of the sentence that follows
+    for number, raw in lines:
+        line = "" if raw is None else raw.decode(errors="replace").rstrip(" \t")
+        cells = _cells(line, layout.tabs)
+        if raw is not None and (not line or cells[0] == DOCSTART):
+            if sentence.lines:
+                yield _normalised(sentence, name)
+                sentence = Sentence()
+            if line:
+                coming.opens_document, coming.document_id = True, ""
+            continue
+        if line.startswith("#") and _is_comment(cells, layout):
+            _note(line, coming)
+            continue
+        if layout.counter is not None and len(cells) > layout.counter and _NO_WORD.fullmatch(cells[layout.counter]):
+            continue
+        if not sentence.lines:
+            sentence, coming = coming, Sentence()
+            sentence.line = number
+        fault = _take(sentence, raw, line, cells, layout)
+        sentence.lines += [number] * (len(sentence.words) - len(sentence.lines))
+        if fault and sentence.fault is None:
+            sentence.fault = Fault(fault.reason, f"{name}:{number}: {fault.message}")
+    if sentence.lines:
+        yield _normalised(sentence, name)
+
+
+def join_documents(sentences: Iterable[Sentence], name: str) -> Iterator[Sentence]:
+    """The documents of a file: what stands between ``-DOCSTART-`` or ``# newdoc`` lines.
+
+    Raises:
+        UsageError: a document of more than MAX_DOCUMENT_WORDS words.
+    """
+    document: Sentence | None = None
+    for sentence in sentences:
+        if document is None or sentence.opens_document:
+            if document is not None:
+                yield document
+            document = sentence
+            document.id = sentence.document_id
+            continue
+        document.words += sentence.words
+        document.tags += sentence.tags
+        document.lines += sentence.lines
+        document.scheme = merge_schemes(document.scheme, sentence.scheme)
+        document.fault = document.fault or sentence.fault
+        if len(document.words) > MAX_DOCUMENT_WORDS:
+            raise UsageError(
+                f"{name}:{document.line}: more than {MAX_DOCUMENT_WORDS:,} words, no {DOCSTART}; use --unit sentence"
+            )
+    if document is not None:
+        yield document
+
+
+class _Sample:
+    """The first lines of a file as cells, without comments, and what they have in common."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        lines = [line.rstrip(" \t\r\n") for line in lines[:LAYOUT_LINES]]
+        self.is_webanno = bool(lines) and lines[0].startswith(_WEBANNO)
+        self.has_docstart = any(line.startswith(DOCSTART) for line in lines[:50])
+        bare = [line for line in lines if line and not line.startswith(("#", DOCSTART))]
+        self.tabs = 2 * sum("\t" in line for line in bare) >= max(1, len(bare))
+        widths = Counter(len(_cells(line, self.tabs)) for line in bare)
+        self.columns = widths.most_common(1)[0][0] if widths else 0
+        self.is_even = len(widths) == 1
+        self.sentences: list[list[list[str]]] = [[]]
+        self.first = next((number for number, line in enumerate(lines, 1) if line and line in bare[:1]), 1)
+        for line in lines:
+            cells = _cells(line, self.tabs)
+            if not line or cells[0] == DOCSTART:
+                self.sentences.append([])
+            elif len(cells) == self.columns and not line.startswith("# "):
+                self.sentences[-1].append(cells)
+
+    def counter(self) -> int | None:
+        """The last of the leading columns that numbers the words of each sentence, from 0 or 1 on."""
+        found = None
+        for column in range(self.columns - 1):
+            numbers = [[row[column] for row in rows] for rows in self.sentences if rows]
+            if not numbers or not all(_NO_WORD.fullmatch(n) or n.isdecimal() for rows in numbers for n in rows):
+                break
+            if all(_counts([n for n in rows if not _NO_WORD.fullmatch(n)]) for rows in numbers):
+                found = column
+        return found
+
+    def tag_column(self, word: int, counter: int | None) -> int | None:
+        """The column that holds tags: the one behind the word where words are numbered, else the last that does."""
+        rows = [row for rows in self.sentences for row in rows]
+        holding = [column for column in range(self.columns) if column != word and _holds_tags(rows, column)]
+        if counter is not None and word + 1 in holding:
+            return word + 1
+        return holding[-1] if holding else None
+
+
+def _counts(numbers: list[str]) -> bool:
+    first = int(numbers[0]) if numbers else 0
+    return first in (0, 1) and [int(number) for number in numbers] == [*range(first, first + len(numbers))]
+
+
+def _holds_tags(rows: list[list[str]], column: int) -> bool:
+    """Whether most cells are tags, and most of those that are not ``O``: a tag may be mistyped."""
+    cells = [row[column] for row in rows]
+    inside = [cell for cell in cells if cell != OUTSIDE]
+    good = sum(map(is_tag, inside))
+    return 2 * (len(cells) - len(inside) + good) > len(cells) and (2 * good > len(inside) or not inside)
+
+
+def _column(flag: str, number: int | None, columns: int, name: str) -> int | None:
+    if number is None:
+        return None
+    at = number - 1 if number > 0 else columns + number
+    if not 0 <= at < columns or number == 0:
+        told = f"{flag} says {number}; count from 1, or back from -1"
+        raise UsageError(f"{name}: its lines have {columns} columns, {told}")
+    return at
+
+
+def _cells(line: str, tabs: bool) -> list[str]:
+    return [cell.strip(" ") for cell in line.split("\t")] if tabs else _BLANKS.split(line)
+
+
+def _is_comment(cells: list[str], layout: Layout) -> bool:
+    """A line that begins with ``#`` is a row only where it has the columns and the tag of one."""
+    if len(cells) != layout.columns:
+        return True
+    return layout.tag is not None and not is_tag(cells[layout.tag])
+
+
+def _note(line: str, coming: Sentence) -> None:
+    if match := _COMMENT.fullmatch(line):
+        key, value = match[1], (match[2] or "").strip()
+        if key == "newdoc":
+            coming.opens_document, coming.document_id = True, value
+        else:
+            coming.id = value
+
+
+def _take(sentence: Sentence, raw: bytes | None, line: str, cells: list[str], layout: Layout) -> Fault | None:
+    """Adds a line's word and tag to its sentence; returns what is wrong with the line."""
+    if raw is not None and len(cells) == layout.columns and (word := cells[layout.word]):
+        sentence.words.append(word)
+        sentence.tags += [] if layout.tag is None else [cells[layout.tag]]
+        return None if "\ufffd" not in line or _is_utf8(raw) else Fault("not_utf8", "not UTF-8")
+    sentence.words.append("")
+    sentence.tags += [] if layout.tag is None else [OUTSIDE]
+    if raw is None:
+        return Fault("too_large", "a line too long for CoNLL")
+    if len(cells) == layout.columns:
+        return Fault("empty", "an empty word")
+    noun = "column" if len(cells) == 1 else "columns"
+    return Fault("malformed", f"{len(cells)} {noun} where the file has {layout.columns}")
+
+
+def _normalised(sentence: Sentence, name: str) -> Sentence:
+    """The sentence with its tags as IOB2."""
+    for line, tag in zip(sentence.lines, sentence.tags, strict=False):
+        if not is_tag(tag):
+            told = f"the tag {tag!r} is of no known scheme; write IOB1, IOB2 or BIOES (O, B-PER, I-PER ...)"
+            sentence.fault = sentence.fault or Fault("malformed", f"{name}:{line}: {told}")
+            return sentence
+    sentence.scheme = detect_scheme([sentence.tags])
+    sentence.tags = list(to_iob2(sentence.tags, "BIOES"))  # its rules cover those of the other schemes
+    return sentence
+
+
+def _is_utf8(raw: bytes) -> bool:
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
