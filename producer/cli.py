@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from nermill.producer.commands import following, reading, submitting
+from nermill.producer.commands import following, reading, submitting, tagging
 from nermill.worker.contracts.console import exit_code
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ for command, example in (
     (submitting.run, "nermill run reports/*.jsonl --out tagged"),
     (submitting.submit, "nermill submit s3://news/2024/ --out s3://news/tagged --wait"),
     (submitting.plan, "nermill plan reports/*.jsonl --out tagged"),
+    (tagging.tag, "nermill tag 'Ada Lovelace met Charles Babbage in London.'"),
     (following.status, "nermill status tagged/run=3f2a91c07b55 --watch"),
     (following.resume, "nermill resume tagged/run=3f2a91c07b55 --wait"),
     (following.rejects, "nermill rejects tagged/run=3f2a91c07b55 --json"),
