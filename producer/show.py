@@ -9,6 +9,7 @@ from typing import Any
 
 from nermill.producer.shards import document_text
 from nermill.producer.status import open_file
+from nermill.worker.contracts.document import Document
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.layout import RunFolder, part_name
 from nermill.worker.contracts.plan import Plan, Shard
@@ -60,8 +61,11 @@ def conll_lines(run: RunFolder, plan: Plan, limit: int | None) -> Iterator[str]:
 def _rows(run: RunFolder, shard: Shard) -> Iterator[Shown]:
     from pyarrow import parquet as pq
 
+    from nermill.producer.result import intact
+
     documents = None
-    with open_file(run, part_name(shard.index)) as stream:
+    name = part_name(shard.index)
+    with intact(run, name), open_file(run, name) as stream:
         table = pq.ParquetFile(stream)
         for batch in table.iter_batches(64):
             for row in batch.to_pylist():
@@ -69,6 +73,15 @@ def _rows(run: RunFolder, shard: Shard) -> Iterator[Shown]:
                 if text is None and row["words"] is not None:
                     text = " ".join(row["words"])
                 elif text is None and row["status"] == "ok":
-                    documents = documents or read_documents(read_shard(run, shard.index, shard.sha256))
+                    documents = documents or _documents(run, shard)
                     text = document_text(documents[row["doc_index"] - shard.first])
                 yield Shown(row, text or "")
+
+
+def _documents(run: RunFolder, shard: Shard) -> list[Document]:
+    if not run.exists(run.shard_file(shard.index)):
+        raise UsageError(
+            f"{run.uri}: its texts are not there (neither kept in its parts nor in {run.shard_file(shard.index)}); "
+            "tag the input again with --keep-text"
+        )
+    return read_documents(read_shard(run, shard.index, shard.sha256))
