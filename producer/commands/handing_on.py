@@ -9,6 +9,86 @@ import typer
 from nermill.producer.commands import options as o
 from nermill.worker.contracts.errors import UsageError
 
+To = Annotated[
+    str, typer.Option("--to", metavar="FILE", help="A file that is not there yet: .jsonl, .parquet or .csv.")
+]
+
+
+def redact(
+    run: o.Run,
+    to: To,
+    with_: Annotated[
+        str,
+        typer.Option(
+            "--with", metavar="HOW", help="label ([PER]), mask (***), hash (PER_9f2c...) or pseudonym (PER_17)."
+        ),
+    ] = "label",
+    key: Annotated[
+        str | None,
+        typer.Option(
+            "--key",
+            metavar="FILE",
+            help="pseudonym: a new file that takes them back; hash: the secret, made where it is not there.",
+        ),
+    ] = None,
+    only: Annotated[
+        str, typer.Option("--only", metavar="LABELS", help="Labels to replace, as in PER,ORG; default: all.")
+    ] = "",
+    min_score: Annotated[
+        float, typer.Option("--min-score", metavar="SCORE", min=0, max=1, help="Entities below it stay as they are.")
+    ] = 0.0,
+    json: o.Json = False,
+) -> int:
+    """Write a complete run's texts with their entities replaced; what is no entity stays as it is.
+
+    A model misses entities (its recall is below 1), so a redacted text may still hold names, and what is no entity
+    (a rare disease, a quotation) can tell who is meant. Measure the recall on texts of your own with nermill evaluate,
+    and let a person read what must not leak. Ids of documents are written as they are. The texts of rejected documents
+    are left out. The same text with the same label has the same hash or pseudonym all over the run; with --key and
+    pseudonym, nermill restore gives the texts back. The file and the key appear whole or not at all.
+    """
+    from dataclasses import asdict
+
+    from nermill.producer.progress import say
+    from nermill.producer.redact import HOWS
+    from nermill.producer.redacted import redact_run
+    from nermill.producer.result import open_complete
+    from nermill.producer.view import print_json
+
+    if with_ not in HOWS:
+        raise UsageError(f"--with {with_!r}: one of {', '.join(HOWS)}")
+    labels = frozenset(label.strip() for label in only.split(",") if label.strip())
+    folder, plan = open_complete(run)
+    done = redact_run(folder, plan, to, with_, key, labels, min_score)
+    if done.left_out:
+        say(f"the texts of {done.left_out:,} rejected documents are left out: nobody looked for entities in them")
+    if json:
+        print_json({"run": folder.uri, "run_id": plan.run_id, "to": to, "with": with_, **asdict(done)})
+    else:
+        counts = ", ".join(f"{count:,} {label}" for label, count in done.entities.items()) or "no entity"
+        print(f"{to}: {done.documents:,} documents, replaced {counts}")
+    return 0
+
+
+def restore(
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="What nermill redact --with pseudonym wrote.", show_default=False)
+    ],
+    key: Annotated[str, typer.Option("--key", metavar="FILE", help="The key that was written with it.")],
+    to: To,
+    json: o.Json = False,
+) -> int:
+    """Write the texts that a file of pseudonyms stands for, with its key."""
+    from nermill.producer.redacted import restore_file
+    from nermill.producer.view import print_json
+
+    documents = restore_file(file, key, to)
+    if json:
+        print_json({"file": file, "to": to, "documents": documents})
+    else:
+        print(f"{to}: {documents:,} documents")
+    return 0
+
 
 def publish(
     run: o.Run,
