@@ -32,6 +32,7 @@ for command, example in (
     (following.cancel, "nermill cancel tagged/run=3f2a91c07b55"),
     (reading.evaluate, "nermill evaluate tagged/run=3f2a91c07b55 --min-f1 0.9"),
     (reading.compact, "nermill compact tagged/run=3f2a91c07b55"),
+    (handing_on.export, "nermill export tagged/run=3f2a91c07b55 --format conll --to corrected.conll"),
     (handing_on.redact, "nermill redact tagged/run=3f2a91c07b55 --to redacted.jsonl --with pseudonym --key names.key"),
     (handing_on.restore, "nermill restore redacted.jsonl --key names.key --to restored.jsonl"),
     (handing_on.publish, "nermill publish tagged/run=3f2a91c07b55 s3://lake/entities --layout entities"),

@@ -130,3 +130,50 @@ def publish(
     else:
         print(f"{done.table}: the rows of {folder.uri} are there since version {done.version}; nothing to do")
     return 0
+
+
+def export(
+    run: o.Run,
+    format_: Annotated[
+        str,
+        typer.Option("--format", metavar="FORMAT", help="conll (word and tag), jsonl or csv (a row an entity)."),
+    ],
+    to: Annotated[
+        str, typer.Option("--to", metavar="FILE", help="A file that is not there yet; default: standard output.")
+    ] = "-",
+    json: o.Json = False,
+) -> int:
+    """Write a complete run for people who correct it and train on it.
+
+    A corrected CoNLL file of a run over CoNLL input is gold: nermill evaluate RUN --gold FILE. That of a run over texts
+    is an input of its own, whose tags are gold: nermill run FILE --unit document. --json says what was written to --to.
+    """
+    from nermill.producer.export import FORMATS, export_lines
+    from nermill.producer.redacted import new_file
+    from nermill.producer.result import open_complete
+    from nermill.producer.view import print_json
+    from nermill.worker.contracts.store import telling
+
+    if format_ not in FORMATS:
+        raise UsageError(f"--format {format_!r}: one of {', '.join(FORMATS)}")
+    if json and to == "-":
+        raise UsageError("--json says what was written to a file; name one with --to")
+    folder, plan = open_complete(run)
+    lines = export_lines(folder, plan, format_)
+    if to == "-":
+        for line in lines:
+            print(line)
+        return 0
+    count = 0
+    with new_file(to) as aside, open(aside, "w", encoding="utf-8", newline="\n") as stream:
+        for line in lines:
+            count += 1
+            with telling("write", to):
+                stream.write(line + "\n")
+        with telling("write", to):
+            stream.flush()
+    if json:
+        print_json({"run": folder.uri, "run_id": plan.run_id, "to": to, "format": format_, "lines": count})
+    else:
+        print(f"{to}: {count:,} lines")
+    return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from zstandard import ZstdDecompressor, ZstdError
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.tags import Scheme, detect_scheme, to_iob2
 
+_SEPARATOR = re.compile(r"[ \t]+")  # a no-break space is part of a word
 _DOCUMENT_MARK = "-DOCSTART-"
 
 
@@ -136,7 +138,7 @@ class GoldFile:
     def _raw(self) -> Iterator[_Sentence]:
         first, words, tags, opens = 0, list[str](), list[str](), False
         for number, line in self._lines():
-            columns = line.split()
+            columns = [column for column in _SEPARATOR.split(line.strip("\r\n")) if column]
             if columns and columns[0] != _DOCUMENT_MARK:
                 if len(columns) < 2:
                     raise UsageError(f"{self.path}:{number}: a word without a tag; gold is CoNLL, word and tag a line")
@@ -163,7 +165,7 @@ class GoldFile:
 
     def _open(self) -> IO[str]:
         if self.path.suffix == ".gz":
-            return gzip.open(self.path, "rt", encoding="utf-8", newline="\n")
+            return gzip.open(self.path, "rt", encoding="utf-8-sig", newline="\n")
         if self.path.suffix == ".zst":
-            return io.TextIOWrapper(ZstdDecompressor().stream_reader(self.path.open("rb"), closefd=True), "utf-8")
-        return self.path.open("r", encoding="utf-8", newline="\n")
+            return io.TextIOWrapper(ZstdDecompressor().stream_reader(self.path.open("rb"), closefd=True), "utf-8-sig")
+        return self.path.open("r", encoding="utf-8-sig", newline="\n")

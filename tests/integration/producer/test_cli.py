@@ -32,8 +32,8 @@ from nermill.worker.contracts.plan import Options
 from .conftest import POISON
 
 COMMANDS = (
-    "run", "plan", "submit", "tag", "status", "resume", "rejects", "cancel", "evaluate", "show", "compact", "redact",
-    "restore", "publish", "doctor",
+    "run", "plan", "submit", "tag", "status", "resume", "rejects", "cancel", "evaluate", "show", "compact",
+    "export", "redact", "restore", "publish", "doctor",
 )  # fmt: skip
 
 
