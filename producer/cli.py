@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from nermill.producer.commands import following, reading, submitting
+from nermill.producer.commands import following, handing_on, reading, submitting, tagging
 from nermill.worker.contracts.console import exit_code
 
 app = typer.Typer(
@@ -25,12 +25,17 @@ for command, example in (
     (submitting.run, "nermill run reports/*.jsonl --out tagged"),
     (submitting.submit, "nermill submit s3://news/2024/ --out s3://news/tagged --wait"),
     (submitting.plan, "nermill plan reports/*.jsonl --out tagged"),
+    (tagging.tag, "nermill tag 'Ada Lovelace met Charles Babbage in London.'"),
     (following.status, "nermill status tagged/run=3f2a91c07b55 --watch"),
     (following.resume, "nermill resume tagged/run=3f2a91c07b55 --wait"),
     (following.rejects, "nermill rejects tagged/run=3f2a91c07b55 --json"),
     (following.cancel, "nermill cancel tagged/run=3f2a91c07b55"),
     (reading.evaluate, "nermill evaluate tagged/run=3f2a91c07b55 --min-f1 0.9"),
     (reading.compact, "nermill compact tagged/run=3f2a91c07b55"),
+    (handing_on.export, "nermill export tagged/run=3f2a91c07b55 --format conll --to corrected.conll"),
+    (handing_on.redact, "nermill redact tagged/run=3f2a91c07b55 --to redacted.jsonl --with pseudonym --key names.key"),
+    (handing_on.restore, "nermill restore redacted.jsonl --key names.key --to restored.jsonl"),
+    (handing_on.publish, "nermill publish tagged/run=3f2a91c07b55 s3://lake/entities --layout entities"),
     (reading.doctor, "nermill doctor --broker redis://queue:6379/0 --devices npu:0,npu:1"),
     (reading.show, "nermill show tagged/run=3f2a91c07b55 --limit 5"),
 ):

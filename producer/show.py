@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 from nermill.producer.shards import document_text
+from nermill.worker.contracts.document import Document
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.layout import RunFolder
 from nermill.worker.contracts.part import open_part
@@ -66,6 +67,15 @@ def _rows(run: RunFolder, shard: Shard) -> Iterator[Shown]:
                 if text is None and row["words"] is not None:
                     text = " ".join(row["words"])
                 elif text is None and row["status"] == "ok":
-                    documents = documents or read_documents(read_shard(run, shard.index, shard.sha256))
+                    documents = documents or _documents(run, shard)
                     text = document_text(documents[row["doc_index"] - shard.first])
                 yield Shown(row, text or "")
+
+
+def _documents(run: RunFolder, shard: Shard) -> list[Document]:
+    if not run.exists(run.shard_file(shard.index)):
+        raise UsageError(
+            f"{run.uri}: its texts are not there (neither kept in its parts nor in {run.shard_file(shard.index)}); "
+            "tag the input again with --keep-text"
+        )
+    return read_documents(read_shard(run, shard.index, shard.sha256))

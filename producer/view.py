@@ -143,10 +143,11 @@ def _columns(otherwise: int) -> int:
 
 
 def print_marked(shown: Shown, console: Console) -> None:
-    """A document with its entities marked: coloured on a terminal, in brackets elsewhere."""
+    """A document with its entities marked, its id before it: coloured on a terminal, in brackets elsewhere."""
     from rich.text import Text
 
-    line = Text(visible(f"{shown.row['doc_id']}  "), style="dim")
+    name = visible(shown.row["doc_id"])
+    line = Text(f"{name}  " if name else "", style="dim")
     if shown.row["status"] != "ok":
         line.append("rejected", style="red")
     for raw, label in shown.pieces():

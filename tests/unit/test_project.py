@@ -67,7 +67,7 @@ def third_party(paths: Iterator[Path]) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("folder", "extras"),
     [
-        ("producer", ()),
+        ("producer", ("delta",)),
         ("worker/contracts", ()),
         ("worker", ("worker", "torch", "otel")),
         ("model_build", ("build",)),

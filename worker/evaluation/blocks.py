@@ -111,7 +111,7 @@ class Parts:
             try:
                 with open_part(self.run, shard) as part:
                     self.seen.append(_read_part(file, part))
-                    yield from part.iter_batches(_batch_rows(part), columns=_COLUMNS, use_threads=self.run.is_local)
+                    yield from part.iter_batches(batch_rows(part), columns=_COLUMNS, use_threads=self.run.is_local)
             except (pa.ArrowException, OSError, ValueError, KeyError) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise UsageError(f"{file}: a damaged part ({reason}); remove it and resume the run") from None
@@ -149,7 +149,8 @@ def _lengths(lists: pa.Array) -> Ints:
     return lengths
 
 
-def _batch_rows(part: pq.ParquetFile) -> int:
+def batch_rows(part: pq.ParquetFile) -> int:
+    """Rows of a part that may be in memory at once: about 16 MiB uncompressed, at most 8,192."""
     meta = part.metadata
     size = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
     return int(np.clip(_BLOCK_BYTES * max(meta.num_rows, 1) // max(size, 1), 1, _BLOCK_ROWS))

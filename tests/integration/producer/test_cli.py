@@ -31,7 +31,10 @@ from nermill.worker.contracts.plan import Options
 
 from .conftest import POISON
 
-COMMANDS = ("run", "plan", "submit", "status", "resume", "rejects", "cancel", "evaluate", "show", "compact", "doctor")
+COMMANDS = (
+    "run", "plan", "submit", "tag", "status", "resume", "rejects", "cancel", "evaluate", "show", "compact",
+    "export", "redact", "restore", "publish", "doctor",
+)  # fmt: skip
 
 
 @pytest.fixture

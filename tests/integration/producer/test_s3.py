@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
 
@@ -21,6 +23,7 @@ from nermill.worker.contracts.layout import SUCCESS_FILE, RunFolder
 from nermill.worker.contracts.plan import read_plan
 from nermill.worker.evaluation import evaluate
 from tests.harness import table_of
+from tests.texts import make_run
 
 pytest.importorskip("s3fs")
 moto_server = pytest.importorskip("moto.server")
@@ -114,3 +117,37 @@ def test_a_bucket_that_is_not_there_is_one_line(bucket, tmp_path):
         make_plan(Request((str(corpus),), "s3://nowhere/out"))
     assert "nowhere" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+READ_DELTA = """
+import json, sys, deltalake
+table = deltalake.DeltaTable(sys.argv[1], storage_options={"allow_http": "true"})
+commits = [commit.get("nermill.run_id") for commit in table.history()]
+print(json.dumps([sorted(table.to_pyarrow_table()["doc_index"].to_pylist()), commits]))
+"""
+
+
+def test_a_run_on_s3_is_published_once_by_two_at_once_and_by_a_third(bucket):
+    """All in processes of their own: deltalake holds the interpreter's lock while it waits for the store."""
+    pytest.importorskip("deltalake")
+    run = make_run(f"{bucket}/out", [("Ada met Bob", [(0, 3, "PER")])] * 60, per_shard=10)
+    table = f"{bucket}/lake/entities"
+    command = [sys.executable, "-m", "nermill.producer.cli", "publish", run.uri]
+    both = [started(*command, table, "--json") for _ in range(2)]
+    answers = [process.communicate(timeout=100) for process in both]
+    answers.append(started(*command, table, "--json").communicate(timeout=100))
+    assert sorted(json.loads(out)["rows"] for out, _ in answers) == [0, 0, 60], answers
+    out, err = started(sys.executable, "-c", READ_DELTA, table).communicate(timeout=100)
+    rows, commits = json.loads(out or err)
+    assert (rows, commits.count("made")) == (list(range(60)), 1)
+    for place, code, said in (
+        (run.uri, 2, b"no Delta table, and not empty"),
+        ("s3://nowhere/table", 1, b"no row was added"),
+    ):
+        process = started(*command, place)
+        out, err = process.communicate(timeout=100)
+        assert (process.returncode, out, err.count(b"\n"), said in err) == (code, b"", 1, True), err
+
+
+def started(*command: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -1,0 +1,179 @@
+"""Commands that hand a run's result on: redact, restore, publish, export."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from nermill.producer.commands import options as o
+from nermill.worker.contracts.errors import UsageError
+
+To = Annotated[
+    str, typer.Option("--to", metavar="FILE", help="A file that is not there yet: .jsonl, .parquet or .csv.")
+]
+
+
+def redact(
+    run: o.Run,
+    to: To,
+    with_: Annotated[
+        str,
+        typer.Option(
+            "--with", metavar="HOW", help="label ([PER]), mask (***), hash (PER_9f2c...) or pseudonym (PER_17)."
+        ),
+    ] = "label",
+    key: Annotated[
+        str | None,
+        typer.Option(
+            "--key",
+            metavar="FILE",
+            help="pseudonym: a new file that takes them back; hash: the secret, made where it is not there.",
+        ),
+    ] = None,
+    only: Annotated[
+        str, typer.Option("--only", metavar="LABELS", help="Labels to replace, as in PER,ORG; default: all.")
+    ] = "",
+    min_score: Annotated[
+        float, typer.Option("--min-score", metavar="SCORE", min=0, max=1, help="Entities below it stay as they are.")
+    ] = 0.0,
+    json: o.Json = False,
+) -> int:
+    """Write a complete run's texts with their entities replaced; what is no entity stays as it is.
+
+    A model misses entities (its recall is below 1), so a redacted text may still hold names, and what is no entity
+    (a rare disease, a quotation) can tell who is meant. Measure the recall on texts of your own with nermill evaluate,
+    and let a person read what must not leak. Ids of documents are written as they are. The texts of rejected documents
+    are left out. The same text with the same label has the same hash or pseudonym all over the run; with --key and
+    pseudonym, nermill restore gives the texts back. The file and the key appear whole or not at all.
+    """
+    from dataclasses import asdict
+
+    from nermill.producer.progress import say
+    from nermill.producer.redact import HOWS
+    from nermill.producer.redacted import redact_run
+    from nermill.producer.result import open_complete
+    from nermill.producer.view import print_json
+
+    if with_ not in HOWS:
+        raise UsageError(f"--with {with_!r}: one of {', '.join(HOWS)}")
+    labels = frozenset(label.strip() for label in only.split(",") if label.strip())
+    folder, plan = open_complete(run)
+    done = redact_run(folder, plan, to, with_, key, labels, min_score)
+    if done.left_out:
+        say(f"the texts of {done.left_out:,} rejected documents are left out: nobody looked for entities in them")
+    if json:
+        print_json({"run": folder.uri, "run_id": plan.run_id, "to": to, "with": with_, **asdict(done)})
+    else:
+        counts = ", ".join(f"{count:,} {label}" for label, count in done.entities.items()) or "no entity"
+        print(f"{to}: {done.documents:,} documents, replaced {counts}")
+    return 0
+
+
+def restore(
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="What nermill redact --with pseudonym wrote.", show_default=False)
+    ],
+    key: Annotated[str, typer.Option("--key", metavar="FILE", help="The key that was written with it.")],
+    to: To,
+    json: o.Json = False,
+) -> int:
+    """Write the texts that a file of pseudonyms stands for, with its key."""
+    from nermill.producer.redacted import restore_file
+    from nermill.producer.view import print_json
+
+    documents = restore_file(file, key, to)
+    if json:
+        print_json({"file": file, "to": to, "documents": documents})
+    else:
+        print(f"{to}: {documents:,} documents")
+    return 0
+
+
+def publish(
+    run: o.Run,
+    table: Annotated[
+        str,
+        typer.Argument(
+            metavar="TABLE", help="The Delta table's folder or URI; created where none is.", show_default=False
+        ),
+    ],
+    layout: Annotated[
+        str,
+        typer.Option("--layout", metavar="LAYOUT", help="documents (a row a document) or entities (a row an entity)."),
+    ] = "documents",
+    merge_schema: Annotated[
+        bool, typer.Option("--merge-schema", help="Add columns that the table does not have.")
+    ] = False,
+    json: o.Json = False,
+) -> int:
+    """Add a complete run to a Delta table in one commit, exactly once however often it is called.
+
+    Needs pip install 'nermill[delta]'. The commit carries the run's id as Delta's application transaction: a call that
+    is repeated, killed at any moment, or made by two at once adds the rows once.
+    """
+    from dataclasses import asdict
+
+    from nermill.producer.publish import LAYOUTS
+    from nermill.producer.publish import publish as published
+    from nermill.producer.result import open_complete
+    from nermill.producer.view import print_json
+
+    if layout not in LAYOUTS:
+        raise UsageError(f"--layout {layout!r}: one of {', '.join(LAYOUTS)}")
+    folder, plan = open_complete(run)
+    done = published(folder, plan, table, layout, merge_schema=merge_schema)
+    if json:
+        print_json({"run": folder.uri, "run_id": plan.run_id, "layout": layout, **asdict(done)})
+    elif done.is_new:
+        print(f"{done.table}: version {done.version} has {done.rows:,} rows of {folder.uri}")
+    else:
+        print(f"{done.table}: the rows of {folder.uri} are there since version {done.version}; nothing to do")
+    return 0
+
+
+def export(
+    run: o.Run,
+    format_: Annotated[
+        str,
+        typer.Option("--format", metavar="FORMAT", help="conll (word and tag), jsonl or csv (a row an entity)."),
+    ],
+    to: Annotated[
+        str, typer.Option("--to", metavar="FILE", help="A file that is not there yet; default: standard output.")
+    ] = "-",
+    json: o.Json = False,
+) -> int:
+    """Write a complete run for people who correct it and train on it.
+
+    A corrected CoNLL file of a run over CoNLL input is gold: nermill evaluate RUN --gold FILE. That of a run over texts
+    is an input of its own, whose tags are gold: nermill run FILE --unit document. --json says what was written to --to.
+    """
+    from nermill.producer.export import FORMATS, export_lines
+    from nermill.producer.redacted import new_file
+    from nermill.producer.result import open_complete
+    from nermill.producer.view import print_json
+    from nermill.worker.contracts.store import telling
+
+    if format_ not in FORMATS:
+        raise UsageError(f"--format {format_!r}: one of {', '.join(FORMATS)}")
+    if json and to == "-":
+        raise UsageError("--json says what was written to a file; name one with --to")
+    folder, plan = open_complete(run)
+    lines = export_lines(folder, plan, format_)
+    if to == "-":
+        for line in lines:
+            print(line)
+        return 0
+    count = 0
+    with new_file(to) as aside, open(aside, "w", encoding="utf-8", newline="\n") as stream:
+        for line in lines:
+            count += 1
+            with telling("write", to):
+                stream.write(line + "\n")
+        with telling("write", to):
+            stream.flush()
+    if json:
+        print_json({"run": folder.uri, "run_id": plan.run_id, "to": to, "format": format_, "lines": count})
+    else:
+        print(f"{to}: {count:,} lines")
+    return 0
