@@ -20,6 +20,7 @@ from nermill.model_build.shapes import parse_shapes
 from nermill.worker.contracts.errors import StoreError, UsageError
 from nermill.worker.contracts.manifest import Manifest, file_sha256
 from nermill.worker.engine import Batch
+from nermill.worker.engine.aie import load_script
 from nermill.worker.engine.encoder import MASKED, build
 from nermill.worker.engine.inputs import named_inputs
 from nermill.worker.engine.onnx import OnnxEngine
@@ -93,7 +94,7 @@ class _Script:
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.manifest = manifest
-        self._module = torch.jit.load(str(path))  # type: ignore[no-untyped-call]
+        self._module = load_script(path)
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         feeds = named_inputs(batch, self.manifest)

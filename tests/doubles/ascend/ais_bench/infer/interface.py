@@ -5,7 +5,7 @@ from another thread than the one that made the session, and anything after ``fin
 ``violations``, and in the file ``AIS_DOUBLE_VIOLATIONS``, so that an adapter that swallows one is seen.
 
 - ``AIS_DOUBLE_SECONDS``: how long each call takes at least.
-- ``AIS_DOUBLE_HANGS``: a file; the process that makes it hangs in its 30th call for ever.
+- ``AIS_DOUBLE_HANGS``: a file; the process that makes it hangs in its 15th call for ever.
 - ``AIS_DOUBLE_FAILS_OVER``: the most tokens of a batch for which the device has memory.
 """
 
@@ -138,7 +138,7 @@ class InferSession:
         time.sleep(float(os.environ.get("AIS_DOUBLE_SECONDS", "0")))
         if (most := os.environ.get("AIS_DOUBLE_FAILS_OVER")) and tokens > int(most):
             raise RuntimeError("[ERROR] malloc device memory failed (207001)")
-        if (hangs := os.environ.get("AIS_DOUBLE_HANGS")) and self._calls == 30:
+        if (hangs := os.environ.get("AIS_DOUBLE_HANGS")) and self._calls == 15:
             try:
                 Path(hangs).touch(exist_ok=False)
             except FileExistsError:
