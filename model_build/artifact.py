@@ -7,9 +7,9 @@ import os
 import platform
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, get_args
@@ -18,9 +18,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from nermill.model_build import aie, export, int8
-from nermill.model_build.checkpoint import open_checkpoint
-from nermill.model_build.oracle import golden
+from nermill.model_build import aie, export, int8, om
+from nermill.model_build.checkpoint import Checkpoint, open_checkpoint
+from nermill.model_build.oracle import check_graph, golden
 from nermill.model_build.shapes import parse_shapes
 from nermill.worker.contracts.errors import EngineError, StoreError, UsageError
 from nermill.worker.contracts.manifest import (
@@ -35,18 +35,30 @@ from nermill.worker.contracts.manifest import (
 )
 from nermill.worker.engine import load_engine
 from nermill.worker.engine.encoder import Encoder, build
-from nermill.worker.engine.golden import golden_difference, load_golden
+from nermill.worker.engine.golden import Golden, golden_difference, load_golden
+from nermill.worker.engine.onnx import OnnxEngine
 
 TOKEN_BUDGET = 1024  # padded tokens of a batch where shapes are free; measured best on CPUs
 PRECISIONS: dict[Backend, tuple[Precision, ...]] = {
     "onnx": ("fp32", "fp16", "int8"),
     "torch": ("fp32", "fp16", "bf16", "int8"),
     "aie": ("fp16", "fp32"),
+    "om": ("fp16",),
 }
 # accepted difference of a golden logit, relative to the largest one (or to 1 where all are small)
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.15, "int8": 0.1}
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}
-_LIBRARIES = ("torch", "transformers", "tokenizers", "onnx", "onnxruntime", "mindietorch", "torch_aie")
+_LIBRARIES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "onnx",
+    "onnxruntime",
+    "mindietorch",
+    "torch_aie",
+    "aclruntime",
+    "ais_bench",
+)
 
 
 @dataclass(frozen=True)
@@ -59,8 +71,9 @@ class Order:
         precision: Of the weights and products; the backend's first one where it is None.
         shapes: ``auto`` or ``BxL,...``.
         index_dtype: ``int64`` or ``int32``: type of the graph's inputs.
-        soc: Name of the Ascend chip, for the backend ``aie``.
+        soc: Name of the Ascend chip, for the backends ``aie`` and ``om``.
         name: What people will call it; the checkpoint's own name where it is empty.
+        atc: Whether ``om`` is compiled here; else the artifact waits for ``nermill-build adopt``.
     """
 
     backend: Backend
@@ -70,6 +83,7 @@ class Order:
     index_dtype: str = "int64"
     soc: str = aie.SOC
     name: str = ""
+    atc: bool = True
 
 
 def compile_artifact(where: str, out: Path, order: Order) -> Manifest:
@@ -79,47 +93,76 @@ def compile_artifact(where: str, out: Path, order: Order) -> Manifest:
         UsageError: the checkpoint, an option or the output folder does not fit.
         EngineError: the compiled graph does not give the checkpoint's logits.
     """
-    precision = _precision(order)
+    precision = check_order(order)
     checkpoint = open_checkpoint(where)
     shapes = parse_shapes(order.shapes, checkpoint.max_length, order.backend)
+    if order.backend == "om":
+        shapes = shapes or om.default_shapes(checkpoint.max_length)
+        om.check_order(shapes, order.soc)
+        if order.atc:
+            om.find_atc()
     with folder_at_once(out) as folder:
         max_length = min(checkpoint.max_length, max((length for _, length in shapes), default=checkpoint.max_length))
         checkpoint.weights()  # refuses by name what cannot be read, before transformers opens it
         answers = golden(checkpoint, max_length)
         answers.write(folder)
         model = build(checkpoint.architecture, checkpoint.weights(), plain=order.layout == "plain")
+        manifest = describe(checkpoint, order, precision, shapes, answers, model.inputs)
         (folder / TOKENIZER_FILE).write_text(checkpoint.tokenizer, "utf-8")
-        inputs = tuple(Input(name, order.index_dtype) for name in model.inputs)
-        model_file, details = _compile(model, order, precision, shapes, folder)
+        if order.backend == "om":
+            export.trace_onnx(model, folder / om.GRAPH_FILE, getattr(torch, order.index_dtype), shapes)
+            graph = describe(checkpoint, order, "fp32", shapes, answers, model.inputs)
+            check_graph(OnnxEngine(folder, replace(graph, model_file=om.GRAPH_FILE)), answers)
+            manifest = om.finish(folder, manifest, out, soc=order.soc, has_atc=order.atc)
+        else:
+            model_file, details = _compile(model, order, precision, shapes, folder)
+            manifest = replace(manifest, model_file=model_file, details={**manifest.details, **details})
         del model
         gc.collect()
-        scale = max(1.0, max(float(abs(logits).max()) for logits in answers.logits))
-        manifest = Manifest(
-            name=order.name or checkpoint.name,
-            backend=order.backend,
-            model_file=model_file,
-            layout=order.layout,
-            precision=precision,
-            inputs=inputs,
-            shapes=shapes,
-            token_budget=TOKEN_BUDGET,
-            max_length=max_length,
-            labels=checkpoint.labels,
-            scheme=checkpoint.scheme,
-            lowercase=checkpoint.lowercase,
-            cls_id=checkpoint.cls_id,
-            sep_id=checkpoint.sep_id,
-            pad_id=checkpoint.pad_id,
-            position_offset=checkpoint.architecture.position_offset,
-            source=checkpoint.source,
-            libraries=_libraries(),
-            files={path.name: file_sha256(path) for path in sorted(folder.iterdir())},
-            tolerance=round(TOLERANCE[precision] * scale, 6),
-            details={"architecture": asdict(checkpoint.architecture), **details},
-        )
-        manifest.write(folder)
-        _try(folder, "npu:0" if order.backend == "aie" else "cpu")
+        _swear(manifest, folder)
+        if order.backend != "om":
+            _try(folder, "npu:0" if order.backend == "aie" else "cpu")
     return load_manifest(out)
+
+
+def describe(
+    checkpoint: Checkpoint,
+    order: Order,
+    precision: Precision,
+    shapes: tuple[tuple[int, int], ...],
+    answers: Golden,
+    inputs: Sequence[str],
+) -> Manifest:
+    """The manifest of what is being built, as far as it is known before it is: without files and model."""
+    scale = max(1.0, max(float(abs(logits).max()) for logits in answers.logits))
+    return Manifest(
+        name=order.name or checkpoint.name,
+        backend=order.backend,
+        model_file="",
+        layout=order.layout,
+        precision=precision,
+        inputs=tuple(Input(name, order.index_dtype) for name in inputs),
+        shapes=shapes,
+        token_budget=TOKEN_BUDGET,
+        max_length=min(checkpoint.max_length, max((length for _, length in shapes), default=checkpoint.max_length)),
+        labels=checkpoint.labels,
+        scheme=checkpoint.scheme,
+        lowercase=checkpoint.lowercase,
+        cls_id=checkpoint.cls_id,
+        sep_id=checkpoint.sep_id,
+        pad_id=checkpoint.pad_id,
+        position_offset=checkpoint.architecture.position_offset,
+        source=checkpoint.source,
+        libraries=_libraries(),
+        files={},
+        tolerance=round(TOLERANCE[precision] * scale, 6),
+        details={"architecture": asdict(checkpoint.architecture)},
+    )
+
+
+def _swear(manifest: Manifest, folder: Path) -> None:
+    files = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
+    replace(manifest, files=files).write(folder)
 
 
 @contextmanager
@@ -146,7 +189,12 @@ def folder_at_once(out: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _precision(order: Order) -> Precision:
+def check_order(order: Order) -> Precision:
+    """The precision that is built.
+
+    Raises:
+        UsageError: nermill builds no such backend, layout, index dtype or precision.
+    """
     if order.backend not in get_args(Backend):
         raise UsageError(f"--backend {order.backend}: nermill builds {', '.join(get_args(Backend))}")
     if order.layout not in get_args(Layout):

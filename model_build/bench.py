@@ -110,8 +110,8 @@ def _seconds(call: Callable[[], object], repeats: int) -> float:
 def _peak_gflops(engine: Engine, threads: int, shape: tuple[int, int, int], repeats: int) -> float | None:
     """Speed of one product (tokens, hidden) × (hidden, intermediate) in the engine's own library and precision."""
     backend = engine.manifest.backend
-    if backend == "aie":
-        return None  # the package has no product of its own to compare with
+    if backend in ("aie", "om"):
+        return None  # their packages have no product of their own to compare with
     product = _onnx_product(engine, threads, shape) if backend == "onnx" else _torch_product(engine, shape)
     rows, inner, columns = shape
     return round(2 * rows * inner * columns / _seconds(product, repeats) / 1e9, 2)

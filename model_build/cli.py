@@ -30,27 +30,81 @@ def compile_(
         str, typer.Argument(help="Hugging Face folder, or OWNER/NAME@REVISION of the hub.", show_default=False)
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder to make; must not exist.", show_default=False)],
-    backend: Annotated[str, typer.Option("--backend", help="Who runs it: onnx, torch or aie.")] = "onnx",
+    backend: Annotated[str, typer.Option("--backend", help="Who runs it: onnx, torch, aie or om.")] = "onnx",
     layout: Annotated[
         str, typer.Option("--layout", help="packed rows, or plain: input_ids, attention_mask, token_type_ids.")
     ] = "packed",
     precision: Annotated[
         str | None,
-        typer.Option("--precision", help="fp32, fp16, bf16 or int8; default: fp32, for aie fp16.", show_default=False),
+        typer.Option(
+            "--precision", help="fp32, fp16, bf16 or int8; default: fp32, for aie and om fp16.", show_default=False
+        ),
     ] = None,
     shapes: Annotated[str, typer.Option("--shapes", help="auto, or rows x length: 32x64,8x512.")] = "auto",
     index_dtype: Annotated[str, typer.Option("--index-dtype", help="Type of the inputs: int64 or int32.")] = "int64",
-    soc: Annotated[str, typer.Option("--soc", help="Ascend chip, for aie.")] = "Ascend310P3",
+    soc: Annotated[str, typer.Option("--soc", help="Ascend chip, for aie and om.")] = "Ascend310P3",
     name: Annotated[str, typer.Option("--name", help="Its name; default: the checkpoint's.", show_default=False)] = "",
+    atc: Annotated[
+        bool, typer.Option("--atc/--no-atc", help="For om: compile here, or write graph, command and script.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Compile a checkpoint into an artifact, checked against its golden answers."""
     from nermill.model_build.artifact import Order, compile_artifact
 
-    order = Order(backend, layout, precision, shapes, index_dtype, soc, name)  # type: ignore[arg-type]
+    order = Order(backend, layout, precision, shapes, index_dtype, soc, name, atc)  # type: ignore[arg-type]
     manifest = compile_artifact(checkpoint, out, order)
-    body = {"artifact": str(out), "sha256": manifest.sha256, "bytes": _size(out), "files": manifest.files}
-    _answer(body, as_json, [f"{out}: {manifest.name}, {_kind(manifest)}, {_size(out) / 1e6:.1f} MB"])
+    _built(out, manifest, as_json)
+    if manifest.details.get("pending"):
+        print(
+            f"nermill-build: to complete it, run {out}/convert.sh on a machine with CANN, then "
+            f"nermill-build adopt {out} {out}/model.om",
+            file=sys.stderr,
+        )
+
+
+def adopt(
+    artifact: Artifact,
+    model: Annotated[Path, typer.Argument(help="The file that atc or convert.sh made.", show_default=False)],
+    device: Annotated[str, typer.Option("--device", envvar="NERMILL_DEVICE", help="npu:N to try it on.")] = "npu:0",
+    as_json: Json = False,
+) -> None:
+    """Complete an artifact of compile --no-atc with the offline model that was made of its graph."""
+    from nermill.model_build.adopt import adopt as complete
+
+    folder = resolve_artifact(artifact)
+    _built(folder, complete(folder, model, device), as_json)
+
+
+def export(
+    checkpoint: Annotated[
+        str, typer.Argument(help="Hugging Face folder, or OWNER/NAME@REVISION of the hub.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option("--out", help="File to make; must not exist.", show_default=False)],
+    form: Annotated[str, typer.Option("--format", help="torchscript or onnx.")] = "onnx",
+    layout: Annotated[
+        str, typer.Option("--layout", help="packed rows, or plain: input_ids, attention_mask, token_type_ids.")
+    ] = "packed",
+    shapes: Annotated[
+        str, typer.Option("--shapes", help="auto: free; or rows x length: one is fixed, several are checked.")
+    ] = "auto",
+    index_dtype: Annotated[str, typer.Option("--index-dtype", help="Type of the inputs: int64 or int32.")] = "int64",
+    as_json: Json = False,
+) -> None:
+    """Write the graph alone, checked against the eager checkpoint, for a tool chain of your own."""
+    from nermill.model_build.artifact import Order
+    from nermill.model_build.graph import export_graph
+
+    order = Order("onnx", layout, "fp32", shapes, index_dtype)  # type: ignore[arg-type]
+    body = export_graph(checkpoint, out, form, order)  # type: ignore[arg-type]
+    inputs = ", ".join(f"{entry['name']} {entry['dtype']}" for entry in body["inputs"])
+    lines = [
+        f"{out}: {form} {layout}, {body['bytes'] / 1e6:.1f} MB, at most {body['difference']:.2g} from the checkpoint",
+        f"inputs       {inputs}, in this order, each (rows, length)",
+        f"output       logits float32 (rows, length, {len(body['output']['labels'])})",
+        f"masked       {body['masked']:g}",
+    ]
+    _answer(body, as_json, lines)
 
 
 def verify(
@@ -146,6 +200,20 @@ def inspect(artifact: Artifact, as_json: Json = False) -> None:
     _answer(body, as_json, [f"{name:<11} {value}" for name, value in rows])
 
 
+def _built(out: Path, manifest: Any, as_json: bool) -> None:
+    details = manifest.details
+    body = {"artifact": str(out), "sha256": manifest.sha256, "bytes": _size(out), "files": manifest.files}
+    lines = [f"{out}: {manifest.name}, {_kind(manifest)}, {_size(out) / 1e6:.1f} MB"]
+    if "atc" in details:
+        lines.append(f"atc          {details['atc']['log']} ({details['atc']['seconds']:g} s; {out / 'atc.log'})")
+    if "command" in details:
+        body |= {key: details.get(key) for key in ("command", "cann", "tried", "notes")}
+        lines.append(f"command      {details['command']}")
+    _answer(body, as_json, lines)
+    for note in details.get("notes", ()):
+        print(f"nermill-build: {note}", file=sys.stderr)
+
+
 def _kind(manifest: Any) -> str:
     return f"{manifest.backend} {manifest.precision} {manifest.layout}"
 
@@ -179,6 +247,8 @@ for command, name, example in (
     (bench, "bench", "nermill-build bench ner-int8 --json > costs.json"),
     (shapes, "shapes", "nermill-build shapes valid.txt --max-shapes 2 --costs 310p3-bert-large --target 5000"),
     (inspect, "inspect", "nermill-build inspect demo"),
+    (export, "export", "nermill-build export ./bert-large-NER --format onnx --layout plain --out bert.onnx"),
+    (adopt, "adopt", "nermill-build adopt ner-om ner-om/model.om"),
 ):
     app.command(name, epilog=f"Example: {example}")(command)
 

@@ -1,4 +1,4 @@
-"""From a module to an ONNX graph."""
+"""From a module to an ONNX graph, or to TorchScript."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ from typing import Any
 
 import torch
 from packaging import version
-from torch import Tensor
+from torch import Tensor, nn
 
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.engine.encoder import Encoder
+from nermill.worker.engine.layers import Attention, replace
 
 OPSET = 18
 INLINE_BYTES = 500_000_000
+TRACED_OPSET = 13  # CANN's own recipes use 11 to 13; Clip takes integers since 12
+ONE_FILE_BYTES = 1_900_000_000  # protobuf's limit is 2 GB
+
+Shapes = tuple[tuple[int, int], ...]
 
 
 def example_inputs(model: Encoder, dtype: torch.dtype, shape: tuple[int, int] = (2, 16)) -> tuple[Tensor, ...]:
@@ -64,6 +69,69 @@ def to_onnx(model: Encoder, path: Path, dtype: torch.dtype) -> None:
         node.doc_string = None
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     program.save(path, external_data=size > INLINE_BYTES)
+
+
+def trace_script(model: Encoder, path: Path, dtype: torch.dtype, shapes: Shapes) -> None:
+    """Writes TorchScript, traced with the first shape; it takes the inputs in the order of ``model.inputs``."""
+    _plain_attention(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, and still what compilers for NPUs take
+        example = example_inputs(model, dtype, *shapes[:1])
+        torch.jit.trace(model, example, check_trace=False).save(str(path))  # type: ignore[no-untyped-call]
+
+
+def trace_onnx(model: Encoder, path: Path, dtype: torch.dtype, shapes: Shapes) -> None:
+    """Writes an ONNX graph of opset 13 in plain operators: the form that compilers of accelerators match.
+
+    Layer norm and GELU are the chains of operators that their fusion passes look for, where opset 17 and later would
+    say LayerNormalization. With one shape the graph is fixed to it; with several, or none, rows and length are free.
+    """
+    _plain_attention(model)
+    free = None if len(shapes) == 1 else {name: {0: "rows", 1: "length"} for name in model.inputs}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracing exporter is deprecated; torch 2.1 of Ascend hosts has no other
+        torch.onnx.export(
+            model,
+            example_inputs(model, dtype, *shapes[:1]),
+            str(path),
+            dynamo=False,
+            input_names=list(model.inputs),
+            output_names=["logits"],
+            dynamic_axes=free,
+            opset_version=TRACED_OPSET,
+        )
+    if sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) > ONE_FILE_BYTES:
+        _into_one_data_file(path)
+
+
+def _into_one_data_file(path: Path) -> None:
+    """Gathers the files, one a weight, that the exporter writes where a graph does not fit into one."""
+    import onnx
+
+    graph = onnx.load(path)
+    for tensor in graph.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                (path.parent / entry.value).unlink(missing_ok=True)
+    onnx.save(graph, path, save_as_external_data=True, location=f"{path.name}.data")
+
+
+class _PlainAttention(Attention):
+    """``Attention`` with the sizes of heads as constants: its reshapes leave no arithmetic in a traced graph."""
+
+    def forward(self, qkv: Tensor, bias: Tensor) -> Tensor:
+        rows, length, width = qkv.shape
+        hidden = int(width) // 3
+        query, key, value = (
+            part.reshape(rows, length, self.heads, hidden // self.heads).transpose(1, 2)
+            for part in qkv.split(hidden, -1)
+        )
+        scores = (query * self.scale) @ key.transpose(-1, -2) + bias
+        return (scores.softmax(-1) @ value).transpose(1, 2).reshape(rows, length, hidden)
+
+
+def _plain_attention(model: nn.Module) -> None:
+    replace(model, Attention, lambda layer: _PlainAttention(layer.heads, layer.scale))
 
 
 def _gelu(x: Any, approximate: str = "none") -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -14,8 +15,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from nermill.model_build.checkpoint import Checkpoint
-from nermill.worker.contracts.errors import UsageError
-from nermill.worker.engine.golden import Golden
+from nermill.worker.contracts.errors import EngineError, UsageError
+from nermill.worker.engine import Engine
+from nermill.worker.engine.golden import Golden, golden_difference
 
 ROWS = 64  # windows of one length that are computed together
 
@@ -87,3 +89,30 @@ def golden(checkpoint: Checkpoint, max_length: int) -> Golden:
     """The golden answers of a checkpoint, for windows of at most ``max_length`` tokens."""
     windows = windows_of(checkpoint, GOLDEN_TEXTS, max_length)
     return Golden(GOLDEN_TEXTS, windows, tuple(oracle_logits(checkpoint, windows)))
+
+
+def check_graph(engine: Engine, answers: Golden) -> float:
+    """Largest distance of a golden logit over all shapes; closes the engine.
+
+    Raises:
+        EngineError: it is beyond the manifest's tolerance.
+    """
+    manifest, worst = engine.manifest, 0.0
+    try:
+        for shape in manifest.shapes or (None,):
+            engine.manifest = manifest if shape is None else replace(manifest, shapes=(shape,))
+            fitting = [n for n, ids in enumerate(answers.windows) if shape is None or len(ids) <= shape[1]]
+            some = Golden(
+                answers.texts,
+                tuple(answers.windows[n] for n in fitting),
+                tuple(answers.logits[n] for n in fitting),
+            )
+            worst = max(worst, golden_difference(engine, some) if fitting else 0.0)
+    finally:
+        engine.close()
+    if not worst <= manifest.tolerance:
+        raise EngineError(
+            f"{manifest.name}: the traced graph is {worst:.3g} away from the checkpoint's logits (tolerance "
+            f"{manifest.tolerance:.3g}); nothing was written"
+        )
+    return worst

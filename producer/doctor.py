@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
+import shutil
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +19,16 @@ from nermill.worker.contracts.errors import BrokerError, NermillError
 from nermill.worker.contracts.layout import RunFolder
 from nermill.worker.contracts.manifest import Manifest, load_manifest, resolve_artifact
 
-_RUNTIMES = {"onnx": ("onnxruntime", "worker"), "torch": ("torch", "torch"), "aie": ("mindietorch", "")}
+_RUNTIMES = {
+    "onnx": ("onnxruntime", "worker"),
+    "torch": ("torch", "torch"),
+    "aie": ("mindietorch", ""),
+    "om": ("ais_bench", ""),
+}
+_WHEELS = {
+    "aie": "the mindietorch wheel of your MindIE release",
+    "om": "the wheels ais_bench and aclruntime of Ascend's tools, for this Python",
+}
 _DEVICE_FILES = {"cuda": "/dev/nvidia{}", "npu": "/dev/davinci{}"}
 _DEVICE = re.compile(r"(cuda|npu):(\d+)")
 
@@ -43,7 +54,9 @@ def examine(broker: str, model: str, devices: str, out: str | None) -> Iterator[
         yield _workers(queue, manifest, model)
     if manifest is not None:
         yield _runtime(manifest)
-    if devices == "auto" and manifest is not None and manifest.backend == "aie":
+        if manifest.backend == "om":
+            yield _compiler()
+    if devices == "auto" and manifest is not None and manifest.backend in _WHEELS:
         devices = "npu:0"  # no other device runs it
     for device in devices.split(","):
         yield _device(device.strip())
@@ -124,10 +137,20 @@ def _workers(queue: Queue, manifest: Manifest | None, model: str) -> Finding:
 
 def _runtime(manifest: Manifest) -> Finding:
     module, extra = _RUNTIMES[manifest.backend]
+    if module == "ais_bench" and find_spec(module) is not None and find_spec("aclruntime") is None:
+        mend = f"install the aclruntime wheel for Python {platform.python_version()}, or use the wheel's Python"
+        return Finding("runtime", False, "ais_bench is installed and aclruntime, which it needs, is not", mend)
     if find_spec(module) is not None:
         return Finding("runtime", True, f"{module} is installed for backend {manifest.backend}")
-    mend = f"pip install 'nermill[{extra}]'" if extra else "install the mindietorch wheel of your MindIE release"
+    mend = f"pip install 'nermill[{extra}]'" if extra else f"install {_WHEELS[manifest.backend]}"
     return Finding("runtime", False, f"{module} is not installed, backend {manifest.backend} needs it here", mend)
+
+
+def _compiler() -> Finding:
+    """Where CANN's atc is; building needs it, serving does not."""
+    home = os.environ.get("ASCEND_TOOLKIT_HOME")
+    atc = shutil.which("atc") or (home and shutil.which("atc", path=os.path.join(home, "bin")))
+    return Finding("atc", True, f"{atc} builds for backend om" if atc else "not here; only building with om needs it")
 
 
 def _device(device: str) -> Finding:

@@ -55,7 +55,7 @@ def parse_devices(text: str, manifest: Manifest) -> list[Device]:
 def visible_devices(manifest: Manifest) -> list[Device]:
     """The devices of this machine that the artifact's backend can use, without importing its runtime."""
     npus = sorted(int(p.name[7:]) for p in Path("/dev").glob("davinci[0-9]*"))
-    if manifest.backend == "aie" and npus:
+    if manifest.backend in ("aie", "om") and npus:
         return [Device("npu", n) for n in npus]
     cards = sorted(Path("/proc/driver/nvidia/gpus").glob("*"))
     if manifest.backend == "torch" and cards and manifest.precision != "int8":

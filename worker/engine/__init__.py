@@ -77,6 +77,10 @@ def load_engine(artifact: Path, device: str = "cpu", threads: int = 0) -> Engine
             from nermill.worker.engine.torch import TorchEngine
 
             return TorchEngine(artifact, manifest, device, threads)
+        if manifest.backend == "om":
+            from nermill.worker.engine.om import OmEngine
+
+            return OmEngine(artifact, manifest, device)
         from nermill.worker.engine.aie import AieEngine
 
         return AieEngine(artifact, manifest, device)

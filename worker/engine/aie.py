@@ -54,7 +54,7 @@ class AieEngine:
         index = int(number or 0)
         try:
             self._package.set_device(index)
-            self._module = _load_script(artifact / manifest.model_file)
+            self._module = load_script(artifact / manifest.model_file)
             self._streams = [self._package.npu.Stream(f"npu:{index}") for _ in range(self.in_flight)]
         except RuntimeError as error:
             raise ArtifactError(f"{artifact}: {device} does not load it ({lines_of(error)[0]})") from None
@@ -85,7 +85,8 @@ class AieEngine:
         self._package.finalize()
 
 
-def _load_script(path: Path) -> Any:
+def load_script(path: Path) -> Any:
+    """A TorchScript module from a file."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript is deprecated, and still what compilers for NPUs take
         return torch.jit.load(str(path)).eval()  # type: ignore[no-untyped-call]

@@ -150,6 +150,28 @@ def test_auto_looks_for_the_device_that_the_artifact_needs(broker, tmp_path):
     assert "mindietorch" in found["runtime"].mend
 
 
+def test_the_two_wheels_and_the_compiler_of_offline_models(broker, tmp_path, monkeypatch):
+    shutil.copytree(resolve_artifact("demo"), tmp_path / "om")
+    manifest = tmp_path / "om" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"backend": "onnx"', '"backend": "om"'))
+
+    def found():
+        return {f.name: f for f in examine(broker, str(tmp_path / "om"), "auto", str(tmp_path))}
+
+    assert "the wheels ais_bench and aclruntime" in found()["runtime"].mend
+    assert found()["atc"].detail == "not here; only building with om needs it"
+    assert "npu:0 is not visible" in found()["device"].detail
+    (tmp_path / "wheels" / "ais_bench").mkdir(parents=True)
+    (tmp_path / "wheels" / "ais_bench" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path / "wheels"))
+    assert "install the aclruntime wheel for Python 3" in found()["runtime"].mend
+    (tmp_path / "wheels" / "aclruntime.py").touch()
+    (tmp_path / "wheels" / "atc").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "wheels"))
+    assert found()["runtime"].ok
+    assert found()["atc"].detail.endswith("/wheels/atc builds for backend om")
+
+
 def test_no_write_access_is_named_before_anything_is_made(broker, tmp_path):
     output = {f.name: f for f in examine(broker, "demo", "cpu", "/proc/tagged")}["output"]
     assert (output.ok, output.mend) == (False, "name a folder or URI that you may write with --out")
