@@ -34,6 +34,10 @@ def evaluate(
         typer.Option("--compare", metavar="RUN", help="Another run over the same documents, to tell the difference."),
     ] = None,
     partial: Annotated[bool, typer.Option("--partial", help="Evaluate what is there of an unfinished run.")] = False,
+    seqeval: Annotated[
+        bool,
+        typer.Option("--seqeval", help="Have seqeval score all documents, also where there are more than 20,000."),
+    ] = False,
     json: o.Json = False,
 ) -> int:
     """Score a run against gold tags and measure its throughput; writes _report.json and _report.html."""
@@ -46,7 +50,7 @@ def evaluate(
 
     folder, _ = open_run(run)
     other = open_run(compare)[0] if compare else None
-    report = evaluated(folder, gold=gold, partial=partial, compare=other)
+    report = evaluated(folder, gold=gold, partial=partial, compare=other, seqeval=seqeval)
     missed = below_floors(report, f1=min_f1, accuracy=min_accuracy, documents_per_second=min_documents_per_second)
     write_report(folder, report)
     if json:
