@@ -1,4 +1,4 @@
-"""The short form of the rehearsal in tests/acceptance: kills, stops, a lost server, lost and repeated messages in one run."""
+"""The short form of the rehearsal in tests/acceptance: kills, stops, a lost server, lost and repeated messages."""
 
 from __future__ import annotations
 
