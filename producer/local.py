@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import tempfile
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO
@@ -18,10 +17,9 @@ from nermill.worker.contracts.command import python_command
 from nermill.worker.contracts.errors import EngineError, UsageError
 
 STOP_SECONDS = 35.0
-EARLY_DEATHS = 2  # a worker process that dies this often before it was ever ready will not get well
+START_ATTEMPTS = 2  # a worker process that ends this often before it is ready will not start at all
 _LOG_LINES = 12
-_BLOCK = 1 << 20
-_READY, _DIED = "ready:", "starting it again"  # what worker.app and worker.supervisor log
+_BLOCK = 1 << 16
 _DEVICES = re.compile(r"auto|(cpu|cuda:\d+|npu:\d+)(,(cpu|cuda:\d+|npu:\d+))*")
 _PR_SET_PDEATHSIG = 1
 
@@ -37,13 +35,15 @@ class LocalWorker:
     """
 
     def __init__(self, model: str, devices: str, broker: str, root: str) -> None:
-        self._seen = self._deaths = 0
-        self._was_ready = False
-        self._tail: deque[str] = deque(maxlen=_LOG_LINES)
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in stop
         self._process = subprocess.Popen(
             python_command("nermill.worker.launch", "--model", model, "--devices", devices, "--broker", broker),
-            env={**os.environ, "NERMILL_ALLOWED_ROOTS": root, "NERMILL_LOG_FORMAT": "text"},
+            env={
+                **os.environ,
+                "NERMILL_ALLOWED_ROOTS": root,
+                "NERMILL_LOG_FORMAT": "text",
+                "NERMILL_START_ATTEMPTS": str(START_ATTEMPTS),
+            },
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
@@ -59,15 +59,12 @@ class LocalWorker:
             EngineError: it ended, or its processes die before they are ready; with the last lines of its log.
         """
         status = self._process.poll()
-        for line in self._new_lines():
-            self._tail.append(line)
-            self._was_ready |= _READY in line
-            self._deaths += _DIED in line
-        if status is None and (self._was_ready or self._deaths < EARLY_DEATHS):
+        if status is None:
             return
-        if status == UsageError.exit_code and self._tail:
-            raise UsageError(self._tail[-1].removeprefix("nermill-worker: "))
-        told = "\n".join(f"  | {line}" for line in self._tail)
+        lines = self._last_lines()
+        if status == UsageError.exit_code and lines:
+            raise UsageError(lines[-1].removeprefix("nermill-worker: "))
+        told = "\n".join(f"  | {line}" for line in lines)
         raise EngineError(f"the worker failed; the end of its log:\n{told}")
 
     def stop(self) -> None:
@@ -80,11 +77,10 @@ class LocalWorker:
             self._process.wait()
         self._log.close()
 
-    def _new_lines(self) -> list[str]:
-        block = os.pread(self._log.fileno(), _BLOCK, self._seen)
-        whole = block.rfind(b"\n") + 1
-        self._seen += whole
-        return block[:whole].decode(errors="replace").splitlines()
+    def _last_lines(self) -> list[str]:
+        end = os.fstat(self._log.fileno()).st_size
+        block = os.pread(self._log.fileno(), _BLOCK, max(0, end - _BLOCK))
+        return block.decode(errors="replace").splitlines()[-_LOG_LINES:]
 
 
 def check_devices(devices: str) -> None:

@@ -149,7 +149,8 @@ def wait(run: RunFolder, plan: Plan, queue: Queue, on_status: OnStatus = ignore)
         if status.state == "cancelled" and not status.progress.leased:
             return status
         idle = not working and status.state not in ("complete", "cancelled")
-        if status.progress.blocked and not status.progress.leased:
+        refused = status.progress.blocked or (status.progress.quarantined and not working)
+        if refused and not status.progress.leased:
             reason = status.progress.last_error
             raise StoreError(f"{run.uri}: the workers refuse it ({reason}); once mended: nermill resume {run.uri}")
         if idle and lost and answered == began:

@@ -157,8 +157,8 @@ def _refuse_unknown(name: str, **_: Any) -> None:
 
 
 @worker_process_init.connect  # type: ignore[untyped-decorator]
-def _refuse_prefork(**_: Any) -> None:
-    raise SystemExit("nermill-worker: an accelerator must not be forked; start Celery with --pool threads")
+def _refuse_other_pools(**_: Any) -> None:
+    raise SystemExit("nermill-worker: start Celery with --pool threads: one process has the model, a shard is a thread")
 
 
 @worker_init.connect  # type: ignore[untyped-decorator]

@@ -70,10 +70,6 @@ class Spans:
     type: Int
     score: Float
 
-    def where(self, kept: NDArray[np.bool_]) -> Spans:
-        """Some of the spans; ``kept`` is bool, shape (spans,)."""
-        return Spans(self.document[kept], self.first[kept], self.last[kept], self.type[kept], self.score[kept])
-
 
 def softmax(logits: Float) -> Float:
     """Probabilities over the last axis, float32."""

@@ -125,7 +125,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--broker", dest="broker_url", help="broker URL (NERMILL_BROKER_URL)")
     parser.add_argument("--lease-seconds", type=float, help="how long a silent worker keeps a shard (default: 60)")
-    parser.add_argument("--allowed-roots", help="folders and URIs below which runs may lie (default: this folder)")
+    parser.add_argument(
+        "--allowed-roots", help="folders and URIs below which runs may lie, separated by commas (default: this folder)"
+    )
     parser.add_argument("--metrics-port", type=int, help="first Prometheus port; device N listens on port + N")
     parser.add_argument("--concurrency", type=int, help="most shards in a process at once (default: 8)")
     parser.add_argument("--threads", type=int, help="compute threads on a CPU (default: one a core)")

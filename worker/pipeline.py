@@ -84,6 +84,7 @@ class Pipeline:
         self._pool = Pool(self.manifest)
         self._busy_since: dict[int, float] = {}
         self._answered = 0.0  # when the device last did
+        self._clock = threading.Lock()  # over the line above: calls that end together count their time once
         self.broken: EngineError | None = None
         self._device = threading.Semaphore(engine.in_flight)
         self._threads = [  # one more than the device takes: it prepares the next batch
@@ -181,7 +182,9 @@ class Pipeline:
     ) -> pa.Table:
         tokens = job.tokens
         document = np.repeat(np.arange(len(tokens.counts)), tokens.counts)
-        units = decode.units(job.logits, document, tokens.words, self.labels, options.aggregation)
+        whole = np.flatnonzero(~np.isin(document, list(job.failed)))  # a failed document's logits were never written
+        units = decode.units(job.logits[whole], document[whole], tokens.words[whole], self.labels, options.aggregation)
+        units = replace(units, first=whole[units.first], last=whole[units.last])
         spans = decode.spans(units, join=options.aggregation != "none")
         windows = np.bincount(job.windows.document, minlength=len(tokens.counts))
         prediction = Prediction(tokens, windows, units, spans, self.labels)
@@ -206,9 +209,10 @@ class Pipeline:
         begun = self._busy_since[me] = time.monotonic()
         try:
             logits = self.engine.run(batch)
-            done = time.monotonic()
-            seconds = max(0.0, done - max(begun, self._answered))  # it waited for the batch before it
-            self._answered = done
+            with self._clock:
+                done = time.monotonic()
+                seconds = max(0.0, done - max(begun, self._answered))  # it waited for the batch before it
+                self._answered = done
             self._pool.learn(batch.input_ids.shape, work.placement.tokens, seconds)
             return logits, seconds
         except EngineError as error:
@@ -299,7 +303,7 @@ class Tagger:
         """Tags texts, or documents that are split into words.
 
         Args:
-            documents: Strings, or sequences of words.
+            documents: A list of texts, or a list of documents that are lists of words.
             urgent: Whether they go before other documents that wait for the device.
             options: Fields of ``Options``: aggregation, overlap, max_chars.
 
@@ -307,12 +311,12 @@ class Tagger:
             One annotation a document, in order; ``fault`` is set where one could not be tagged.
 
         Raises:
+            TypeError: documents that are a single text, or hold something else than texts or lists of words.
             EngineError: the device failed for good.
         """
-        records = [
-            Document(id=str(n), text=d) if isinstance(d, str) else Document(id=str(n), words=tuple(d))
-            for n, d in enumerate(documents)
-        ]
+        records = [_record(n, document) for n, document in enumerate(_listed(documents))]
+        if len({record.words is None for record in records}) > 1:
+            raise TypeError(f"texts and lists of words in one call: tag them in two; {_WANTED}")
         annotated = self.pipeline.annotate(
             shard_table(records),
             Options(**options),  # type: ignore[arg-type]
@@ -333,3 +337,25 @@ class Tagger:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+_WANTED = 'pass a list of texts, ["Ada met Bob."], or a list of lists of words, [["Ada", "met", "Bob", "."]]'
+
+
+def _listed(documents: object) -> Iterable[object]:
+    if isinstance(documents, (str, bytes)) or not isinstance(documents, Iterable):
+        raise TypeError(f"{type(documents).__name__} {documents!r:.60} in the place of a list of documents: {_WANTED}")
+    return documents
+
+
+def _record(number: int, document: object) -> Document:
+    if isinstance(document, str):
+        return Document(id=str(number), text=document)
+    if isinstance(document, Sequence) and not isinstance(document, bytes):
+        if all(isinstance(word, str) for word in document):
+            return Document(id=str(number), words=tuple(document))
+        wrong = next(word for word in document if not isinstance(word, str))
+        raise TypeError(
+            f"document {number} holds {wrong!r:.60} ({type(wrong).__name__}) in the place of a word: {_WANTED}"
+        )
+    raise TypeError(f"document {number} is {document!r:.60} ({type(document).__name__}): {_WANTED}")

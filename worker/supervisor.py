@@ -106,6 +106,7 @@ class Supervisor:
         self._settings = settings
         self._processes: dict[int, Supervised] = {}
         self._pause: dict[int, float] = {}
+        self._failed_starts: dict[int, int] = dict.fromkeys(range(len(devices)), 0)
         self._due: dict[int, float] = dict.fromkeys(range(len(devices)), 0.0)
         self._stopping = False
         self._ready = False
@@ -127,7 +128,8 @@ class Supervisor:
                 del self._processes[index]
                 supervised.heart.close()
                 if not self._stopping:
-                    if status == UsageError.exit_code:
+                    self._failed_starts[index] += not supervised.heart.heard
+                    if status == UsageError.exit_code or self._has_failed_to_start(index):
                         code = status
                         self._stop()
                     else:
@@ -144,6 +146,9 @@ class Supervisor:
             self._processes[index] = supervised
             if self._stopping:  # told so while the process began
                 supervised.process.send_signal(signal.SIGTERM)
+
+    def _has_failed_to_start(self, index: int) -> bool:
+        return 0 < self._settings.start_attempts <= self._failed_starts[index]
 
     def _plan_restart(self, index: int, supervised: Supervised, status: int) -> None:
         shortest, longest = RESTART_SECONDS

@@ -10,7 +10,7 @@ import pytest
 
 from nermill.producer.status import part_stats
 from nermill.worker.contracts.layout import RunFolder
-from nermill.worker.mill import HAND_BACK_SECONDS
+from nermill.worker.queue.shards import RELEASE_SECONDS
 from tests.chaos import undisturbed
 from tests.harness import Harness, rows, texts
 
@@ -28,7 +28,7 @@ def attempts(run: RunFolder) -> set[int]:
     return {entry["attempts"] for shard in run.committed() for entry in part_stats(run, shard)}
 
 
-@pytest.mark.parametrize("grace", [20.0, 1.0], ids=["finishes what it holds", "hands it back"])
+@pytest.mark.parametrize("grace", [20.0, 1.0], ids=["finishes what it holds", "releases it"])
 def test_a_worker_drains_within_its_grace_while_another_goes_on(
     mill: Harness, expected: list[dict[str, Any]], grace: float
 ) -> None:
@@ -62,7 +62,7 @@ def test_a_worker_leaves_though_the_broker_does_not_answer(mill: Harness, expect
     assert leaving.terminate() == 0
     seconds = time.monotonic() - began
     print(f"left in {seconds:.1f} s, its grace of 1 and those for the broker included")
-    assert seconds < 1 + HAND_BACK_SECONDS + DELAY
+    assert seconds < 1 + RELEASE_SECONDS + DELAY
     mill.server.signal(signal.SIGCONT)
     mill.worker()
     mill.wait(run, plan)

@@ -304,7 +304,7 @@ def test_a_stream_has_its_last_step_when_it_is_sealed(ledger: Ledger) -> None:
     ("field", "value"),
     [("options", "{"), ("options", '{"max_chars": "many"}'), ("options", '{"unknown": 1}'), ("uri", "")],
 )
-def test_an_entry_that_does_not_fit_blocks_its_run_until_it_is_sent_again(
+def test_an_entry_that_does_not_fit_is_quarantined_until_it_is_sent_again(
     ledger: Ledger, client: Redis, field: str, value: str
 ) -> None:
     begin(ledger, 2)
@@ -315,11 +315,11 @@ def test_an_entry_that_does_not_fit_blocks_its_run_until_it_is_sent_again(
         return
     with pytest.raises(MessageError, match="does not fit"):
         ledger.lease("r", message.shard, worker(), LEASE)
-    assert due(ledger) == []
-    assert ledger.progress("r").blocked == 1
+    assert ledger.lease("r", message.shard, worker(), LEASE) == "quarantined"
+    assert ledger.progress("r").quarantined == 1
     assert "does not fit" in ledger.progress("r").last_error
     begin(ledger, 2)
-    assert (ledger.progress("r").blocked, ledger.progress("r").last_error) == (0, "")
+    assert (ledger.progress("r").quarantined, ledger.progress("r").last_error) == (0, "")
     assert index_of(Delivery(ledger).one()) == 0
 
 

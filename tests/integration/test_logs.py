@@ -17,12 +17,15 @@ import pytest
 from tokenizers import Tokenizer
 
 from nermill.worker import logs, tracing
+from nermill.worker.contracts.broker import celery_app
+from nermill.worker.contracts.dispatch import Dispatcher
+from nermill.worker.contracts.layout import RunFolder
 from nermill.worker.contracts.ledger import Ledger
 from nermill.worker.contracts.manifest import TOKENIZER_FILE, resolve_artifact
 from nermill.worker.contracts.plan import Plan
 from nermill.worker.metrics import Metrics
-from nermill.worker.mill import Mill
 from nermill.worker.pipeline import Pipeline
+from nermill.worker.queue.shards import ShardWorker
 from nermill.worker.settings import Settings
 from tests.doubles.engine import HashEngine, manifest
 from tests.harness import Harness, texts
@@ -57,7 +60,7 @@ def test_json_logs_are_one_object_a_line_with_run_shard_device_and_worker(mill: 
         mill.wait(run, plan)
         _, broken = mill.submit(texts(10), out=str(mill.folder / "elsewhere"))
         with mill.queue().ledger() as ledger:
-            mill.until(lambda: ledger.progress(broken.run_id).buried)
+            mill.until(lambda: ledger.progress(broken.run_id).quarantined)
         process.terminate()
         out, _ = process.communicate(timeout=40)
     assert NEVER not in out
@@ -101,60 +104,60 @@ def test_a_traceback_is_a_member_of_its_object(capsys: pytest.CaptureFixture[str
 
 
 @pytest.fixture
-def milled(mill: Harness) -> Iterator[tuple[Mill, Plan]]:
-    """A mill in this process, and a run of three shards that waits for it: an empty document, a folder outside."""
+def waiting(mill: Harness) -> Iterator[tuple[ShardWorker, RunFolder, Plan]]:
+    """A worker in this process, and a run of three shards that waits for it; one document is empty."""
     tokenizer = Tokenizer.from_file(str(resolve_artifact("demo") / TOKENIZER_FILE))
     with mill.server.client() as client:
         pipeline = Pipeline(HashEngine(manifest()), tokenizer)
         settings = Settings(allowed_roots=str(mill.out))
-        made = Mill(pipeline, Ledger(client), settings, lambda bells: None, Metrics())
-        run, plan = mill.plan([*texts(20), ""], documents_per_shard=7)
         ledger = Ledger(client)
+        dispatcher = Dispatcher(celery_app(mill.server.url), ledger)
+        made = ShardWorker(pipeline, ledger, dispatcher, settings, Metrics())
+        run, plan = mill.plan([*texts(20), ""], documents_per_shard=7)
         ledger.open(plan.run_id, run.uri, plan.options)
-        ledger.send(plan.run_id, plan.shards)
-        yield made, plan
+        ledger.add(plan.run_id, plan.shards)
+        yield made, run, plan
         pipeline.close()
 
 
-def test_each_shard_is_a_span_that_says_what_it_came_to(milled: tuple[Mill, Plan]) -> None:
+def test_each_shard_is_a_span_that_says_what_it_came_to(waiting: tuple[ShardWorker, RunFolder, Plan]) -> None:
     pytest.importorskip("opentelemetry.sdk")
     from opentelemetry.sdk.trace.export import SimpleSpanProcessor
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-    made, plan = milled
+    made, run, plan = waiting
     spans = InMemorySpanExporter()
     tracing.start(SimpleSpanProcessor(spans), "worker-7", "cpu")
     try:
-        while made.answer_bell():
-            pass
+        states = [made.tag_shard("id", plan.run_id, run.uri, index)["state"] for index in range(3)]
+        assert made.finish_run(plan.run_id, run.uri)["state"] == "complete"
     finally:
         tracing.stop()
-    assert not made.answer_bell()
+    assert states == ["committed"] * 3
     found: dict[Any, Any] = {span.attributes["nermill.shard"]: span for span in spans.get_finished_spans()}
-    assert set(found) == {0, 1, 2, -1}
-    for index in range(3):
+    assert set(found) == {"0", "1", "2", "finish"}
+    for index in "012":
         attributes = dict(found[index].attributes)
         assert (attributes["nermill.run"], attributes["nermill.attempt"]) == (plan.run_id, 1)
-        assert (attributes["nermill.documents"], attributes["nermill.rejected"]) == (7, int(index == 2))
+        assert (attributes["nermill.documents"], attributes["nermill.rejected"]) == (7, int(index == "2"))
         assert attributes["nermill.computed_tokens"] >= attributes["nermill.tokens"] > 0
         assert found[index].resource.attributes["service.instance.id"] == "worker-7"
         assert found[index].end_time > found[index].start_time
     assert len({span.context.trace_id for span in found.values()}) == 4
 
 
-def test_a_shard_that_fails_is_a_span_with_its_error(milled: tuple[Mill, Plan], mill: Harness) -> None:
+def test_a_shard_that_fails_is_a_span_with_its_error(waiting: tuple[ShardWorker, RunFolder, Plan]) -> None:
     pytest.importorskip("opentelemetry.sdk")
     from opentelemetry.sdk.trace.export import SimpleSpanProcessor
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-    made, _ = milled
-    (folder,) = [path for path in mill.out.iterdir() if path.name.startswith("run=")]
-    shard = folder / "_shards" / "shard-00000.arrow"
+    made, run, plan = waiting
+    shard = Path(run.path(run.shard_file(0)))
     shard.write_bytes(shard.read_bytes()[:-9])
     spans = InMemorySpanExporter()
     tracing.start(SimpleSpanProcessor(spans), "worker-7", "cpu")
     try:
-        made.answer_bell()
+        assert made.tag_shard("id", plan.run_id, run.uri, 0)["state"] == "refused"
     finally:
         tracing.stop()
     (span,) = spans.get_finished_spans()
@@ -166,7 +169,7 @@ def test_without_an_endpoint_nothing_of_opentelemetry_is_imported() -> None:
     """Nothing by us: redis-py looks for what it knows of it, where that is installed."""
     code = (
         "import sys, os; from nermill.worker import tracing; tracing.start_from(os.environ, 'w', 'cpu');"
-        "import nermill.worker.mill;"
+        "import nermill.worker.queue.shards;"
         "print([m for m in sys.modules if m.startswith(('opentelemetry.sdk.trace', 'opentelemetry.exporter'))])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import tests.doubles.store  # noqa: F401 - makes faulty:// known
-from nermill.worker.contracts.layout import SUCCESS_FILE, RunFolder
+from nermill.worker.contracts.layout import DATASETS_FILE, SUCCESS_FILE, RunFolder
 from nermill.worker.contracts.plan import Plan
 from tests.harness import Harness, harness, rows, texts
 
@@ -60,8 +60,8 @@ def fill(filler: Path) -> None:
             stream.write(bytes(4096))
 
 
-def hand_back_then_end(mill: Harness, run: RunFolder, plan: Plan, told: str, mend: list[list[str]]) -> None:
-    """With the fault there, shards are handed back by a worker that stays; without it, the run ends complete."""
+def give_back_then_end(mill: Harness, run: RunFolder, plan: Plan, told: str, mend: list[list[str]]) -> None:
+    """With the fault there, shards are given back by a worker that stays; without it, the run ends complete."""
     worker = mill.workers[-1]
     await_log(mill, told)
     assert worker.is_alive
@@ -78,7 +78,7 @@ def hand_back_then_end(mill: Harness, run: RunFolder, plan: Plan, told: str, men
 
 def await_log(mill: Harness, *told: str) -> None:
     mill.until(
-        lambda: any(all(words in line for words in ("handed back", *told)) for line in mill.logs().splitlines()), 60
+        lambda: any(all(words in line for words in ("given back", *told)) for line in mill.logs().splitlines()), 60
     )
 
 
@@ -88,7 +88,7 @@ def test_a_full_disk(mill: Harness, expected: list[dict[str, object]]) -> None:
         filler = mill.out / "filler"
         fill(filler)
         mill.worker()
-        hand_back_then_end(mill, run, plan, "(No space left on device); free space there", [["rm", str(filler)]])
+        give_back_then_end(mill, run, plan, "(No space left on device); free space there", [["rm", str(filler)]])
         assert rows(run) == expected
         mill.close()
 
@@ -99,7 +99,7 @@ def test_a_disk_that_turned_read_only(mill: Harness, expected: list[dict[str, ob
         subprocess.run(["mount", "-o", "remount,ro", str(mill.out)], check=True)
         mill.worker()
         writable = ["mount", "-o", "remount,rw", str(mill.out)]
-        hand_back_then_end(mill, run, plan, "(Read-only file system); mount it writable", [writable])
+        give_back_then_end(mill, run, plan, "(Read-only file system); mount it writable", [writable])
         assert rows(run) == expected
         mill.close()
 
@@ -109,7 +109,7 @@ def test_a_folder_that_turned_read_only(mill: Harness, expected: list[dict[str, 
     run, plan = mill.submit(DOCUMENTS, documents_per_shard=BIG_SHARDS)
     Path(run.uri).chmod(0o555)
     mill.worker()
-    hand_back_then_end(mill, run, plan, "(Permission denied); give this user access", [["chmod", "755", run.uri]])
+    give_back_then_end(mill, run, plan, "(Permission denied); give this user access", [["chmod", "755", run.uri]])
     assert rows(run) == expected
 
 
@@ -118,7 +118,7 @@ def test_a_limit_on_file_sizes(mill: Harness, expected: list[dict[str, object]])
     pid = mill.worker().process.pid
     soft, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE, (FILE_LIMIT, resource.RLIM_INFINITY))
     lift = ["prlimit", "--pid", str(pid), f"--fsize={soft if soft > 0 else 'unlimited'}:"]
-    hand_back_then_end(mill, run, plan, "(File too large); raise the limit on file sizes", [lift])
+    give_back_then_end(mill, run, plan, "(File too large); raise the limit on file sizes", [lift])
     assert hard == resource.RLIM_INFINITY
     assert all(os.path.getsize(run.path(f"part-0000{n}.parquet")) > FILE_LIMIT for n in (0, 1))
     assert rows(run) == expected
@@ -187,7 +187,7 @@ def test_a_store_that_fails_every_tenth_time(mill: Harness, store: Path) -> None
         time.sleep(0.1)
     (store / ".fault").unlink()
     assert [row["doc_id"] for row in store_rows(store, plan)] == [f"d{n}" for n in range(len(documents))]
-    assert "handed back" in mill.logs()
+    assert "given back" in mill.logs()
 
 
 def test_what_a_killed_writer_left_is_swept(mill: Harness) -> None:
@@ -199,4 +199,4 @@ def test_what_a_killed_writer_left_is_swept(mill: Harness) -> None:
     mill.worker(**once)
     mill.wait(run, plan)
     assert run.exists(SUCCESS_FILE)
-    assert not [name for name in run.list() if name.startswith(".")]
+    assert [name for name in run.list() if name.startswith(".")] == [DATASETS_FILE]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +18,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from nermill.worker.contracts.document import Annotation
+from nermill.worker.contracts.document import Annotation, Document
 from nermill.worker.contracts.errors import EngineError
 from nermill.worker.contracts.manifest import TOKENIZER_FILE, resolve_artifact
+from nermill.worker.contracts.plan import Options
+from nermill.worker.contracts.shard import shard_table
 from nermill.worker.engine import Batch
 from nermill.worker.pipeline import Pipeline, Tagger
 from nermill.worker.pool import Job, Pool, lay_out
@@ -138,6 +143,57 @@ def test_a_batch_that_fails_is_run_again_in_halves(tokenizer: Tokenizer, layout:
     assert [annotations[n] for n in sound] == tag(tokenizer, [texts[n] for n in sound], **layout)
 
 
+@pytest.mark.parametrize("aggregation", ["first", "average", "max", "simple", "none"])
+def test_what_failed_is_not_decoded(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, aggregation: str) -> None:
+    """Logits that were never written may be anything; here inf, of which softmax makes nan and a warning."""
+    texts = ["met in London", "a poison pill " + "and more " * 80, "Turin"]
+    empty, poison = np.empty, tokenizer.token_to_id("poison")
+
+    def dirty(shape: Any, dtype: Any = float, **options: Any) -> NDArray[Any]:
+        made = empty(shape, dtype, **options)
+        if dtype is np.float32:
+            made.fill(np.inf)
+        return made
+
+    monkeypatch.setattr(np, "empty", dirty)
+    for documents in (texts, [text.split() for text in texts]):
+        with tagger(tokenizer, HashEngine(manifest(), poison=poison)) as made:
+            found = made.tag(documents, aggregation=aggregation)
+            alone = [made.tag([documents[n]], aggregation=aggregation)[0] for n in (0, 2)]
+        assert found[1].fault is not None
+        assert (found[1].entities, found[1].tags) == ((), None)
+        assert [found[0], found[2]] == alone
+
+
+def test_calls_that_end_together_count_the_devices_time_once(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = threading.Barrier(2)
+
+    class Pair(HashEngine):
+        in_flight = 2
+
+        def run(self, batch: Batch) -> NDArray[np.float32]:
+            if len(self.batches) < 2:
+                together.wait(10)
+                time.sleep(0.3)
+            return super().run(batch)
+
+    class Moment(float):
+        """A time that is slow to reckon with, so that the other call comes between."""
+
+        def __sub__(self, other: float) -> float:
+            time.sleep(0.02)
+            return float(self) - other
+
+    clock = SimpleNamespace(monotonic=lambda: Moment(time.monotonic()))
+    monkeypatch.setattr("nermill.worker.pipeline.time", clock)
+    with tagger(tokenizer, Pair(manifest(token_budget=32))) as made:
+        table = shard_table([Document(str(n), text="London and Paris and Rome and Turin " * 3) for n in range(4)])
+        seconds = made.pipeline.annotate(table, Options()).stats.compute_seconds
+    assert 0.3 <= seconds < 0.5, "0.6 where both count all of it"
+
+
 def test_the_culprit_of_a_large_batch_is_found_in_a_few_steps(tokenizer: Tokenizer) -> None:
     poison = tokenizer.token_to_id("poison")
     engine = HashEngine(manifest(token_budget=1 << 14), poison=poison)
@@ -247,3 +303,29 @@ def test_closing_closes_the_engine(tokenizer: Tokenizer) -> None:
     with tagger(tokenizer, engine) as made:
         made.tag(["x"])
     assert engine.closed.is_set()
+
+
+@pytest.mark.parametrize(
+    ("documents", "told"),
+    [
+        ("Ada met Bob.", "str 'Ada met Bob.' in the place of a list of documents"),
+        (b"Ada", "bytes b'Ada' in the place of a list of documents"),
+        (None, "NoneType None in the place of a list of documents"),
+        ([None], r"document 0 is None (NoneType)"),
+        (["Ada", 7], "document 1 is 7 (int)"),
+        ([b"Ada"], "document 0 is b'Ada' (bytes)"),
+        ([["Ada", None]], "document 0 holds None (NoneType) in the place of a word"),
+        ([["Ada"], "Bob"], "texts and lists of words in one call"),
+        ([["Ada", ["met"]]], "document 0 holds ['met'] (list) in the place of a word"),
+    ],
+)
+def test_what_cannot_be_tagged_is_a_type_error_that_says_what_to_pass(
+    tokenizer: Tokenizer, documents: Any, told: str
+) -> None:
+    with tagger(tokenizer, HashEngine(manifest())) as made:
+        with pytest.raises(TypeError, match=re.escape(told)) as caught:
+            made.tag(documents)
+        assert 'pass a list of texts, ["Ada met Bob."]' in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert len(made.tag(text for text in ("Ada", "Bob"))) == 2, "any iterable is fine"
+        assert made.tag([]) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import time
 import uuid
 from pathlib import Path
@@ -12,10 +13,10 @@ from typing import Any
 import pytest
 
 from nermill.worker.contracts import deadline
-from nermill.worker.contracts.errors import StoreError
+from nermill.worker.contracts.errors import StoreError, UsageError
 from nermill.worker.contracts.layout import ASIDE_SECONDS, RunFolder
 from nermill.worker.contracts.store import ObjectStore
-from nermill.worker.settings import Settings, is_allowed
+from nermill.worker.settings import Settings, is_allowed, read_settings, split_roots
 
 
 @pytest.mark.parametrize("uri", ["{root}", "{root}/run=1", "{root}/a/../run=1", "file://{root}/run=1"])
@@ -40,6 +41,61 @@ def test_what_lies_elsewhere_is_not(tmp_path: Path, uri: str) -> None:
     roots = Settings(allowed_roots=f"{root}:s3://bucket/a").roots
     assert is_allowed("s3://bucket/a/run=1", roots)
     assert not is_allowed(uri.format(root=root), roots)
+
+
+@pytest.mark.parametrize(
+    ("text", "roots"),
+    [
+        ("/srv/a", ["/srv/a"]),
+        ("/srv/a:/srv/b", ["/srv/a", "/srv/b"]),
+        ("/srv/a:/srv/b,/srv/c", ["/srv/a", "/srv/b", "/srv/c"]),
+        ("s3://minio:9000/bucket", ["s3://minio:9000/bucket"]),
+        ("/srv/a:s3://minio:9000/bucket/deep", ["/srv/a", "s3://minio:9000/bucket/deep"]),
+        ("s3://minio:9000/bucket, /srv/a, gs://other", ["s3://minio:9000/bucket", "/srv/a", "gs://other"]),
+        ("s3://user:secret@minio:9000/bucket", ["s3://user:secret@minio:9000/bucket"]),
+        ("s3://bucket/a:b", ["s3://bucket/a:b"]),
+        ("/srv/a:", ["/srv/a"]),
+        ("out", ["out"]),
+        ("", []),
+    ],
+)
+def test_roots_are_split_at_commas_and_between_local_paths(text: str, roots: list[str]) -> None:
+    assert split_roots(text) == roots
+    assert not any(":9000" in root and "://" not in root for root in Settings(allowed_roots=text).roots)
+
+
+def test_a_port_opens_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    roots = read_settings({"NERMILL_ALLOWED_ROOTS": "s3://minio:9000/bucket"}).roots
+    assert is_allowed("s3://minio:9000/bucket/run=1", roots)
+    for elsewhere in ("s3://minio/run=1", "s3://minio:9000/other", str(tmp_path / "9000/bucket/run=1"), "/9000/bucket"):
+        assert not is_allowed(elsewhere, roots)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("s3:/bucket", "'s3' is no absolute path"),
+        ("minio:9000/bucket", "'minio' is no absolute path"),
+        ("/srv/a:out", "'out' is no absolute path"),
+        ("s3://a:/srv/b", "'s3://a:/srv/b' is two roots in one; separate them by a comma"),
+        ("s3://a:s3://b", "is two roots in one; separate them by a comma"),
+        ("s3://", "'s3://' names no bucket or folder"),
+        ("s3:///", "names no bucket or folder"),
+        ("s3://bucket/*", "'s3://bucket/*' is a pattern"),
+        ("/srv/*", "'/srv/*' is a pattern"),
+        ("~/out", "'~/out' is not expanded; write the path out"),
+        ("simplecache::s3://bucket", "a chain of stores"),
+        ("/srv/a\0", "has a null byte"),
+        (",", "names no root"),
+        (" : ", "names no root"),
+        (__file__, "is no folder"),
+    ],
+)
+def test_a_root_that_makes_no_sense_is_refused_at_start(text: str, told: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(told)) as caught:
+        read_settings({"NERMILL_ALLOWED_ROOTS": text})
+    assert "NERMILL_ALLOWED_ROOTS" in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["disk", "file URI", "memory"])

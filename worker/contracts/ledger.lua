@@ -14,6 +14,7 @@
 --   :results     hash: counts of each recorded shard
 --   :trial       hash: the trial that a shard's worker is about to make (see worker/queue/poison.py)
 --   :strikes     hash: how often each trial ended its worker
+--   :quarantined hash: shards that must not be served until they are sent again, with the reason
 --   :unable      hash: workers that cannot read the run's folder, with expiry and reason
 -- Indexes over all runs:
 --   turn:<queue>:<priority>   sorted set of runs with pending shards; score: when it was last served
@@ -27,7 +28,7 @@ local MOVES = {{MOVES}} -- allowed transitions of a run's state; filled in from 
 local FINISH = 'finish' -- in the place of a shard's number: the run's last step, leased like a shard
 local COMMON = 'nermill'
 local PRIORITIES = {'3', '6', '9'} -- high, normal, low; Redis serves the smaller number first
-local PARTS = {false, 'pending', 'since', 'shards', 'sent', 'leases', 'attempts', 'results', 'trial', 'strikes', 'unable'}
+local PARTS = {false, 'pending', 'since', 'shards', 'sent', 'leases', 'attempts', 'results', 'trial', 'strikes', 'unable', 'quarantined'}
 local FORGET_SECONDS = 7 * 86400 -- a run that nobody touches for so long is forgotten
 
 local function key(run, part) return prefix .. 'run:' .. run .. (part and ':' .. part or '') end
@@ -141,7 +142,7 @@ function step.open(run, to, artifact, priority, ...)
   leave(run)
   redis.call('HSET', key(run), 'priority', priority, ...)
   redis.call('HDEL', key(run), 'blocked', 'last_error')
-  redis.call('DEL', key(run, 'unable'))
+  redis.call('DEL', key(run, 'unable'), key(run, 'quarantined'))
   if artifact ~= '' then redis.call('HSET', key(run), 'artifact', artifact)
   else redis.call('HSETNX', key(run), 'artifact', '') end
   if redis.call('ZCARD', key(run, 'pending')) > 0 then enroll(run, queue_of(run), priority) end
@@ -157,6 +158,7 @@ function step.add(run, ...)
   redis.call('DEL', key(run, 'unable'))
   for i = 1, #given, 2 do
     local shard, spec = given[i], given[i + 1]
+    redis.call('HDEL', key(run, 'quarantined'), shard, FINISH)
     if redis.call('HSET', key(run, 'shards'), shard, spec) == 1 then
       count(run, 'submitted', tonumber(spec:match('^%d+')))
     end
@@ -212,6 +214,7 @@ function step.lease(run, shard, lease, worker, artifact, milliseconds, now)
   if redis.call('HEXISTS', key(run, 'results'), shard) == 1 then return {'done'} end
   if state(run) == 'cancelled' then return {'cancelled'} end
   if redis.call('HEXISTS', key(run), 'blocked') == 1 then return {'blocked'} end
+  if redis.call('HEXISTS', key(run, 'quarantined'), shard) == 1 then return {'quarantined'} end
   local bound = get(run, 'artifact')
   if shard ~= FINISH then
     if bound ~= '' and bound ~= artifact then
@@ -286,14 +289,15 @@ function step.unable(run, worker, milliseconds, reason, now)
   return 1
 end
 
--- a shard that must not be served, for a reason that people should see: its run is blocked until it is sent again
+-- a shard that must not be served until it is sent again, for a reason that people should see
 function step.quarantine(run, shard, last_error)
   if state(run) == 'unknown' then return 0 end
-  redis.call('HSET', key(run), 'last_error', last_error, 'blocked', 1)
+  redis.call('HSET', key(run), 'last_error', last_error)
+  redis.call('HSET', key(run, 'quarantined'), shard, last_error)
   unlease(run, shard)
   unsend(run, shard)
   redis.call('ZREM', key(run, 'pending'), shard)
-  leave(run)
+  redis.call('HDEL', key(run, 'since'), shard)
   return 1
 end
 
@@ -313,7 +317,9 @@ function step.complete(run, shard, lease, worker, ok, rejected, tokens, computed
     count(run, 'tokens', tokens)
     count(run, 'computed', computed)
     redis.call('HSET', key(run), 'finished', clock(now))
-    if redis.call('HEXISTS', key(run), 'blocked') == 0 then redis.call('HDEL', key(run), 'last_error') end
+    if redis.call('HEXISTS', key(run), 'blocked') == 0 and redis.call('EXISTS', key(run, 'quarantined')) == 0 then
+      redis.call('HDEL', key(run), 'last_error')
+    end
   else
     count(run, 'duplicates', 1)
   end

@@ -126,6 +126,7 @@ class Progress:
         sent: Shards whose message was sent and which no worker began.
         leased: Shards that a worker holds.
         blocked: Whether the run is not served until it is sent again; ``last_error`` says why.
+        quarantined: Shards that are not served until they are sent again; ``last_error`` is the last one's reason.
     """
 
     state: str = "unknown"
@@ -137,6 +138,7 @@ class Progress:
     redeliveries: int = 0
     duplicates: int = 0
     blocked: int = 0
+    quarantined: int = 0
     pending: int = 0
     sent: int = 0
     leased: int = 0
@@ -251,10 +253,10 @@ class Ledger:
 
         Returns:
             The claim, or why there is none: ``unknown``, ``done``, ``leased elsewhere``, ``cancelled``, ``blocked``,
-            ``other artifact``, ``unable``, ``not due``.
+            ``quarantined``, ``other artifact``, ``unable``, ``not due``.
 
         Raises:
-            MessageError: the ledger's entry does not fit the contract; the run is blocked.
+            MessageError: the ledger's entry does not fit the contract; the shard is quarantined.
         """
         fresh_until = time.monotonic() + lease_seconds / 2
         lease, number = uuid.uuid4().hex, FINISH if shard is None else str(shard)
@@ -298,7 +300,7 @@ class Ledger:
         return bool(self._step("unable", run_id, worker, _ms(UNABLE_SECONDS), reason, _now(now)))
 
     def quarantine(self, claim: Claim, last_error: str) -> None:
-        """Blocks the run of a shard that must not be served, until it is sent again."""
+        """Takes a shard that must not be served out of the queue, until it is sent again."""
         self._step("quarantine", claim.run_id, claim.key, last_error)
 
     def complete(
@@ -386,6 +388,7 @@ class Ledger:
             pending=int(self._client.zcard(self._key(run_id, "pending"))),
             sent=int(self._client.hlen(self._key(run_id, "sent"))),
             leased=int(self._client.hlen(self._key(run_id, "leases"))),
+            quarantined=int(self._client.hlen(self._key(run_id, "quarantined"))),
             done=int(self._client.hlen(self._key(run_id, "results"))),
             started=int(header.get("started", 0)) / 1000,
             finished=int(header.get("finished", 0)) / 1000,

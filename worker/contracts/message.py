@@ -69,6 +69,8 @@ def check_request(documents: Any) -> None:
         )
     if len(documents) > MAX_REQUEST_DOCUMENTS:
         raise MessageError(f"{len(documents)} documents: a request has {MAX_REQUEST_DOCUMENTS} at most; submit a run")
+    if len({isinstance(document, str) for document in documents}) > 1:
+        raise MessageError("documents: texts and lists of words in one request; send them in two")
     characters = 0
     for number, document in enumerate(documents):
         words = [document] if isinstance(document, str) else document

@@ -74,6 +74,7 @@ _REASONS = {
     "leased elsewhere": "another worker holds its lease",
     "cancelled": "the run is cancelled",
     "blocked": "the run is blocked; nermill status RUN says why, nermill resume RUN serves it again",
+    "quarantined": "the shard was refused; nermill status RUN says why, nermill resume RUN serves it again",
     "other artifact": "the run is bound to another artifact; its message went to that artifact's queue",
     "unable": "this worker could not read the run's folder a short time ago; the message was sent again",
     "not due": "the run is not complete, or its last step is done",
@@ -221,11 +222,8 @@ class ShardWorker:
         self._held[key] = claim
         try:
             self._check_roots(claim)
-            if claim.shard is None:
-                result = self._finish(claim)
-            else:
-                with tracing.shard(claim):
-                    result = self._tag(claim, claim.shard, on_fed)
+            with tracing.shard(claim):
+                result = self._finish(claim) if claim.shard is None else self._tag(claim, claim.shard, on_fed)
             self._faults.pop(key, None)
             return result
         except (MessageError, UsageError) as error:

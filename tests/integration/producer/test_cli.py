@@ -188,7 +188,7 @@ def test_status_says_why_nobody_is_at_work(nermill, broker, corpus, tmp_path):
     strange = {"junk": 1e15, "[]": 1e15, '{"name": "w0"}': 1e15}
     redis_client(broker).zadd(f"{KEY_PREFIX}workers", strange)
     ledger = Ledger(redis_client(broker))
-    ledger.greet(WorkerProcess("w1", "npu:3", "other", "b" * 64), 60)
+    ledger.register(WorkerProcess("w1", "npu:3", "other", "b" * 64), 60)
     out = nermill("status", run, "--broker", broker)[1]
     assert "trouble" not in out
     assert "worker     w1 on npu:3: 0 documents" in out
@@ -208,7 +208,7 @@ def test_hostile_text_does_not_steer_the_terminal(nermill, broker, corpus, tmp_p
     run = json.loads(nermill("submit", corpus, "--out", tmp_path / "out", "--broker", broker, "--json")[1])["run"]
     ledger = Ledger(redis_client(broker))
     ledger.open(runs.open_run(run)[1].run_id, run, Options(), artifact="a" * 64)
-    ledger.greet(WorkerProcess("w1", "npu:3", steering, "b" * 64), 60)
+    ledger.register(WorkerProcess("w1", "npu:3", steering, "b" * 64), 60)
     shown += nermill("status", run, "--broker", broker)[1] + nermill("doctor", "--broker", broker)[1]
     shown += nermill("plan", tmp_path / f"{steering}.jsonl")[2]
     assert shown.count("]0;owned") == 4

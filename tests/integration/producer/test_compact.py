@@ -33,6 +33,7 @@ from nermill.worker.contracts.ledger import Claim, Ledger
 from nermill.worker.contracts.plan import read_plan
 from nermill.worker.contracts.schema import metadata_of
 from tests.harness import table_of
+from tests.stand_in import next_claim
 
 from .conftest import ARTIFACT, POISON, tag
 
@@ -115,7 +116,7 @@ def test_a_run_is_compacted_and_read_twenty_times_by_commands(broker, tmp_path):
     assert len(plan.shards) == 200
     runs.send(run, plan, Queue(broker))
     ledger = Ledger(redis_client(broker))
-    while claim := ledger.claim(ARTIFACT, 60):
+    while claim := next_claim(ledger, ARTIFACT):
         tag(claim, ledger)
     said = set()
     for _ in range(20):
@@ -141,7 +142,7 @@ def test_a_part_never_holds_more_characters_than_a_worker_should(complete, monke
 class Dying(Ledger):
     """That of a worker which dies once its part is there."""
 
-    def complete(self, claim: Claim, **_: object) -> None:  # type: ignore[override]
+    def complete(self, claim: Claim, *_: object, **__: object) -> None:  # type: ignore[override]
         """Never told."""
 
 
@@ -150,7 +151,7 @@ def test_a_lease_that_is_left_over_does_not_come_back(planned_run, broker, servi
     queue = Queue(broker)
     runs.send(run, plan, queue)
     ledger = Dying(redis_client(broker))
-    left_over = ledger.claim(ARTIFACT, 60)
+    left_over = next_claim(ledger, ARTIFACT)
     tag(left_over, ledger)
     with serving() as server:
         while len(server.done(plan.run_id)) < len(plan.shards) - 1:
@@ -160,7 +161,7 @@ def test_a_lease_that_is_left_over_does_not_come_back(planned_run, broker, servi
     assert retry(run, compacted, queue) == (1, 0)
     after = ledger.progress(plan.run_id)
     assert (after.waiting, after.leased, after.done) == (1, 0, 0)
-    claim = ledger.claim(ARTIFACT, 60)
+    claim = next_claim(ledger, ARTIFACT)
     assert runs.send(run, compacted, queue) == 0  # what is at work now is left alone
     assert ledger.release(claim)
     with serving():

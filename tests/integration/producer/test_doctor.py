@@ -110,7 +110,7 @@ def test_workers_are_known_while_they_live_and_by_their_artifact(mill, tmp_path)
     assert {name for name, finding in findings(mill.server.url, tmp_path).items() if not finding.ok} == set()
     with mill.queue().ledger() as ledger:
         ledger.open("r1", str(tmp_path), Options(), artifact="b" * 64)
-        ledger.send("r1", [Shard(0, 0, 1, "c" * 64)])
+        ledger.add("r1", [Shard(0, 0, 1, "c" * 64)])
         waiting = findings(mill.server.url, tmp_path)["workers"]
         assert not waiting.ok
         assert "bbbbbbbbbbbb" in waiting.detail
@@ -118,7 +118,7 @@ def test_workers_are_known_while_they_live_and_by_their_artifact(mill, tmp_path)
         (other,) = {w.artifact for w in ledger.workers()} - {load_manifest(resolve_artifact("demo")).sha256}
         double.signal(signal.SIGSTOP)  # it serves the run, but not now
         ledger.open("r2", str(mill.out / "run=r2"), Options(), artifact=other)
-        ledger.send("r2", [Shard(0, 0, 1, "c" * 64)])
+        ledger.add("r2", [Shard(0, 0, 1, "c" * 64)])
         busy = findings(mill.server.url, tmp_path)["workers"]
         assert busy.ok
         assert "; runs wait for double" in busy.detail

@@ -13,6 +13,7 @@ from nermill.producer.queue import Queue
 from nermill.producer.shards import ShardLimits
 from nermill.worker.contracts.part import mark_complete
 from nermill.worker.evaluation import evaluate, write_report
+from tests.stand_in import next_claim
 from tests.unit.evaluation.runs import Doc, make_run
 
 from .conftest import POISON
@@ -35,7 +36,7 @@ def run(broker_url, tmp_path_factory) -> str:
     queue = Queue(broker_url)
     runs.send(folder, plan, queue)
     ledger = Ledger(redis_client(broker_url))
-    while claim := ledger.claim(ARTIFACT, 60):
+    while claim := next_claim(ledger, ARTIFACT):
         tag(claim, ledger)
     assert runs.wait(folder, plan, queue).rejected == 2
     return folder.uri
@@ -165,7 +166,7 @@ def test_seqeval_reads_what_show_writes(broker_url, tmp_path):
     queue = Queue(broker_url)
     runs.send(folder, plan, queue)
     ledger = Ledger(redis_client(broker_url))
-    while claim := ledger.claim(ARTIFACT, 60):
+    while claim := next_claim(ledger, ARTIFACT):
         tag(claim, ledger)
     written = "\n".join(conll_lines(folder, plan, None))
 

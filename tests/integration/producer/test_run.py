@@ -7,6 +7,8 @@ import json
 import re
 import threading
 import time
+from base64 import b64decode
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,8 +27,8 @@ from nermill.worker.contracts.broker import redis_client
 from nermill.worker.contracts.errors import BrokerError, StoreError, UsageError
 from nermill.worker.contracts.layout import SUCCESS_FILE, part_name
 from nermill.worker.contracts.ledger import Ledger
-from nermill.worker.contracts.message import KEY_PREFIX, QUEUE
 from tests.harness import rows, texts
+from tests.stand_in import next_claim
 
 from .conftest import ARTIFACT, POISON, Serving
 
@@ -62,12 +64,22 @@ def test_a_run_is_sent_followed_and_finished(broker, serving: Serving, planned):
     assert list(next(read_rows(run, plan, 1)).pieces()) == [("Ada", "PER"), (" met nobody 0", "")]
 
 
-def test_bells_are_json_and_one_a_shard(broker, planned):
+def messages_in(broker):
+    """All messages that lie in queues, parsed."""
+    client = redis_client(broker)
+    lists = [key for key in client.keys("nermill*") if client.type(key) == "list"]
+    return [json.loads(entry) for key in lists for entry in client.lrange(key, 0, -1)]
+
+
+def test_messages_are_json_and_name_one_shard_each(broker, planned):
     run, plan = planned
+    plan = replace(plan, model={"name": "art", "sha256": "a" * 64})
     runs.send(run, plan, Queue(broker))
-    bells = redis_client(broker).lrange(KEY_PREFIX + QUEUE, 0, -1)
-    assert len(bells) == 4
-    assert {json.loads(bell)["content-type"] for bell in bells} == {"application/json"}
+    messages = messages_in(broker)
+    assert {message["content-type"] for message in messages} == {"application/json"}
+    assert {message["headers"]["task"] for message in messages} == {"nermill.tag_shard"}
+    bodies = [json.loads(b64decode(message["body"]))[0] for message in messages]
+    assert sorted(bodies) == [[plan.run_id, run.uri, 0], [plan.run_id, run.uri, 1]], "the window without workers is two"
 
 
 def test_sending_again_changes_nothing(broker, serving, planned):
@@ -183,8 +195,8 @@ def test_a_folder_that_workers_refuse_ends_the_waiting(broker, planned):
     queue = Queue(broker)
     runs.send(run, plan, queue)
     ledger = Ledger(redis_client(broker))
-    while claim := ledger.claim(ARTIFACT, 60):
-        ledger.bury(claim, "outside the allowed roots; allow it with NERMILL_ALLOWED_ROOTS")
+    while claim := next_claim(ledger, ARTIFACT):
+        ledger.quarantine(claim, "outside the allowed roots; allow it with NERMILL_ALLOWED_ROOTS")
         if claim.shard.index < 0:
             break
     with pytest.raises(StoreError, match="NERMILL_ALLOWED_ROOTS"):
@@ -212,7 +224,7 @@ def test_a_damaged_shard_is_named_and_submitting_again_mends_it(mill):
         mill.wait(run, plan)
     status = look(run, plan, queue)
     assert (status.state, status.committed) == ("incomplete", 2)
-    assert re.search(named, status.progress.trouble)
+    assert re.search(named, status.progress.last_error)
     again = mill.submit(documents, documents_per_shard=10)
     assert again == (run, plan)
     assert mill.wait(run, plan).state == "complete"

@@ -16,6 +16,7 @@ from nermill.producer import cli
 from nermill.producer import run as runs
 from nermill.producer.planning import Request, make_plan
 from nermill.producer.queue import Queue
+from tests.stand_in import next_claim
 
 # Option, a wrong value, what the message says besides the value. Whoever adds an option has to add a line.
 WRONG = {
@@ -76,7 +77,7 @@ def base(broker_url, tmp_path_factory) -> dict[str, list[str]]:
     finished, plan = make_plan(Request((str(scored),), out))
     runs.send(finished, plan, queue)
     ledger = Ledger(redis_client(broker_url))
-    while claim := ledger.claim(ARTIFACT, 60):
+    while claim := next_claim(ledger, ARTIFACT):
         tag(claim, ledger)
     runs.wait(finished, plan, queue)
     broker = ["--broker", broker_url]
