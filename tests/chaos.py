@@ -1,16 +1,24 @@
-"""An adversary for a run: kills, stops, lost servers, repeated messages, at random moments of a given seed."""
+"""An adversary for a run: kills, stops, lost servers, lost and repeated messages, at random moments of a given seed."""
 
 from __future__ import annotations
 
+import json
+import math
 import random
 import signal
+import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from redis import Redis
+from redis.exceptions import RedisError
+
 from nermill.worker.contracts.layout import SUCCESS_FILE
+from nermill.worker.contracts.message import TAG_SHARD
 from tests.harness import Harness, Worker, harness, rows, texts
 
 
@@ -22,7 +30,8 @@ class Chaos:
         documents: Size of the run.
         kills, terms, stops: SIGKILLs, SIGTERMs and SIGSTOPs past the lease, of a random worker.
         server_kills: SIGKILLs of the server, each followed by a restart.
-        repeated: Share of the bells that is sent twice.
+        repeated: Share of the shards' messages that is sent twice.
+        stolen: Share of the shards' messages that is taken out of the queue unseen.
         batch_seconds: How slow the engine is, so that the run lasts as long as the adversary.
     """
 
@@ -32,6 +41,7 @@ class Chaos:
     stops: int
     server_kills: int
     repeated: float = 0.05
+    stolen: float = 0.05
     batch_seconds: float = 0.05
 
 
@@ -46,6 +56,8 @@ class Outcome:
     table: list[dict[str, Any]]
     redeliveries: int
     duplicates: int
+    stolen: int
+    repeated: int
     seconds: float
     harmed_to_the_end: bool
 
@@ -60,30 +72,82 @@ def undisturbed(documents: int) -> list[dict[str, Any]]:
 
 
 def disturbed(chaos: Chaos, seed: int) -> Outcome:
-    """Runs the mill with two workers against the adversary."""
+    """Runs two workers against the adversary."""
     rng = random.Random(seed)
     with TemporaryDirectory(prefix="nm-") as folder, harness(Path(folder), lease_seconds=3.0) as mill:
         run, plan = mill.submit(texts(chaos.documents))
-        mill.queue().ring(round(chaos.repeated * len(plan.shards)))
         workers = [mill.worker(FAULT_BATCH_SECONDS=str(chaos.batch_seconds)) for _ in range(2)]
         began = time.monotonic()
-        mill.until(run.committed)
-        deeds = (
-            ["kill"] * chaos.kills + ["term"] * chaos.terms + ["stop"] * chaos.stops + ["server"] * chaos.server_kills
-        )
-        rng.shuffle(deeds)
-        for deed in deeds:
-            time.sleep(rng.uniform(0.3, 2.0))
-            _harm(mill, deed, rng.choice(workers), rng)
-            for worker in workers:
-                if not worker.is_alive:
-                    worker.start()
-        early = run.exists(SUCCESS_FILE)
-        mill.wait(run, plan, timeout=600)
+        with Thief(mill, chaos, len(plan.shards), seed) as thief:
+            mill.until(run.committed)
+            deeds = (
+                ["kill"] * chaos.kills
+                + ["term"] * chaos.terms
+                + ["stop"] * chaos.stops
+                + ["server"] * chaos.server_kills
+            )
+            rng.shuffle(deeds)
+            for deed in deeds:
+                time.sleep(rng.uniform(0.3, 2.0))
+                _harm(mill, deed, rng.choice(workers), rng)
+                for worker in workers:
+                    if not worker.is_alive:
+                        worker.start()
+            early = run.exists(SUCCESS_FILE)
+            mill.wait(run, plan, timeout=600)
         with mill.queue().ledger() as ledger:
             progress = ledger.progress(plan.run_id)
         seconds = time.monotonic() - began
-        return Outcome(rows(run), progress.redeliveries, progress.duplicates, seconds, not early)
+        table = rows(run)
+    return Outcome(table, progress.redeliveries, progress.duplicates, thief.stolen, thief.repeated, seconds, not early)
+
+
+class Thief:
+    """Takes messages of shards out of the queues, and puts others there a second time, while a run lasts.
+
+    Every hundredth of a second it pops the next message of one queue; it drops or doubles it until it has done so with
+    its share of the run's shards, and puts all others back where they were.
+
+    Attributes:
+        stolen, repeated: Messages dropped, and sent twice, so far.
+    """
+
+    def __init__(self, mill: Harness, chaos: Chaos, shards: int, seed: int) -> None:
+        self._mill = mill
+        self._rng = random.Random(seed)
+        self._steal, self._repeat = math.ceil(chaos.stolen * shards), math.ceil(chaos.repeated * shards)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work)
+        self.stolen = self.repeated = 0
+
+    def __enter__(self) -> Thief:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _work(self) -> None:
+        with self._mill.server.client() as client:
+            while not self._stop.wait(0.01) and (self.stolen, self.repeated) != (self._steal, self._repeat):
+                with suppress(RedisError, OSError):  # the server was killed
+                    for key in self._mill.message_lists(client):
+                        self._meddle(client, key)
+
+    def _meddle(self, client: Redis, key: str) -> None:
+        message = client.rpop(key)  # the next that a worker would receive
+        if message is None:
+            return
+        is_shard = json.loads(message)["headers"]["task"] == TAG_SHARD
+        deed = self._rng.choice(["steal", "repeat", "leave", "leave"]) if is_shard else "leave"
+        if deed == "steal" and self.stolen < self._steal:
+            self.stolen += 1
+            return
+        client.rpush(key, message)
+        if deed == "repeat" and self.repeated < self._repeat:
+            self.repeated += 1
+            client.rpush(key, message)
 
 
 def _harm(mill: Harness, deed: str, worker: Worker, rng: random.Random) -> None:

@@ -168,9 +168,10 @@ def _start(**_: Any) -> None:
     from nermill.worker.pipeline import load_pipeline
 
     try:
-        pipeline = load_pipeline(resolve_artifact(settings.model), settings.device, settings.threads)
-        client = redis_client(settings.broker_url)
         metrics = Metrics()
+        artifact = resolve_artifact(settings.model)
+        pipeline = load_pipeline(artifact, settings.device, settings.threads, wrap=metrics.meter)
+        client = redis_client(settings.broker_url)
         ledger = Ledger(client)
         shards = ShardWorker(pipeline, ledger, Dispatcher(celery_app(settings.broker_url), ledger), settings, metrics)
         metrics.observe(pipeline, lambda: len(shards.held), shards.complaint, settings.device_name)

@@ -131,12 +131,16 @@ class Metrics:
         """A shard went to another worker."""
         self._lost.inc()
 
+    def meter(self, engine: Engine) -> Engine:
+        """The engine, with its batches measured from now on, those that warm it up included."""
+        metered = MeteredEngine(engine, self._fill)
+        self.registry.register(_BusySeconds(metered))
+        return metered
+
     def observe(
         self, pipeline: Pipeline, held: Callable[[], int], complaint: Callable[[], str | None], device: str
     ) -> None:
-        """Looks at a pipeline from now on: at each batch, and at its state when Prometheus asks."""
-        pipeline.engine = engine = MeteredEngine(pipeline.engine, self._fill)
-        self.registry.register(_BusySeconds(engine))
+        """Shows a pipeline's state, which is read when Prometheus asks."""
         for name, text, read in (
             ("pool_tokens", "Tokens that wait for the device", pipeline.waiting_tokens),
             ("leased_shards", "Shards that this process holds", held),

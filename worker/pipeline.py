@@ -263,8 +263,16 @@ class Pipeline:
         self._pool.close(error)
 
 
-def load_pipeline(artifact: Path, device: str = "cpu", threads: int = 0) -> Pipeline:
+def load_pipeline(
+    artifact: Path, device: str = "cpu", threads: int = 0, *, wrap: Callable[[Engine], Engine] = lambda engine: engine
+) -> Pipeline:
     """Loads an artifact on a device and warms it up.
+
+    Args:
+        artifact: Its folder.
+        device: ``cpu``, ``cuda:N`` or ``npu:N``.
+        threads: Compute threads on a CPU; 0 takes as many as this process may use.
+        wrap: Returns the engine that the pipeline calls, such as one that measures.
 
     Raises:
         ArtifactError: the artifact cannot be served here.
@@ -277,7 +285,7 @@ def load_pipeline(artifact: Path, device: str = "cpu", threads: int = 0) -> Pipe
     tokenizer = Tokenizer.from_file(str(artifact / TOKENIZER_FILE))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    pipeline = Pipeline(engine, tokenizer)
+    pipeline = Pipeline(wrap(engine), tokenizer)
     pipeline.warm_up()
     pipeline.annotate(shard_table([Document("warm", "up")]), Options())  # loads what libraries load on first use
     return pipeline

@@ -40,6 +40,10 @@ def evaluate(
     only: o.OnlyLabels = "",
     min_score: o.MinScore = 0.0,
     partial: Annotated[bool, typer.Option("--partial", help="Evaluate what is there of an unfinished run.")] = False,
+    seqeval: Annotated[
+        bool,
+        typer.Option("--seqeval", help="Have seqeval score all documents, also where there are more than 20,000."),
+    ] = False,
     json: o.Json = False,
 ) -> int:
     """Score a run against gold tags and measure its throughput; writes _report.json and _report.html.
@@ -59,7 +63,7 @@ def evaluate(
     choice = LabelChoice(mapping(label_map), label_list(only), min_score)
     columns = column("--word-column", word_column), column("--tag-column", tag_column)
     file = None if gold is None else GoldOptions(gold, *columns)
-    report = evaluated(folder, gold=file, partial=partial, compare=other, choice=choice)
+    report = evaluated(folder, gold=file, partial=partial, compare=other, choice=choice, seqeval=seqeval)
     missed = below_floors(report, f1=min_f1, accuracy=min_accuracy, documents_per_second=min_documents_per_second)
     write_report(folder, report)
     if json:

@@ -18,7 +18,10 @@ def test_a_run_comes_out_the_same_whatever_dies(expected: list[dict[str, object]
     outcome = disturbed(LONG, seed)
     print(
         f"seed {seed}: {len(outcome.table)} documents, {outcome.redeliveries} redeliveries, "
-        f"{outcome.duplicates} duplicates dropped, {outcome.seconds:.0f} s"
+        f"{outcome.duplicates} duplicates dropped, "
+        f"{outcome.stolen} messages taken away and {outcome.repeated} sent twice, "
+        f"{outcome.seconds:.0f} s"
     )
     assert outcome.harmed_to_the_end, "the run was over before the adversary was"
+    assert (outcome.stolen, outcome.repeated) == (16, 16), "5 % of 313 messages each"
     assert outcome.table == expected

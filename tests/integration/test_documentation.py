@@ -16,9 +16,9 @@ import pytest
 MAKES_ITS_OWN_ENVIRONMENT = {"make demo"}  # run from a fresh clone by hand; too long for every test run
 
 
-def steps(root: Path) -> Iterator[str]:
-    """Shell commands of the README in order; a block of Python is one of them."""
-    text = (root / "README.md").read_text("utf-8")
+def steps(page: Path) -> Iterator[str]:
+    """Shell commands of a page in order; a block of Python is one of them."""
+    text = page.read_text("utf-8")
     for language, block in re.findall(r"^```(console|python)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         if language == "python":
             yield f"python -c {shlex.quote(block)}"
@@ -36,7 +36,7 @@ def test_everything_that_the_readme_shows_runs(root: Path, tmp_path: Path, embed
         "NERMILL_BROKER_URL": embedded_broker_url,
     }
     background: list[subprocess.Popen[bytes]] = []
-    commands = list(steps(root))
+    commands = list(steps(root / "README.md"))
     assert len(commands) >= 10
     try:
         for command in commands:

@@ -26,6 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from nermill.producer.status import look
 from nermill.worker.contracts.errors import EngineError
+from nermill.worker.contracts.message import KEY_PREFIX
 from nermill.worker.engine import Batch
 from nermill.worker.metrics import FILL_BUCKETS, MeteredEngine
 from tests.doubles.engine import HashEngine, manifest
@@ -84,7 +85,7 @@ def test_what_is_scraped_adds_up_to_what_the_run_says(mill: Harness) -> None:
         "documents_total rejected": status.rejected,
         "tokens_total real": status.tokens,
         "tokens_total padding": status.computed_tokens - status.tokens,
-        "shard_attempts_total": len(plan.shards) + 1,  # the run's last step is leased as well
+        "shard_attempts_total": len(plan.shards),
         "shard_seconds_count": len(plan.shards),
     }
     assert status.rejected == 60
@@ -141,14 +142,14 @@ def test_waiting_and_leased_shards_are_those_of_the_ledger(mill: Harness) -> Non
     _, plan = mill.submit(texts(800), documents_per_shard=20)
     deadline = time.monotonic() + 30
     with mill.queue().ledger() as ledger:
-        while True:  # the worker looks at the ledger once a second
+        while True:  # the worker looks at the ledger when it renews its leases
             progress = ledger.progress(plan.run_id)
             found = totals(scrape(port))
             if 0 < progress.waiting == found["nermill_waiting_shards"] and progress.leased == 2:
                 break
             assert time.monotonic() < deadline
             time.sleep(0.05)
-    assert found["nermill_leased_shards"] == 2
+    assert found["nermill_leased_shards"] == found["nermill_fleet_leased_shards"] == 2
     assert found["nermill_healthy"] == 1
     assert found["nermill_broker_memory_bytes"] > 1_000_000
     assert found["nermill_broker_memory_limit_bytes"] > found["nermill_broker_memory_bytes"]
@@ -162,7 +163,29 @@ def test_a_shard_of_a_dead_worker_is_counted_as_a_redelivery(mill: Harness) -> N
     mill.wait(run, plan)
     found = totals(scrape(second))
     assert 1 <= found["nermill_redelivered_shards_total"] <= 2
-    assert found["nermill_expired_leases_total"] == found["nermill_redelivered_shards_total"]
+    assert found["nermill_recovered_shards_total"] >= found["nermill_redelivered_shards_total"]
+
+
+def test_messages_that_nobody_received_are_counted_for_whoever_starts_workers(mill: Harness) -> None:
+    run, plan = mill.submit(texts(100), documents_per_shard=20)
+    with mill.server.client() as client:
+        assert client.zcard(f"{KEY_PREFIX}sent") == 1, "one shard of a run that no artifact serves yet"
+        mill.worker()
+        mill.wait(run, plan)
+        mill.until(lambda: client.zcard(f"{KEY_PREFIX}sent") == 0, 10)
+
+
+def test_messages_are_counted_by_task(mill: Harness) -> None:
+    (port,) = start(mill, 1)
+    run, plan = mill.submit(texts(60), documents_per_shard=20)
+    mill.wait(run, plan)
+    mill.queue().request(["Ada met Charles in London."] * 3, {}, timeout=20)
+    found = totals(scrape(port))
+    counted = {name: found[f"nermill_messages_total nermill.{name}"] for name in ("tag_shard", "finish_run")}
+    assert counted == {"tag_shard": len(plan.shards), "finish_run": 1}
+    assert found["nermill_messages_total nermill.tag_documents"] == 1
+    assert found["nermill_request_documents_total"] == 3
+    assert found["nermill_unexpected_errors_total"] == found["nermill_refused_messages_total"] == 0
 
 
 @needs_promtool

@@ -209,7 +209,7 @@ def test_scaler_asks_for_metrics_and_a_queue_that_exist(deploy: Path) -> None:
     pytest.importorskip("prometheus_client")
     from tokenizers import Tokenizer, models
 
-    from nermill.worker.contracts.message import KEY_PREFIX, QUEUE
+    from nermill.worker.contracts.message import KEY_PREFIX
     from nermill.worker.metrics import Metrics
     from nermill.worker.pipeline import Pipeline
     from tests.doubles.engine import HashEngine, manifest
@@ -224,7 +224,7 @@ def test_scaler_asks_for_metrics_and_a_queue_that_exist(deploy: Path) -> None:
     asked = set(re.findall(r"nermill_\w+", prometheus["query"]))
     assert asked
     assert asked <= exported
-    assert redis["listName"] == KEY_PREFIX + QUEUE
+    assert redis["listName"] == KEY_PREFIX + "sent"
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")

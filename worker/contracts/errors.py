@@ -9,6 +9,7 @@
     ├── StoreError          a folder or store that does not take or give files
     │   └── UnreachableError    a file that is not there, or not for us
     ├── EngineError         an accelerator that failed
+    ├── EvaluationError     scores that contradict each other
     ├── MessageError        a queue or ledger entry that is not ours
     └── LeaseLostError      the shard is another worker's by now
 """
@@ -46,6 +47,10 @@ class UnreachableError(StoreError):
 
 class EngineError(NermillError):
     """The device or its runtime failed."""
+
+
+class EvaluationError(NermillError):
+    """seqeval's scores and ours differ; nothing was written."""
 
 
 class MessageError(NermillError):

@@ -19,6 +19,7 @@
 -- Indexes over all runs:
 --   turn:<queue>:<priority>   sorted set of runs with pending shards; score: when it was last served
 --   sent:<queue>:<priority>   sorted set of 'run shard' whose message was sent and which no worker began; score: when
+--   sent                      sorted set of all those, over all queues, for whoever starts workers (KEDA)
 --   leases                    sorted set of 'run shard'; score: when the lease ends
 --   workers, workers:<queue>  sorted sets of live workers; score: until when
 
@@ -82,6 +83,7 @@ local function unsend(run, shard)
   local set = redis.call('HGET', key(run, 'sent'), shard)
   if set then
     redis.call('ZREM', set, join(run, shard))
+    redis.call('ZREM', prefix .. 'sent', join(run, shard))
     redis.call('HDEL', key(run, 'sent'), shard)
   end
 end
@@ -187,6 +189,7 @@ function step.promote(queue, now)
       local shard = not (unbound and begun > 0) and redis.call('ZPOPMIN', key(run, 'pending'))[1]
       if shard then
         redis.call('ZADD', sent(queue, priority), now, join(run, shard))
+        redis.call('ZADD', prefix .. 'sent', now, join(run, shard))
         redis.call('HSET', key(run, 'sent'), shard, sent(queue, priority))
         redis.call('ZADD', turn(queue, priority), redis.call('INCR', prefix .. 'turns'), run)
         for _, field in ipairs({run, get(run, 'uri'), shard, priority}) do answer[#answer + 1] = field end
@@ -374,6 +377,7 @@ function step.recover(queue, depth, settle, now)
     local run, shard = member:match('^(.*) (.-)$')
     if state(run) == 'unknown' or state(run) == 'cancelled' then
       redis.call('ZREM', sent(queue, priority), member)
+      redis.call('ZREM', prefix .. 'sent', member)
     else
       redis.call('ZADD', sent(queue, priority), now, member)
       for _, field in ipairs({run, get(run, 'uri'), shard, priority}) do answer[#answer + 1] = field end

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import time
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
@@ -14,6 +15,8 @@ from nermill.producer.planning import Request, make_plan
 from nermill.producer.run import send
 from nermill.producer.shards import ShardLimits
 from nermill.worker.contracts.layout import REPORT_HTML, REPORT_JSON, SUCCESS_FILE, RunFolder
+from nermill.worker.contracts.ledger import RunState
+from nermill.worker.contracts.message import FINISH, FINISH_RUN, KEY_PREFIX, QUEUE
 from nermill.worker.contracts.plan import Plan
 from tests.harness import Harness, texts
 
@@ -47,9 +50,16 @@ def await_report(mill: Harness, run: RunFolder) -> dict[str, Any]:
 
 
 def await_closed(mill: Harness, plan: Plan) -> None:
-    """Waits until no worker is sent to the run any more."""
+    """Waits until the ledger says that the run's last step is done."""
     with mill.queue().ledger() as ledger:
-        mill.until(lambda: plan.run_id not in ledger.runs(), 10)
+        mill.until(lambda: ledger.progress(plan.run_id).state == RunState.FINISHED, 20)
+
+
+def repeat(mill: Harness, run: RunFolder, plan: Plan) -> list[str]:
+    """Sends the message of the run's last step five times more; returns the states of their results."""
+    app = mill.app()
+    sent = [app.send_task(FINISH_RUN, args=(plan.run_id, run.uri), queue=QUEUE) for _ in range(5)]
+    return [result.get(timeout=20)["state"] for result in sent]
 
 
 def test_it_happens_once_though_the_last_two_shards_end_together(mill: Harness) -> None:
@@ -62,8 +72,7 @@ def test_it_happens_once_though_the_last_two_shards_end_together(mill: Harness) 
     run, plan = submit(mill, 40, per_shard=20)
     report = await_report(mill, run)
     await_closed(mill, plan)
-    mill.queue().ring(5)
-    time.sleep(1)
+    assert set(repeat(mill, run, plan)) == {"not due"}
     assert len(list(meeting.iterdir())) == 2, "both workers had a shard, and told of it together"
     assert deeds(trace)["evaluates"] == deeds(trace)["evaluated"] == 1, mill.logs()
     assert (report["documents"], report["support"], report["warnings"]) == (40, 80, [])
@@ -82,10 +91,17 @@ def test_it_happens_once_more_after_a_kill_in_the_middle_of_it(mill: Harness) ->
         mill.worker(FAULT_TRACE=str(trace), FAULT_EVALUATION_SECONDS="1")
     report = await_report(mill, run)
     await_closed(mill, plan)
-    mill.queue().ring(5)
-    time.sleep(1)
+    assert set(repeat(mill, run, plan)) == {"not due"}
     assert (deeds(trace)["evaluates"], deeds(trace)["evaluated"]) == (2, 1), mill.logs()
     assert report["documents"] == 40
+
+
+def test_the_headline_scores_of_a_run_are_seqevals(mill: Harness) -> None:
+    run, plan = submit(mill, 40, per_shard=20)
+    mill.worker()
+    report = await_report(mill, run)
+    assert report["headline"] == {"by": "seqeval", "version": version("seqeval"), "largest_difference": ANY}
+    await_closed(mill, plan)
 
 
 def test_evaluations_keep_no_other_run_waiting(mill: Harness) -> None:
@@ -128,13 +144,13 @@ def test_an_evaluation_that_ends_every_process_is_left_alone(mill: Harness) -> N
     trace = mill.folder / "trace"
     run, plan = submit(mill, 4, per_shard=4)
     with mill.server.client() as client:
-        client.hset(f"nermill:run:{plan.run_id}:attempts", "-1", 3)  # as after three kills in the middle of it
+        client.hset(f"{KEY_PREFIX}run:{plan.run_id}:attempts", FINISH, 3)  # as after three kills in the middle of it
     mill.worker(FAULT_TRACE=str(trace))
     mill.until(lambda: run.exists(SUCCESS_FILE))
     await_closed(mill, plan)
     assert not run.exists(REPORT_JSON)
     assert deeds(trace)["evaluates"] == 0
-    assert "no report, 3 attempts" in mill.logs()
+    assert "no report: 3 attempts" in mill.logs()
 
 
 def test_what_workers_measure_is_what_their_devices_did(mill: Harness) -> None:
