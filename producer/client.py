@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, get_args
 
 from nermill.producer import run as runs
 from nermill.producer.planning import Request, make_plan
@@ -15,9 +15,10 @@ from nermill.producer.sources import ReadOptions
 from nermill.producer.sources.options import text_document
 from nermill.producer.status import Status, look
 from nermill.producer.stream import Stream
-from nermill.worker.contracts.document import Document
+from nermill.producer.tagging import REQUEST_SECONDS, request_annotations
+from nermill.worker.contracts.document import Annotation, Document
 from nermill.worker.contracts.errors import UsageError
-from nermill.worker.contracts.plan import Options
+from nermill.worker.contracts.plan import Options, Priority
 
 
 class Producer:
@@ -33,13 +34,14 @@ class Producer:
     Leaving the ``with`` block ends the stream of sent documents; what was sent is durable then.
 
     Args:
-        out: Folder or URI that holds runs.
+        out: Folder or URI that holds runs; not needed for ``tag``.
         broker: Broker URL; None takes ``NERMILL_BROKER_URL``, else the local default.
         model: Artifact, by name or path, that must tag the documents; None leaves it to the workers.
         options: How documents are tagged.
         limits: When a shard is full.
         linger: Seconds that a sent document waits at most for its shard to fill.
         high_water: Unfinished documents above which sending waits.
+        priority: ``high``, ``normal`` or ``low``: shards of a higher priority go first.
 
     Raises:
         UsageError: an argument that cannot be served.
@@ -48,7 +50,7 @@ class Producer:
 
     def __init__(
         self,
-        out: str,
+        out: str | None = None,
         *,
         broker: str | None = None,
         model: str | None = None,
@@ -56,7 +58,11 @@ class Producer:
         limits: ShardLimits | None = None,
         linger: float = 1.0,
         high_water: int = HIGH_WATER,
+        priority: Priority = "normal",
     ) -> None:
+        if priority not in get_args(Priority):
+            raise UsageError(f"priority {priority!r}: say high, normal or low")
+        self._priority = priority
         self._out, self._model, self._linger, self._high_water = out, model, linger, high_water
         self._options, self._limits = options or Options(), limits or ShardLimits()
         self._queue = Queue(broker or os.environ.get("NERMILL_BROKER_URL", DEFAULT_BROKER))
@@ -117,9 +123,31 @@ class Producer:
             UsageError: a wrong input; nothing was written.
         """
         read = read or ReadOptions()
-        run, plan = make_plan(Request(inputs, self._out, self._model, read, self._options, self._limits))
+        request = Request(inputs, self._needed_out(), self._model, read, self._options, self._limits, self._priority)
+        run, plan = make_plan(request)
         runs.resume(run, plan, self._queue, self._high_water)
         return run.uri
+
+    def tag(
+        self, documents: Sequence[str] | Sequence[Sequence[str]], *, timeout: float = REQUEST_SECONDS
+    ) -> list[Annotation]:
+        """Has the running workers tag a few documents at once, in the same batches as shards.
+
+        Args:
+            documents: Texts, or lists of words; at most 1,000 and a million characters together.
+            timeout: Seconds to wait for the answer.
+
+        Returns:
+            One annotation a document, in order; ``fault`` is set where one could not be tagged.
+
+        Raises:
+            TypeError: ``documents`` is a single text.
+            UsageError: the workers refuse the request, with the reason.
+            BrokerError: no answer in time.
+        """
+        if isinstance(documents, (str, bytes)):
+            raise TypeError(f"a single text: pass a list of texts, [{documents[:20]!r}]")
+        return request_annotations(self._queue, documents, self._options, model=self._model, timeout=timeout)
 
     def wait(self, run: str | None = None) -> Status:
         """Follows a run to its end; without a name, ends the stream of sent documents and follows that.
@@ -147,7 +175,7 @@ class Producer:
     def _open_stream(self) -> Stream:
         if self._stream is None or not self._stream.plan.is_open:
             self._stream = Stream(
-                self._out,
+                self._needed_out(),
                 self._queue,
                 model=self._model,
                 options=self._options,
@@ -155,8 +183,14 @@ class Producer:
                 linger=self._linger,
                 high_water=self._high_water,
                 source="nermill.producer.Producer",
+                priority=self._priority,
             )
         return self._stream
+
+    def _needed_out(self) -> str:
+        if self._out is None:
+            raise UsageError("Producer(out): name the folder or URI that holds runs; only tag works without one")
+        return self._out
 
     def _sent_run(self) -> str:
         if self._stream is None:

@@ -21,7 +21,7 @@ from nermill.worker.contracts.errors import StoreError, UsageError
 from nermill.worker.contracts.labels import bare_labels, choice_of
 from nermill.worker.contracts.layout import FIRST_LAYOUT, PLAN_FILE, SHARD_FOLDER, RunFolder
 from nermill.worker.contracts.manifest import load_manifest, resolve_artifact
-from nermill.worker.contracts.plan import PLAN_VERSION, Input, Options, Plan, Shard, read_plan
+from nermill.worker.contracts.plan import PLAN_VERSION, Input, Options, Plan, Priority, Shard, read_plan
 from nermill.worker.contracts.shard import read_shard
 
 RUN_ID_LENGTH = 12
@@ -35,6 +35,7 @@ class Request:
         inputs: Files, folders, globs, URIs.
         out: Folder or URI that holds runs.
         model: Artifact, by name or path; None leaves it to the workers.
+        priority: Whose shards go first; no part of the run's identity.
     """
 
     inputs: tuple[str, ...]
@@ -43,6 +44,7 @@ class Request:
     read: ReadOptions = field(default_factory=ReadOptions)
     options: Options = field(default_factory=Options)
     limits: ShardLimits = field(default_factory=ShardLimits)
+    priority: Priority = "normal"
 
 
 def make_plan(request: Request, on_read: OnRead = unheard) -> tuple[RunFolder, Plan]:
@@ -69,7 +71,11 @@ def make_plan(request: Request, on_read: OnRead = unheard) -> tuple[RunFolder, P
         put_back(run)
     reading = Reading(sources, [size for _, size in prints], request.read, on_read)
     if run.exists(PLAN_FILE):
-        return run, _mended(run, read_plan(run), reading, request.limits)
+        plan = _mended(run, read_plan(run), reading, request.limits)
+        if plan.priority != request.priority:
+            plan = replace(plan, priority=request.priority)
+            plan.write(run)
+        return run, plan
     with nothing_half_written(run):
         for stale in run.list(SHARD_FOLDER):
             run.remove(f"{SHARD_FOLDER}/{stale}")
@@ -86,6 +92,7 @@ def make_plan(request: Request, on_read: OnRead = unheard) -> tuple[RunFolder, P
             shards=shards,
             unit=request.read.unit if any(source.format == "conll" for source in sources) else "document",
             has_gold=reading.has_gold,
+            priority=request.priority,
             details={"left_out": found.left_out} if found.left_out else {},
         )
         plan.write(run)

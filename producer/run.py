@@ -185,8 +185,7 @@ def open_ledger(ledger: Ledger, run: RunFolder, plan: Plan) -> None:
     """Makes a run known to the ledger, or known again: bound to the artifact of its parts, if it has any."""
     state = RunState.OPEN if plan.is_open else RunState.CLOSED
     artifact = plan.model["sha256"] or artifact_of_parts(run)
-    priority = PRIORITIES[plan.details.get("priority", "normal")]
-    ledger.open(plan.run_id, run.uri, plan.options, artifact=artifact, state=state, priority=priority)
+    ledger.open(plan.run_id, run.uri, plan.options, artifact=artifact, state=state, priority=PRIORITIES[plan.priority])
 
 
 def send_shards(queue: Queue, plan: Plan, shards: Iterable[Shard]) -> int:

@@ -20,7 +20,7 @@ from nermill.worker.contracts.content import BLOCK, MAX_LINE_BYTES
 from nermill.worker.contracts.document import Document
 from nermill.worker.contracts.errors import BrokerError
 from nermill.worker.contracts.layout import RunFolder
-from nermill.worker.contracts.plan import Input, Options, Plan, Shard
+from nermill.worker.contracts.plan import Input, Options, Plan, Priority, Shard
 
 HOLD_SECONDS = 6.0
 _TICK_SECONDS = 0.01
@@ -56,6 +56,7 @@ class Stream:
         linger: Seconds that a document waits at most for its shard to fill.
         high_water: Unfinished documents above which ``add`` waits.
         source: What the plan calls the input.
+        priority: Whose shards go first.
         on_shard: Told of each durable shard; what it raises reaches whoever adds or closes.
 
     Raises:
@@ -74,6 +75,7 @@ class Stream:
         linger: float = 1.0,
         high_water: int = HIGH_WATER,
         source: str = "-",
+        priority: Priority = "normal",
         on_shard: Callable[[Shard], None] = lambda _: None,
     ) -> None:
         root = normalised(out)
@@ -89,6 +91,7 @@ class Stream:
             inputs=(Input(source, "jsonl", 0, "", 0),),
             shards=(),
             is_open=True,
+            priority=priority,
         )
         self._queue, self._limits, self._linger, self._high_water = queue, limits or ShardLimits(), linger, high_water
         self._on_shard = on_shard

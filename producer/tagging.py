@@ -1,18 +1,24 @@
-"""A few texts to their entities on this machine, at once: the model runs in a process of its own."""
+"""A few texts to their entities at once: by a model in a process of its own, or by the workers at a broker."""
 
 from __future__ import annotations
 
 import json
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from nermill.worker.contracts.command import python_command
 from nermill.worker.contracts.document import Annotation, Entity, Fault
 from nermill.worker.contracts.errors import EngineError, UsageError
 
+if TYPE_CHECKING:  # each costs time before the child with the model starts
+    from nermill.producer.queue import Queue
+    from nermill.worker.contracts.plan import Options
+
+REQUEST_SECONDS = 60.0
 _DEVICE = re.compile(r"cpu|cuda:\d+|npu:\d+")
 
 
@@ -68,6 +74,62 @@ def local_tagger(model: str = "demo", device: str = "cpu") -> Iterator[LocalTagg
             process.kill()  # one that has ended is left as it is
 
 
+class RemoteTagger:
+    """The workers at a broker.
+
+    Args:
+        broker: Broker URL.
+
+    Raises:
+        UsageError: a URL that cannot be served.
+        BrokerError: nobody answers at the broker.
+    """
+
+    def __init__(self, broker: str) -> None:
+        from nermill.producer.queue import Queue
+
+        self._queue = Queue(broker)
+
+    def tag(self, texts: list[str]) -> list[Annotation]:
+        """One annotation a text, in order; see ``request_annotations``."""
+        from nermill.worker.contracts.plan import Options
+
+        return request_annotations(self._queue, texts, Options())
+
+
+def request_annotations(
+    queue: Queue,
+    documents: Sequence[str] | Sequence[Sequence[str]],
+    options: Options,
+    *,
+    model: str | None = None,
+    timeout: float = REQUEST_SECONDS,
+) -> list[Annotation]:
+    """Has the workers at a broker tag a few documents.
+
+    Args:
+        queue: The broker.
+        documents: Texts, or lists of words.
+        options: How they are tagged.
+        model: Artifact that must tag them, by name or path; None leaves it to the workers.
+        timeout: Seconds to wait for the answer.
+
+    Raises:
+        UsageError: the workers refuse the request; the model is not there.
+        BrokerError: no answer in time.
+    """
+    from nermill.producer.planning import model_identity
+
+    given = [document if isinstance(document, str) else list(document) for document in documents]
+    artifact = model_identity(model)["sha256"]
+    answer = queue.request(given, asdict(options), artifact=artifact, timeout=timeout)
+    return [_annotation(body) for body in answer]
+
+
 def _annotation(body: dict[str, Any]) -> Annotation:
-    fault = body["fault"]
-    return Annotation(tuple(Entity(**entity) for entity in body["entities"]), fault=fault and Fault(**fault))
+    fault, tags = body["fault"], body.get("tags")
+    return Annotation(
+        tuple(Entity(**entity) for entity in body["entities"]),
+        tags=tags and tuple(tags),
+        fault=fault and Fault(**fault),
+    )

@@ -54,6 +54,23 @@ Broker = Annotated[
         help="Broker: redis://, rediss://, redis+socket:// or sentinel://.",
     ),
 ]
+PriorityOption = Annotated[
+    str,
+    typer.Option(
+        "--priority",
+        metavar="LEVEL",
+        envvar="NERMILL_PRIORITY",
+        help="high, normal or low: shards of a higher priority go first; runs of one priority take turns.",
+    ),
+]
+MaybeBroker = Annotated[
+    str,
+    typer.Option(
+        "--broker",
+        metavar="URL",
+        help="Have the workers at this broker tag the texts, instead of a model on this machine.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", envvar="NERMILL_JSON", help="One JSON object on standard output.")]
 Format = Annotated[
     str | None,

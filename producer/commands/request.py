@@ -59,6 +59,7 @@ def make_request(
     max_chars: o.MaxChars = 1_000_000,
     overlap: o.Overlap = 64,
     shard_documents: o.ShardDocuments = 1024,
+    priority: o.PriorityOption = "normal",
 ) -> Request:
     """The request that the options describe.
 
@@ -68,12 +69,13 @@ def make_request(
     from nermill.producer.planning import Request
     from nermill.producer.shards import ShardLimits
     from nermill.producer.sources import Format, OnError, ReadOptions, Unit
-    from nermill.worker.contracts.plan import Aggregation, Options
+    from nermill.worker.contracts.plan import Aggregation, Options, Priority
 
     _check("--format", format_, (None, *get_args(Format)))
     _check("--unit", unit, get_args(Unit))
     _check("--on-error", on_error, get_args(OnError))
     _check("--aggregation", aggregation, get_args(Aggregation))
+    _check("--priority", priority, get_args(Priority))
     return Request(
         inputs=tuple(inputs),
         out=out,
@@ -102,6 +104,7 @@ def make_request(
             min_score=min_score,
         ),
         limits=ShardLimits(documents=shard_documents),
+        priority=priority,  # type: ignore[arg-type]
     )
 
 

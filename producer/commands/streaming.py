@@ -50,6 +50,7 @@ def stream(
         linger=linger,
         high_water=high_water,
         source=name,
+        priority=request.priority,
         on_shard=_acknowledge if ack else lambda _: None,
     )
     with told_how_to_go_on(f"nermill resume {stream.run.uri}"):

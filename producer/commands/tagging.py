@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from typing import Annotated
 
 import typer
@@ -20,16 +21,19 @@ def tag(
     device: Annotated[
         str, typer.Option("--device", metavar="DEV", help="Where the model runs: cpu, cuda:N or npu:N.")
     ] = "cpu",
+    broker: o.MaybeBroker = "",
     lines: Annotated[bool, typer.Option("--lines", help="Standard input: each line is a text.")] = False,
     json: o.Json = False,
 ) -> int:
-    """Mark the entities of a text at once, on this machine (--json: one object a text).
+    """Mark the entities of a text at once, on this machine or by the workers at a broker (--json: one object a text).
 
     Offsets count Unicode code points of the text. Many documents are faster with nermill run.
     """
-    from nermill.producer.tagging import local_tagger
 
-    with local_tagger(model, device) as tagger:  # the model loads while standard input and our own code are read
+    from nermill.producer.tagging import RemoteTagger, local_tagger
+
+    tagging = nullcontext(RemoteTagger(broker)) if broker else local_tagger(model, device)
+    with tagging as tagger:  # the model loads while standard input and our own code are read
         from dataclasses import asdict
 
         from rich.console import Console

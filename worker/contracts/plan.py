@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.layout import FIRST_LAYOUT, PLAN_FILE, RunFolder
@@ -15,6 +15,7 @@ RUN_ID = re.compile(r"[0-9a-z][0-9a-z_-]{0,63}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 AGGREGATIONS = ("none", "simple", "first", "average", "max")
 
+Priority = Literal["high", "normal", "low"]
 Aggregation = Literal["none", "simple", "first", "average", "max"]
 
 
@@ -76,6 +77,7 @@ class Plan:
         has_gold: Whether any document carries gold tags.
         is_open: A stream that still grows; its shards are those in ``_shards``.
         cancelled: The run was cancelled; what is committed stays.
+        priority: Whose shards go first.
     """
 
     run_id: str
@@ -89,6 +91,7 @@ class Plan:
     is_open: bool = False
     cancelled: bool = False
     details: dict[str, Any] = field(default_factory=dict)
+    priority: Priority = "normal"
 
     @property
     def documents(self) -> int:
@@ -128,7 +131,10 @@ def read_plan(run: RunFolder) -> Plan:
         body["options"] = options_from(body["options"])
         body["inputs"] = tuple(Input(**entry) for entry in body["inputs"])
         body["shards"] = tuple(Shard(**entry) for entry in body["shards"])
-        return Plan(**body)
+        plan = Plan(**body)
+        if plan.priority not in get_args(Priority):
+            raise ValueError(f"priority {plan.priority!r}")
+        return plan
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UsageError(f"{run.path(PLAN_FILE)}: not a plan ({error})") from None
 
