@@ -71,7 +71,7 @@ class Status:
 
     @property
     def eta_seconds(self) -> float | None:
-        rate = self.documents_per_second
+        rate = self.documents_per_second if self.listening else 0.0
         return (self.total - self.finished_documents) / rate if rate else None
 
     @property

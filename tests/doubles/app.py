@@ -14,6 +14,7 @@
 - ``FAULT_TRACE``: a file to which each process appends when it did what: ``batch``, ``evaluates``, ``evaluated``.
 - ``FAULT_STORE``: folder of the ``faulty://`` store (tests.doubles.store).
 - ``FAULT_STORE_SECONDS``: how long a store may be silent.
+- ``FAULT_DEFECT``: reading a shard raises what no store, device or ledger raises.
 """
 
 from __future__ import annotations
@@ -138,6 +139,13 @@ if point := os.environ.get("FAULT_DIE_AT"):
 
 if folder := os.environ.get("FAULT_MEET"):
     meet(Path(folder))
+
+if os.environ.get("FAULT_DEFECT"):
+
+    def defect(*_: object) -> None:
+        raise AttributeError("a defect")
+
+    nermill.worker.queue.shards.read_shard = defect  # type: ignore[assignment]
 
 app = nermill.worker.app.app
 
