@@ -44,12 +44,43 @@ class Request:
     limits: ShardLimits = field(default_factory=ShardLimits)
 
 
-def make_plan(request: Request, on_documents: Callable[[int], None] = lambda _: None) -> tuple[RunFolder, Plan]:
+Found = list[tuple[Source, tuple[str, int]]]  # inputs, each with its sha256 and size in bytes
+
+
+def find_inputs(request: Request) -> Found:
+    """The files that a request names, known by their content.
+
+    Raises:
+        UsageError: one is missing, empty, or of no known format.
+    """
+    return [(source, source.file.fingerprint()) for source in open_sources(request.inputs, request.read)]
+
+
+def without_tagged(out: str, found: Found) -> Found:
+    """Leaves out the files that a complete run below ``out`` had as an input, known by their sha256.
+
+    Raises:
+        UsageError: a plan there is damaged.
+    """
+    root = RunFolder(normalised(out))
+    tagged: set[str] = set()
+    for run in (RunFolder(f"{root.uri}/{name}") for name in root.list() if name.startswith("run=")):
+        if run.exists(PLAN_FILE):
+            plan = read_plan(run)
+            if not plan.is_open and {shard.index for shard in plan.shards} <= run.committed():
+                tagged.update(entry.sha256 for entry in plan.inputs)
+    return [(source, (sha256, size)) for source, (sha256, size) in found if sha256 not in tagged]
+
+
+def make_plan(
+    request: Request, on_documents: Callable[[int], None] = lambda _: None, found: Found | None = None
+) -> tuple[RunFolder, Plan]:
     """Plans a run, or finds the one that the same request made before, and mends its shards.
 
     Args:
         request: What to plan.
         on_documents: Told now and then how many documents were read.
+        found: The inputs, where they were looked for before.
 
     Raises:
         UsageError: an input, the model or the output is wrong; nothing was written.
@@ -57,8 +88,8 @@ def make_plan(request: Request, on_documents: Callable[[int], None] = lambda _: 
     """
     out = normalised(request.out)
     model = model_identity(request.model)
-    sources = open_sources(request.inputs, request.read)
-    prints = [source.file.fingerprint() for source in sources]
+    found = find_inputs(request) if found is None else found
+    sources, prints = [source for source, _ in found], [print_ for _, print_ in found]
     run_id = planned_run_id(out, request, model, sources, prints)
     run = RunFolder(f"{out}/run={run_id}")
     if not is_remote(out):
