@@ -47,12 +47,58 @@ class Request:
     priority: Priority = "normal"
 
 
-def make_plan(request: Request, on_read: OnRead = unheard) -> tuple[RunFolder, Plan]:
+@dataclass(frozen=True)
+class Found:
+    """The files that a request names, known by their content.
+
+    Attributes:
+        sources: The files that are read, in order.
+        prints: sha256 and size in bytes of each.
+        left_out: Files that are not read, each with the reason.
+    """
+
+    sources: list[Source]
+    prints: list[tuple[str, int]]
+    left_out: list[str]
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+
+def find_inputs(request: Request) -> Found:
+    """The files that a request names, known by their content.
+
+    Raises:
+        UsageError: one is missing, empty, or of no known format.
+    """
+    inputs = open_sources(request.inputs, request.read)
+    return Found(inputs.sources, [source.file.fingerprint() for source in inputs.sources], inputs.left_out)
+
+
+def without_tagged(out: str, found: Found) -> Found:
+    """Leaves out the files that a complete run below ``out`` had as an input, known by their sha256.
+
+    Raises:
+        UsageError: a plan there is damaged.
+    """
+    root = RunFolder(normalised(out))
+    tagged: set[str] = set()
+    for run in (RunFolder(f"{root.uri}/{name}") for name in root.list() if name.startswith("run=")):
+        if run.exists(PLAN_FILE):
+            plan = read_plan(run)
+            if not plan.is_open and {shard.index for shard in plan.shards} <= run.committed():
+                tagged.update(entry.sha256 for entry in plan.inputs)
+    new = [at for at, (sha256, _) in enumerate(found.prints) if sha256 not in tagged]
+    return Found([found.sources[at] for at in new], [found.prints[at] for at in new], found.left_out)
+
+
+def make_plan(request: Request, on_read: OnRead = unheard, found: Found | None = None) -> tuple[RunFolder, Plan]:
     """Plans a run, or finds the one that the same request made before, and mends its shards.
 
     Args:
         request: What to plan.
         on_read: Told now and then how far the reading is.
+        found: The inputs, where they were looked for before.
 
     Raises:
         UsageError: an input, the model or the output is wrong; nothing was written.
@@ -61,9 +107,8 @@ def make_plan(request: Request, on_read: OnRead = unheard) -> tuple[RunFolder, P
     out = normalised(request.out)
     model = model_identity(request.model)
     check_labels(request)
-    found = open_sources(request.inputs, request.read)
-    sources = found.sources
-    prints = [source.file.fingerprint() for source in sources]
+    found = find_inputs(request) if found is None else found
+    sources, prints = found.sources, found.prints
     run_id = planned_run_id(out, request, model, sources, prints)
     run = RunFolder(f"{out}/run={run_id}")
     if not is_remote(out):

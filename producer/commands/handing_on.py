@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from nermill.producer.commands import options as o
+from nermill.producer.commands.request import label_list
 from nermill.worker.contracts.errors import UsageError
 
 To = Annotated[
@@ -57,7 +58,7 @@ def redact(
 
     if with_ not in HOWS:
         raise UsageError(f"--with {with_!r}: one of {', '.join(HOWS)}")
-    labels = frozenset(label.strip() for label in only.split(",") if label.strip())
+    labels = frozenset(label_list(only))
     folder, plan = open_complete(run)
     done = redact_run(folder, plan, to, with_, key, labels, min_score)
     if done.left_out:

@@ -12,6 +12,7 @@ from nermill.producer.commands.outcome import ensure_evaluated, go_on, report_st
 from nermill.producer.commands.request import takes_request
 from nermill.producer.commands.streaming import stream
 from nermill.producer.queue import DEFAULT_BROKER, HIGH_WATER
+from nermill.worker.contracts.errors import UsageError
 
 if TYPE_CHECKING:
     from nermill.producer.planning import Request
@@ -90,6 +91,9 @@ def submit(
     ] = 1.0,
     ack: Annotated[bool, typer.Option("--ack", help="A stream: print a JSON line for each durable shard.")] = False,
     follow: Annotated[bool, typer.Option("--follow", help="Tail one growing JSONL file until Ctrl-C.")] = False,
+    new: Annotated[
+        bool, typer.Option("--new", help="Leave out files that a complete run below OUT had as an input (by sha256).")
+    ] = False,
     wait: Annotated[bool, typer.Option("--wait", envvar="NERMILL_WAIT", help="Follow the run to its end.")] = False,
     json: o.Json = False,
 ) -> int:
@@ -97,14 +101,27 @@ def submit(
 
     With - as the input, JSON lines are tagged as they come, until the end of input or Ctrl-C.
     """
-    from nermill.producer.planning import make_plan
-    from nermill.producer.progress import reading
+    from nermill.producer.planning import find_inputs, make_plan, without_tagged
+    from nermill.producer.progress import counted, reading, say
     from nermill.producer.queue import Queue
+    from nermill.producer.view import print_json
 
+    is_stream = follow or (request.inputs == ("-",) and request.read.format in (None, "jsonl"))
+    if new and is_stream:
+        raise UsageError("--new knows files by their content, a stream has none yet; leave it out")
+    found = find_inputs(request) if new else None
+    if found is not None:
+        files = len(found)
+        found = without_tagged(request.out, found)
+        say(f"{files - len(found):,} of {counted(files, 'file')} left out: complete runs below {request.out} have them")
+        if not found:
+            if json:
+                print_json({"run": None, "files": {"new": 0, "left_out": files}})
+            return 0
     queue = Queue(broker)
-    if follow or (request.inputs == ("-",) and request.read.format in (None, "jsonl")):
+    if is_stream:
         return stream(request, queue, linger, high_water, follow=follow, ack=ack, wait=wait, as_json=json)
     with reading() as on_read:
-        folder, plan = make_plan(request, on_read)
+        folder, plan = make_plan(request, on_read, found)
     say_left_out(plan.details.get("left_out", ()))
     return go_on(folder, plan, queue, high_water, wait=wait, as_json=json)

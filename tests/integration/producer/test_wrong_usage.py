@@ -16,6 +16,7 @@ from nermill.producer import cli
 from nermill.producer import run as runs
 from nermill.producer.planning import Request, make_plan
 from nermill.producer.queue import Queue
+from nermill.producer.redacted import redact_run
 from tests.stand_in import next_claim
 
 # Option, a wrong value, what the message says besides the value. Whoever adds an option has to add a line.
@@ -25,11 +26,14 @@ WRONG = {
     "--compare": ("nowhere", "no run here"),
     "--costs": ("nowhere.json", "nermill-build bench ART --json writes one"),
     "--delimiter": ("ab", "one character"),
+    "--device": ("gpu", "say cpu"),
     "--devices": ("gpu", "say auto"),
     "--format": ("docx", "one of "),
     "--gold": ("nowhere.conll", "No such file"),
     "--high-water": ("0", "--high-water"),
     "--id-column": ("key", "mend --id-column"),
+    "--key": ("{file}", "; name "),
+    "--layout": ("rows", "one of documents, entities"),
     "--limit": ("0", "--limit"),
     "--linger": ("soon", "--linger"),
     "--map": ("person", "'person' is not FROM=TO"),
@@ -48,10 +52,15 @@ WRONG = {
     "--tag-column": ("0", "columns count from 1"),
     "--tag-names": ("O,PER", "'PER' is no tag"),
     "--text-column": ("body", "name the text with --text-column"),
+    "--to": ("{file}", "exists already"),
     "--unit": ("word", "one of sentence, document"),
     "--word-column": ("0", "columns count from 1"),
+    "--with": ("magic", "one of label, mask, hash, pseudonym"),
 }
 FINDINGS = {"--broker", "--devices", "--model", "--out"}  # doctor goes on: what is wrong is what it is asked for
+NEED_NO_PLACE = {"doctor", "tag"}
+NOWHERE = dict.fromkeys(("run", "plan", "submit"), "no such file or folder")
+NOWHERE["restore"] = "its name says no format"
 HELPFUL = {"help", "install_completion", "show_completion"}
 COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands
 
@@ -88,6 +97,8 @@ def base(broker_url, tmp_path_factory) -> dict[str, list[str]]:
     while claim := next_claim(ledger, ARTIFACT):
         tag(claim, ledger)
     runs.wait(finished, plan, queue)
+    redacted, key = f"{folder}/redacted.jsonl", f"{folder}/names.key"
+    redact_run(finished, plan, redacted, "pseudonym", key)
     broker = ["--broker", broker_url]
     return {
         "run": [str(corpus), "--out", f"{folder}/new", "--devices", "cpu"],
@@ -100,6 +111,11 @@ def base(broker_url, tmp_path_factory) -> dict[str, list[str]]:
         "evaluate": [finished.uri],
         "compact": [finished.uri],
         "show": [finished.uri],
+        "tag": ["Ada"],
+        "export": [finished.uri, "--format", "conll", "--to", f"{folder}/new.conll"],
+        "redact": [finished.uri, "--to", f"{folder}/new.jsonl", "--with", "pseudonym", "--key", f"{folder}/new.key"],
+        "restore": [redacted, "--key", key, "--to", f"{folder}/back.jsonl"],
+        "publish": [finished.uri, f"{folder}/table"],
         "doctor": [*broker],
     }
 
@@ -131,12 +147,12 @@ def check(code: int, out: str, err: str, *told: str) -> None:
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_a_missing_or_wrong_place_is_one_line(nermill, base, command, tmp_path):
-    if command == "doctor":
+    if command in NEED_NO_PLACE:
         return
     code, out, err = nermill(command, *base[command][1:])
     check(code, out, err, "Missing argument")
     code, out, err = nermill(command, str(tmp_path / "nowhere"), *base[command][1:])
-    check(code, out, err, "no such file or folder" if command in ("run", "plan", "submit") else "no run here")
+    check(code, out, err, NOWHERE.get(command, "no run here"))
     code, out, err = nermill(command, *base[command], "--no-such-option")
     check(code, out, err, "No such option: --no-such-option")
 
