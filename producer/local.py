@@ -21,6 +21,7 @@ STOP_SECONDS = 35.0
 EARLY_DEATHS = 2  # a worker process that dies this often before it was ever ready will not get well
 _LOG_LINES = 12
 _BLOCK = 1 << 20
+_OWN_WORDS = "nermill-worker: "  # before what a worker says of its own end; libraries log around it
 _READY, _DIED = "ready:", "starting it again"  # what worker.app and worker.supervisor log
 _DEVICES = re.compile(r"auto|(cpu|cuda:\d+|npu:\d+)(,(cpu|cuda:\d+|npu:\d+))*")
 _PR_SET_PDEATHSIG = 1
@@ -56,7 +57,8 @@ class LocalWorker:
 
         Raises:
             UsageError: it refuses its settings.
-            EngineError: it ended, or its processes die before they are ready; with the last lines of its log.
+            EngineError: it ended, or its processes die before they are ready; with its last word or, where it had none,
+            the last lines of its log.
         """
         status = self._process.poll()
         for line in self._new_lines():
@@ -66,7 +68,9 @@ class LocalWorker:
         if status is None and (self._was_ready or self._deaths < EARLY_DEATHS):
             return
         if status == UsageError.exit_code and self._tail:
-            raise UsageError(self._tail[-1].removeprefix("nermill-worker: "))
+            raise UsageError(self._tail[-1].removeprefix(_OWN_WORDS))
+        if own := [line for line in self._tail if line.startswith(_OWN_WORDS)]:
+            raise EngineError(f"the worker failed: {own[-1].removeprefix(_OWN_WORDS)}")
         told = "\n".join(f"  | {line}" for line in self._tail)
         raise EngineError(f"the worker failed; the end of its log:\n{told}")
 
