@@ -99,7 +99,7 @@ def estimate(
     Raises:
         UsageError: an input, the model, the costs or the output is wrong.
     """
-    model = model_identity(request.model)
+    model = model_identity(request.model, request.options.overlap)
     artifact = None if request.model is None else resolve_artifact(request.model)
     sources = open_sources(request.inputs, request.read)
     prints = [source.file.fingerprint() for source in sources]

@@ -56,7 +56,7 @@ def make_plan(request: Request, on_documents: Callable[[int], None] = lambda _: 
         StoreError: the store does not take the shards; what was written is gone again.
     """
     out = normalised(request.out)
-    model = model_identity(request.model)
+    model = model_identity(request.model, request.options.overlap)
     sources = open_sources(request.inputs, request.read)
     prints = [source.file.fingerprint() for source in sources]
     run_id = planned_run_id(out, request, model, sources, prints)
@@ -136,15 +136,18 @@ class _Reading:
                 yield document
 
 
-def model_identity(model: str | None) -> dict[str, str]:
+def model_identity(model: str | None, overlap: int = Options().overlap) -> dict[str, str]:
     """Name and hash of the artifact that a run asks for; both empty where the workers may choose.
 
     Raises:
         ArtifactError: it is not there, or was changed.
+        UsageError: its windows cannot overlap so much.
     """
     if model is None:
         return {"name": "", "sha256": ""}
-    return {"name": model, "sha256": load_manifest(resolve_artifact(model)).sha256}
+    manifest = load_manifest(resolve_artifact(model))
+    manifest.check_overlap(overlap)
+    return {"name": model, "sha256": manifest.sha256}
 
 
 def normalised(out: str) -> str:
