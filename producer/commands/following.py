@@ -1,7 +1,8 @@
-"""Commands that follow and steer a run: status, resume, rejects, cancel."""
+"""Commands that follow and steer runs: status, list, resume, rejects, cancel."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from functools import cache
@@ -60,6 +61,37 @@ def _current(folder: RunFolder, plan: Plan, find_queue: Callable[[], Queue | Non
                 folder, plan = open_run(folder.uri)
                 current = look(folder, plan, queue, tally)
     return current
+
+
+def list_(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URI that holds runs.", show_default=False)],
+    broker: o.Broker = DEFAULT_BROKER,
+    json: o.Json = False,
+) -> int:
+    """List the runs below a folder or URI: state, documents, when, model, F1 (--json: one object a line)."""
+    from nermill.producer.listing import list_runs
+    from nermill.producer.progress import say
+    from nermill.producer.view import print_json, print_runs
+
+    asking = threading.Lock()
+    ask = cache(lambda: _queue_if_any(broker))
+
+    def find_queue() -> Queue | None:  # several threads look at runs; one says that nobody answers
+        with asking:
+            return ask()
+
+    listed = list_runs(out, find_queue)
+    if json:
+        for entry in listed:
+            print_json(entry.as_json())
+    else:
+        print_runs(listed)
+    for entry in listed:
+        if entry.message:
+            say(entry.message)
+    if not listed:
+        say(f"{out}: no runs below it")
+    return 0
 
 
 def resume(

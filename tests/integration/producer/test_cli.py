@@ -20,6 +20,7 @@ from pyarrow import parquet as pq
 from rich.console import Console
 
 from nermill.producer import run as runs
+from nermill.producer.planning import Request, make_plan
 from nermill.producer.progress import _painted
 from nermill.producer.queue import Queue
 from nermill.producer.status import look
@@ -31,7 +32,9 @@ from nermill.worker.contracts.plan import Options
 
 from .conftest import POISON
 
-COMMANDS = ("run", "plan", "submit", "status", "resume", "rejects", "cancel", "evaluate", "show", "compact", "doctor")
+COMMANDS = (
+    "run", "plan", "submit", "status", "list", "resume", "rejects", "cancel", "evaluate", "show", "compact", "doctor",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -145,6 +148,47 @@ def two_runs(nermill, broker, serving, tmp_path) -> list[str]:
         with serving():
             found.append(json.loads(nermill(*arguments, "--wait", "--json")[1])["run"])
     return found
+
+
+def test_list_tells_the_runs_below_a_folder(nermill, broker, finished, two_runs, corpus, tmp_path):
+    nermill("evaluate", *two_runs)
+    waiting = json.loads(
+        nermill("submit", corpus, "--out", tmp_path / "deep/er", "--model", "demo", "--broker", broker, "--json")[1]
+    )["run"]
+    old = tmp_path / "run=0ld"
+    old.mkdir()
+    (old / "plan.json").write_text("{}")
+    code, out, err = nermill("list", tmp_path, "--broker", broker, "--json")
+    found = {entry["run"]: entry for entry in map(json.loads, out.splitlines())}
+    assert (code, found.keys()) == (0, {finished, *two_runs, waiting, str(old)})
+    assert [found[run]["state"] for run in (finished, waiting, str(old))] == ["complete", "running", "unreadable"]
+    assert (found[finished]["documents"], found[finished]["f1"]) == ({"total": 3, "finished": 3}, None)
+    assert (found[waiting]["documents"], found[waiting]["model"]) == ({"total": 3, "finished": 0}, "demo")
+    assert (found[two_runs[0]]["f1"], found[two_runs[0]]["model"]) == (pytest.approx(2 / 3), "stand-in")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", found[finished]["created"])
+    assert (err.count("\n"), "plan version 1" in err) == (1, True)
+    code, out, _ = nermill("list", tmp_path / "two", "--broker", "redis://localhost:1")
+    heading, *lines = out.splitlines()
+    assert heading.split() == ["state", "documents", "created", "model", "F1", "run"]
+    assert [line.split()[:2] + line.split()[3:5] for line in lines] == [["complete", "2", "stand-in", "0.6667"]] * 2
+    code, out, err = nermill("list", tmp_path / "deep", "--broker", "redis://localhost:1")
+    assert "incomplete  0 of 3" in out
+    assert "counting the parts alone" in err
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert nermill("list", empty) == (0, "", f"nermill: {empty}: no runs below it\n")
+    assert nermill("list", tmp_path / "dep") == (
+        2, "", f"nermill: {tmp_path}/dep: no such folder; did you mean {tmp_path}/deep?\n",
+    )  # fmt: skip
+    assert json.loads(nermill("list", finished, "--json")[1])["run"] == finished, "a run itself"
+
+
+def test_list_reads_a_store(nermill, tmp_path):
+    out = f"memory://{tmp_path.name}"
+    (tmp_path / "in.jsonl").write_text('{"text": "Ada"}\n')
+    run, _ = make_plan(Request((str(tmp_path / "in.jsonl"),), out))
+    code, out, _ = nermill("list", out, "--broker", "redis://localhost:1", "--json")
+    assert (code, json.loads(out)["run"], json.loads(out)["state"]) == (0, run.uri, "incomplete")
 
 
 def test_commands_take_several_runs(nermill, broker, finished, two_runs):

@@ -91,6 +91,7 @@ def base(broker_url, tmp_path_factory) -> dict[str, list[str]]:
         "evaluate": [finished.uri],
         "compact": [finished.uri],
         "show": [finished.uri],
+        "list": [out, *broker],
         "doctor": [*broker],
     }
 
@@ -127,12 +128,12 @@ def test_a_missing_or_wrong_place_is_one_line(nermill, base, command, tmp_path):
     code, out, err = nermill(command, *base[command][1:])
     check(code, out, err, "Missing argument")
     code, out, err = nermill(command, str(tmp_path / "nowhere"), *base[command][1:])
-    check(code, out, err, "no such file or folder" if command in ("run", "plan", "submit") else "no run here")
+    check(code, out, err, "no such f" if command in ("run", "plan", "submit", "list") else "no run here")
     code, out, err = nermill(command, *base[command], "--no-such-option")
     check(code, out, err, "No such option: --no-such-option")
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"run", "plan", "submit", "doctor"}))
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"run", "plan", "submit", "list", "doctor"}))
 def test_a_run_of_the_first_layout_is_refused_with_the_way_on(nermill, base, command, tmp_path):
     run = tmp_path / "run=3f2a91c07b55"
     run.mkdir()
