@@ -150,6 +150,16 @@ def two_runs(nermill, broker, serving, tmp_path) -> list[str]:
     return found
 
 
+@pytest.mark.parametrize("command", ["show", "status", "rejects", "evaluate", "compact"])
+def test_a_damaged_part_is_one_line(nermill, finished, command):
+    part = Path(finished) / "part-00000.parquet"
+    part.write_bytes(part.read_bytes()[:-40])
+    code, out, err = nermill(command, finished)
+    assert (code, out, err.count("\n")) == (2 if command == "evaluate" else 1, "", 1), err
+    assert f"{part}: " in err
+    assert "damaged" in err
+
+
 def test_list_tells_the_runs_below_a_folder(nermill, broker, finished, two_runs, corpus, tmp_path):
     nermill("evaluate", *two_runs)
     waiting = json.loads(
