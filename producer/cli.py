@@ -27,6 +27,7 @@ for command, example in (
     (submitting.plan, "nermill plan reports/*.jsonl --out tagged"),
     (tagging.tag, "nermill tag 'Ada Lovelace met Charles Babbage in London.'"),
     (following.status, "nermill status tagged/run=3f2a91c07b55 --watch"),
+    (following.list_, "nermill list tagged"),
     (following.resume, "nermill resume tagged/run=3f2a91c07b55 --wait"),
     (following.rejects, "nermill rejects tagged/run=3f2a91c07b55 --json"),
     (following.cancel, "nermill cancel tagged/run=3f2a91c07b55"),
@@ -39,8 +40,9 @@ for command, example in (
     (reading.doctor, "nermill doctor --broker redis://queue:6379/0 --devices npu:0,npu:1"),
     (reading.show, "nermill show tagged/run=3f2a91c07b55 --limit 5"),
 ):
-    summary = (command.__doc__ or "").partition("\n")[0]
-    app.command(short_help=summary, epilog=f"Example: {example}")(command)  # else click cuts it short
+    summary = (command.__doc__ or "").partition("\n")[0]  # else click cuts it short
+    name = command.__name__.rstrip("_")
+    app.command(name, short_help=summary, epilog=f"Example: {example}")(command)
 
 
 @app.callback(invoke_without_command=True)

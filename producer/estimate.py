@@ -101,7 +101,7 @@ def estimate(request: Request, costs: Path | None = None, on_read: OnRead = unhe
     Raises:
         UsageError: an input, the model, the costs or the output is wrong.
     """
-    model = model_identity(request.model)
+    model = model_identity(request.model, request.options.overlap)
     check_labels(request)
     artifact = None if request.model is None else resolve_artifact(request.model)
     opened = open_sources(request.inputs, request.read)

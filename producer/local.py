@@ -20,6 +20,7 @@ STOP_SECONDS = 35.0
 START_ATTEMPTS = 2  # a worker process that ends this often before it is ready will not start at all
 _LOG_LINES = 12
 _BLOCK = 1 << 16
+_OWN_WORDS = "nermill-worker: "  # before what a worker says of its own end; libraries log around it
 _DEVICES = re.compile(r"auto|(cpu|cuda:\d+|npu:\d+)(,(cpu|cuda:\d+|npu:\d+))*")
 _PR_SET_PDEATHSIG = 1
 
@@ -56,14 +57,17 @@ class LocalWorker:
 
         Raises:
             UsageError: it refuses its settings.
-            EngineError: it ended, or its processes die before they are ready; with the last lines of its log.
+            EngineError: it ended, or its processes die before they are ready; with its last word or, where it had none,
+            the last lines of its log.
         """
         status = self._process.poll()
         if status is None:
             return
         lines = self._last_lines()
         if status == UsageError.exit_code and lines:
-            raise UsageError(lines[-1].removeprefix("nermill-worker: "))
+            raise UsageError(lines[-1].removeprefix(_OWN_WORDS))
+        if own := [line for line in lines if line.startswith(_OWN_WORDS)]:
+            raise EngineError(f"the worker failed: {own[-1].removeprefix(_OWN_WORDS)}")
         told = "\n".join(f"  | {line}" for line in lines)
         raise EngineError(f"the worker failed; the end of its log:\n{told}")
 

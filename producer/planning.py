@@ -105,7 +105,7 @@ def make_plan(request: Request, on_read: OnRead = unheard, found: Found | None =
         StoreError: the store does not take the shards; what was written is gone again.
     """
     out = normalised(request.out)
-    model = model_identity(request.model)
+    model = model_identity(request.model, request.options.overlap)
     check_labels(request)
     found = find_inputs(request) if found is None else found
     sources, prints = found.sources, found.prints
@@ -172,15 +172,18 @@ def _is_whole(run: RunFolder, shard: Shard) -> bool:
     return True
 
 
-def model_identity(model: str | None) -> dict[str, str]:
+def model_identity(model: str | None, overlap: int = Options().overlap) -> dict[str, str]:
     """Name and hash of the artifact that a run asks for; both empty where the workers may choose.
 
     Raises:
         ArtifactError: it is not there, or was changed.
+        UsageError: its windows cannot overlap so much.
     """
     if model is None:
         return {"name": "", "sha256": ""}
-    return {"name": model, "sha256": load_manifest(resolve_artifact(model)).sha256}
+    manifest = load_manifest(resolve_artifact(model))
+    manifest.check_overlap(overlap)
+    return {"name": model, "sha256": manifest.sha256}
 
 
 def check_labels(request: Request) -> None:

@@ -50,6 +50,15 @@ def open_run(uri: str) -> tuple[RunFolder, Plan]:
     return run, read_plan(run)
 
 
+def open_runs(uris: Iterable[str]) -> list[tuple[RunFolder, Plan]]:
+    """Several runs that were planned before; nothing is done to any where one is wrong.
+
+    Raises:
+        UsageError: one is not there, or its plan is damaged.
+    """
+    return [open_run(uri) for uri in dict.fromkeys(uris)]
+
+
 def send(run: RunFolder, plan: Plan, queue: Queue, high_water: int = HIGH_WATER, on_wait: OnStatus = ignore) -> int:
     """Sends the shards that have no part; those that wait or are at work already are left alone.
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import pyarrow as pa
+
 from nermill.producer.shards import document_text
 from nermill.worker.contracts.document import Document
-from nermill.worker.contracts.errors import UsageError
-from nermill.worker.contracts.layout import RunFolder
+from nermill.worker.contracts.errors import StoreError, UsageError
+from nermill.worker.contracts.layout import RunFolder, part_name
 from nermill.worker.contracts.part import open_part
 from nermill.worker.contracts.plan import Plan, Shard
 from nermill.worker.contracts.shard import read_documents, read_shard
@@ -60,16 +62,22 @@ def conll_lines(run: RunFolder, plan: Plan, limit: int | None) -> Iterator[str]:
 
 def _rows(run: RunFolder, shard: Shard) -> Iterator[Shown]:
     documents = None
-    with open_part(run, shard.index) as part:
-        for batch in part.iter_batches(64, use_threads=run.is_local):
-            for row in batch.to_pylist():
-                text = row.get("text")
-                if text is None and row["words"] is not None:
-                    text = " ".join(row["words"])
-                elif text is None and row["status"] == "ok":
-                    documents = documents or _documents(run, shard)
-                    text = document_text(documents[row["doc_index"] - shard.first])
-                yield Shown(row, text or "")
+    try:
+        with open_part(run, shard.index) as part:
+            for batch in part.iter_batches(64, use_threads=run.is_local):
+                for row in batch.to_pylist():
+                    text = row.get("text")
+                    if text is None and row["words"] is not None:
+                        text = " ".join(row["words"])
+                    elif text is None and row["status"] == "ok":
+                        documents = documents or _documents(run, shard)
+                        text = document_text(documents[row["doc_index"] - shard.first])
+                    yield Shown(row, text or "")
+    except (pa.ArrowException, FileNotFoundError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise StoreError(
+            f"{run.path(part_name(shard.index))}: damaged part ({reason}); remove it and nermill resume"
+        ) from None
 
 
 def _documents(run: RunFolder, shard: Shard) -> list[Document]:

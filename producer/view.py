@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from nermill.producer.doctor import Finding
     from nermill.producer.estimate import Estimate
+    from nermill.producer.listing import Listed
 
 LABEL_STYLES = {"PER": "bold green", "ORG": "bold cyan", "LOC": "bold yellow", "MISC": "bold magenta"}
 OTHER_LABEL_STYLE = "bold blue"
@@ -66,6 +67,20 @@ def print_result_hint(run: str) -> None:
 def nearest(run: str) -> str:
     """A run's name as it is shortest from here."""
     return run if "://" in run else min(run, os.path.relpath(run), key=len)
+
+
+def print_runs(runs: list[Listed]) -> None:
+    """Runs as a table with a heading, one a line; nothing where there are none."""
+    table = [("state", "documents", "created", "model", "F1", "run")] if runs else []
+    for entry in runs:
+        total, finished = entry.documents["total"], entry.documents["finished"]
+        documents = f"{total:,}" if finished == total else f"{finished:,} of {total:,}"
+        f1 = "" if entry.f1 is None else f"{entry.f1:.4f}"
+        table.append((entry.state, documents, entry.created, entry.model, f1, nearest(entry.run)))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+        print(visible("  ".join(cells)).rstrip())
 
 
 def print_estimate(found: Estimate) -> None:

@@ -89,9 +89,6 @@ class Pipeline:
         self.manifest: Manifest = engine.manifest
         self.labels = decode.Labels(self.manifest.labels)
         self._tokenizer = tokenizer
-        self._longest = min(
-            self.manifest.max_length, max((length for _, length in self.manifest.shapes), default=1 << 30)
-        )
         self._pool = Pool(self.manifest)
         self._busy_since: dict[int, float] = {}
         self._answered = 0.0  # when the device last did
@@ -118,7 +115,7 @@ class Pipeline:
         Raises:
             EngineError: the device does not take a shape.
         """
-        for shape in self.manifest.shapes or ((WARM_ROWS, min(64, self._longest)),):
+        for shape in self.manifest.shapes or ((WARM_ROWS, min(64, self.manifest.window)),):
             batch = blank_batch(shape, self.manifest)
             self.engine.run(batch)
             begun = time.monotonic()
@@ -157,8 +154,10 @@ class Pipeline:
                 delay the others.
 
         Raises:
+            UsageError: the model's windows cannot overlap so much.
             EngineError: the device failed for good; no document is to blame.
         """
+        self.manifest.check_overlap(options.overlap)
         spelling, faults = spell(table, options)
         begun = time.monotonic()
         tokens = tokenize(self._tokenizer, spelling.tokenizable, split=spelling.split)
@@ -186,7 +185,7 @@ class Pipeline:
         return Annotated(part, faults, stats)
 
     def _job(self, tokens: Tokens, options: Options) -> Job:
-        windows = cut(tokens.bounds, self._longest, options.overlap)
+        windows = cut(tokens.bounds, self.manifest.window, options.overlap)
         return Job(tokens, windows, np.empty((len(tokens.ids), len(self.manifest.labels)), np.float32))
 
     def _decode(

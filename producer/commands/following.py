@@ -1,8 +1,11 @@
-"""Commands that follow and steer a run: status, resume, rejects, cancel."""
+"""Commands that follow and steer runs: status, list, resume, rejects, cancel."""
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,73 +17,119 @@ from nermill.worker.contracts.errors import BrokerError
 
 if TYPE_CHECKING:
     from nermill.producer.queue import Queue
+    from nermill.producer.status import Status
+    from nermill.worker.contracts.layout import RunFolder
+    from nermill.worker.contracts.plan import Plan
 
 WATCH_SECONDS = 1.0
 
 
 def status(
-    run: o.Run,
+    runs: o.Runs,
     broker: o.Broker = DEFAULT_BROKER,
     watch: Annotated[bool, typer.Option("--watch", help="Look again every second until the run ends.")] = False,
     json: o.Json = False,
 ) -> int:
     """Say how far a run is: committed, rejected, waiting, documents/s, tokens/s, padding, time left."""
+    from nermill.producer.run import open_runs
+
+    queue, code = cache(lambda: _queue_if_any(broker)), 0
+    for at, (folder, plan) in enumerate(open_runs(runs)):
+        if at and not json:
+            print()
+        code = max(code, report_status(_current(folder, plan, queue, watch=watch), as_json=json))
+    return code
+
+
+def _current(folder: RunFolder, plan: Plan, find_queue: Callable[[], Queue | None], *, watch: bool) -> Status:
+    """A run's status now, or at its end where it is watched; a complete one needs no queue."""
     from nermill.producer.progress import watching
     from nermill.producer.run import open_run
     from nermill.producer.status import Tally, look
 
-    folder, plan = open_run(run)
     tally = Tally(folder)
     current = look(folder, plan, None, tally)
     if current.state == "complete":
-        return report_status(current, as_json=json)
-    queue = _queue_if_any(broker)
+        return current
+    queue = find_queue()
     current = look(folder, plan, queue, tally)
     if watch:
         with watching() as show:
             while current.state == "running":
                 show(current)
                 time.sleep(WATCH_SECONDS)
-                folder, plan = open_run(run)
+                folder, plan = open_run(folder.uri)
                 current = look(folder, plan, queue, tally)
-    return report_status(current, as_json=json)
+    return current
+
+
+def list_(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URI that holds runs.", show_default=False)],
+    broker: o.Broker = DEFAULT_BROKER,
+    json: o.Json = False,
+) -> int:
+    """List the runs below a folder or URI: state, documents, when, model, F1 (--json: one object a line)."""
+    from nermill.producer.listing import list_runs
+    from nermill.producer.progress import say
+    from nermill.producer.view import print_json, print_runs
+
+    asking = threading.Lock()
+    ask = cache(lambda: _queue_if_any(broker))
+
+    def find_queue() -> Queue | None:  # several threads look at runs; one says that nobody answers
+        with asking:
+            return ask()
+
+    listed = list_runs(out, find_queue)
+    if json:
+        for entry in listed:
+            print_json(entry.as_json())
+    else:
+        print_runs(listed)
+    for entry in listed:
+        if entry.message:
+            say(entry.message)
+    if not listed:
+        say(f"{out}: no runs below it")
+    return 0
 
 
 def resume(
-    run: o.Run,
+    runs: o.Runs,
     broker: o.Broker = DEFAULT_BROKER,
     high_water: o.HighWater = HIGH_WATER,
     wait: Annotated[bool, typer.Option("--wait", envvar="NERMILL_WAIT", help="Follow the run to its end.")] = False,
     json: o.Json = False,
 ) -> int:
     """Send again what has no part; safe at any time, any number of times."""
-    from nermill.producer import run as runs
     from nermill.producer.queue import Queue
+    from nermill.producer.run import open_runs
 
-    folder, plan = runs.open_run(run)
+    opened = open_runs(runs)
     queue = Queue(broker)
-    return go_on(folder, plan, queue, high_water, wait=wait, as_json=json)
+    return max(go_on(folder, plan, queue, high_water, wait=wait, as_json=json) for folder, plan in opened)
 
 
-def cancel(run: o.Run, broker: o.Broker = DEFAULT_BROKER, json: o.Json = False) -> int:
+def cancel(runs: o.Runs, broker: o.Broker = DEFAULT_BROKER, json: o.Json = False) -> int:
     """Stop what has not started; committed parts stay, and nermill resume takes the run up again."""
-    from nermill.producer import run as runs
     from nermill.producer.queue import Queue
+    from nermill.producer.run import cancel as cancel_run
+    from nermill.producer.run import open_runs
     from nermill.producer.status import look
 
-    folder, plan = runs.open_run(run)
+    opened = open_runs(runs)
     queue = Queue(broker)
-    plan = runs.cancel(folder, plan, queue)
-    report_status(look(folder, plan, queue), as_json=json)
+    for folder, plan in opened:
+        report_status(look(folder, cancel_run(folder, plan, queue), queue), as_json=json)
     return 0
 
 
 def rejects(
-    run: o.Run,
+    runs: o.Runs,
     broker: o.Broker = DEFAULT_BROKER,
     retry: Annotated[bool, typer.Option("--retry", help="Send those again that failed in a worker.")] = False,
     limit: Annotated[
-        int | None, typer.Option("--limit", metavar="N", min=1, help="Show that many; default: all.")
+        int | None, typer.Option("--limit", metavar="N", min=1, help="Show that many of each run; default: all.")
     ] = None,
     json: o.Json = False,
 ) -> int:
@@ -91,24 +140,28 @@ def rejects(
     from nermill.producer.queue import Queue
     from nermill.producer.rejects import read_rejects
     from nermill.producer.rejects import retry as retry_rejects
-    from nermill.producer.run import open_run
+    from nermill.producer.run import open_runs
     from nermill.producer.view import print_json
     from nermill.worker.contracts.console import visible
 
-    folder, plan = open_run(run)
+    opened = open_runs(runs)
     if retry:
-        again, hopeless = retry_rejects(folder, plan, Queue(broker))
+        queue = Queue(broker)
+        counts = [retry_rejects(folder, plan, queue) for folder, plan in opened]
+        again, hopeless = (sum(column) for column in zip(*counts, strict=True))
         told = (
             f"; {hopeless} are not, their fault lies in the document: mend the input and submit it" if hopeless else ""
         )
         say(f"{again} rejects are tried again{told}")
         return 0
     row = None
-    for row in islice(read_rejects(folder, plan), limit):
-        if json:
-            print_json(row)
-        else:
-            print(visible(f"{row['doc_id']}  {row['reason']}: {row['message']}"))
+    for folder, plan in opened:
+        named = {"run": folder.uri} if len(opened) > 1 else {}
+        for row in islice(read_rejects(folder, plan), limit):
+            if json:
+                print_json({**named, **row})
+            else:
+                print(visible(f"{row['doc_id']}  {row['reason']}: {row['message']}"))
     if row is None:
         say("no rejects so far")
     return 0

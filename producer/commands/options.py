@@ -15,6 +15,10 @@ Inputs = Annotated[
     ),
 ]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="The run's folder or URI: OUT/run=<id>.", show_default=False)]
+Runs = Annotated[
+    list[str],
+    typer.Argument(metavar="RUN...", help="The runs' folders or URIs: OUT/run=<id>, OUT/run=*.", show_default=False),
+]
 Out = Annotated[
     str,
     typer.Option(

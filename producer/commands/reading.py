@@ -15,7 +15,7 @@ from nermill.worker.contracts.layout import REPORT_HTML
 
 
 def evaluate(
-    run: o.Run,
+    runs: o.Runs,
     gold: Annotated[
         Path | None, typer.Option("--gold", metavar="FILE", help="CoNLL file with gold tags; default: the run's own.")
     ] = None,
@@ -51,36 +51,40 @@ def evaluate(
     The columns are those of the gold file. Labels are mapped and left out on both sides, after what the run did.
     """
     from nermill.producer.progress import say
-    from nermill.producer.run import open_run
+    from nermill.producer.run import open_run, open_runs
     from nermill.producer.view import comparison_line, print_json, score_line
     from nermill.worker.contracts.labels import LabelChoice
     from nermill.worker.evaluation import GoldOptions, write_report
     from nermill.worker.evaluation import evaluate as evaluated
     from nermill.worker.evaluation.floors import below_floors
 
-    folder, _ = open_run(run)
+    folders = [folder for folder, _ in open_runs(runs)]
     other = open_run(compare)[0] if compare else None
     choice = LabelChoice(mapping(label_map), label_list(only), min_score)
     columns = column("--word-column", word_column), column("--tag-column", tag_column)
     file = None if gold is None else GoldOptions(gold, *columns)
-    report = evaluated(folder, gold=file, partial=partial, compare=other, choice=choice, seqeval=seqeval)
-    missed = below_floors(report, f1=min_f1, accuracy=min_accuracy, documents_per_second=min_documents_per_second)
-    write_report(folder, report)
-    if json:
-        print_json(report)
-    else:
-        if "f1" in report:
-            print(score_line(report))
-        if other is not None:
-            print(f"beside {other.uri}: {comparison_line(report['compare'])}")
-        print(f"{report['throughput']['documents_per_second']:,.1f} documents/s; report: {folder.uri}/{REPORT_HTML}")
-    for line in [*report["warnings"], *missed]:
-        say(line)
-    return 4 if missed else 0
+    code = 0
+    for folder in folders:
+        report = evaluated(folder, gold=file, partial=partial, compare=other, choice=choice, seqeval=seqeval)
+        missed = below_floors(report, f1=min_f1, accuracy=min_accuracy, documents_per_second=min_documents_per_second)
+        write_report(folder, report)
+        if json:
+            print_json(report)
+        else:
+            if "f1" in report:
+                print(score_line(report))
+            if other is not None:
+                print(f"beside {other.uri}: {comparison_line(report['compare'])}")
+            speed = f"{report['throughput']['documents_per_second']:,.1f} documents/s"
+            print(f"{speed}; report: {folder.uri}/{REPORT_HTML}")
+        for line in [*report["warnings"], *missed]:
+            say(line)
+        code = 4 if missed else code
+    return code
 
 
 def compact(
-    run: o.Run,
+    runs: o.Runs,
     part_mib: Annotated[
         int,
         typer.Option(
@@ -98,16 +102,18 @@ def compact(
     is away meanwhile: list the folder, then look for _SUCCESS, then read.
     """
     from nermill.producer.compact import compact as compacted
-    from nermill.producer.run import open_run
+    from nermill.producer.progress import counted
+    from nermill.producer.run import open_runs
     from nermill.producer.view import print_json
 
-    folder, plan = open_run(run)
-    after = compacted(folder, plan, part_mib << 20)
-    body = {"run": folder.uri, "run_id": plan.run_id, "parts": {"before": len(plan.shards), "after": len(after.shards)}}
-    if json:
-        print_json(body)
-    else:
-        print(f"{folder.uri}: {len(plan.shards):,} parts became {len(after.shards):,}")
+    for folder, plan in open_runs(runs):
+        before, after = len(plan.shards), len(compacted(folder, plan, part_mib << 20).shards)
+        if json:
+            print_json({"run": folder.uri, "run_id": plan.run_id, "parts": {"before": before, "after": after}})
+        elif before == after:
+            print(f"{folder.uri}: {counted(before, 'part')}, none of them small enough to be joined to another")
+        else:
+            print(f"{folder.uri}: {counted(before, 'part')} became {after:,}")
     return 0
 
 
@@ -137,9 +143,10 @@ def doctor(
 
 
 def show(
-    run: o.Run,
+    runs: o.Runs,
     limit: Annotated[
-        int | None, typer.Option("--limit", metavar="N", min=1, help="Documents to show; default: 20, CoNLL all.")
+        int | None,
+        typer.Option("--limit", metavar="N", min=1, help="Documents shown of each run; default: 20, CoNLL all."),
     ] = None,
     format_: Annotated[
         str, typer.Option("--format", metavar="FORMAT", help="text (entities marked) or conll (word and tag).")
@@ -149,21 +156,23 @@ def show(
     """Show entities marked in their text, or write the tags as CoNLL columns."""
     from rich.console import Console
 
-    from nermill.producer.run import open_run
+    from nermill.producer.run import open_runs
     from nermill.producer.show import conll_lines, read_rows
     from nermill.producer.view import print_json, print_marked
 
     if format_ not in ("text", "conll"):
         raise UsageError(f"--format {format_!r}: one of text, conll")
-    folder, plan = open_run(run)
-    if format_ == "conll":
-        for line in conll_lines(folder, plan, limit):
-            print(line)
-        return 0
     console = Console(highlight=False, emoji=False, markup=False)
-    for shown in read_rows(folder, plan, limit or 20):
-        if json:
-            print_json({**shown.row, "text": shown.text})
-        else:
-            print_marked(shown, console)
+    for folder, plan in open_runs(runs):
+        if format_ == "conll":
+            for line in conll_lines(folder, plan, limit):
+                print(line)
+            continue
+        if len(runs) > 1 and not json:
+            console.print(f"{folder.uri}:", style="bold", soft_wrap=True)
+        for shown in read_rows(folder, plan, limit or 20):
+            if json:
+                print_json({"run": folder.uri, **shown.row, "text": shown.text})
+            else:
+                print_marked(shown, console)
     return 0

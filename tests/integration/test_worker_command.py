@@ -155,3 +155,15 @@ def test_foreign_messages_are_dropped_and_the_worker_stays(mill: Harness) -> Non
     mill.wait(run_folder, plan)
     assert worker.is_alive
     assert len(rows(run_folder)) == 64
+
+
+def test_another_pool_is_refused_with_the_one_that_serves(mill: Harness) -> None:
+    celery = [sys.executable, "-m", "celery", "-A", "tests.doubles.app", "worker", "--pool", "solo"]
+    environment = {**os.environ, "NERMILL_BROKER_URL": mill.server.url, "NERMILL_ALLOWED_ROOTS": str(mill.out)}
+    with (mill.folder / "celery.log").open("w+") as log:
+        process = subprocess.Popen(celery, env=environment, stdout=log, stderr=log)
+        try:
+            mill.until(lambda: "start Celery with --pool threads" in (mill.folder / "celery.log").read_text(), 30)
+        finally:
+            process.kill()
+            process.wait(10)

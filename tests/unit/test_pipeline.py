@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from nermill.worker.contracts.document import Annotation, Document
-from nermill.worker.contracts.errors import EngineError
+from nermill.worker.contracts.errors import EngineError, UsageError
 from nermill.worker.contracts.manifest import TOKENIZER_FILE, resolve_artifact
 from nermill.worker.contracts.plan import Options
 from nermill.worker.contracts.shard import shard_table
@@ -287,6 +287,14 @@ def test_the_device_has_spare_capacity_until_half_a_second_of_work_waits() -> No
             woken = threads.submit(pool.await_spare_capacity, 60)
             assert pool.take() is not None
             assert woken.result()
+
+
+def test_an_overlap_that_no_window_has_is_refused(tokenizer: Tokenizer) -> None:
+    with tagger(tokenizer, HashEngine(manifest(shapes=((2, 64),), max_length=128))) as made:
+        for overlap in (63, 64):  # 64 is the default, of which small windows use what they can
+            assert len(made.tag(["Ada"], overlap=overlap)) == 1
+        with pytest.raises(UsageError, match=r"^--overlap 65: windows of double have 64 tokens; name fewer$"):
+            made.tag(["Ada"], overlap=65)
 
 
 def test_empty_and_oversized_documents_are_named(tokenizer: Tokenizer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -26,10 +27,13 @@ def exit_code(program: str, command: Callable[[], int | None], aborted: type[Exc
     """
     try:
         code = command() or 0
+        sys.stdout.flush()  # a reader that left is met here, not when the interpreter ends
     except NermillError as error:
         return _fail(program, str(error), error.exit_code)
-    except BrokenPipeError:
-        sys.stderr.close()  # whoever read us has seen enough
+    except (BrokenPipeError, SystemExit) as error:  # the parser and rich make an exit with 1 of the former
+        if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is still buffered
         return 0
     except (KeyboardInterrupt, aborted):
         return INTERRUPTED

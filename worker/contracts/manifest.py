@@ -9,7 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from nermill.worker.contracts.errors import ArtifactError
+from nermill.worker.contracts.errors import ArtifactError, UsageError
+from nermill.worker.contracts.plan import Options
 
 SCHEMA_VERSION = 1
 FILE_NAME = "manifest.json"
@@ -83,6 +84,20 @@ class Manifest:
     def batch_tokens(self) -> int:
         """Tokens of the largest batch, padding included."""
         return max((rows * length for rows, length in self.shapes), default=self.token_budget)
+
+    @property
+    def window(self) -> int:
+        """Longest window in tokens that a batch has room for, special tokens included."""
+        return min(self.max_length, max((length for _, length in self.shapes), default=self.max_length))
+
+    def check_overlap(self, overlap: int) -> None:
+        """Refuses an overlap that the model's windows cannot have; the default fits every model.
+
+        Raises:
+            UsageError: windows are not longer than that.
+        """
+        if overlap >= self.window and overlap != Options().overlap:
+            raise UsageError(f"--overlap {overlap}: windows of {self.name} have {self.window} tokens; name fewer")
 
     def write(self, folder: Path) -> None:
         """Writes ``manifest.json`` into the artifact's folder."""

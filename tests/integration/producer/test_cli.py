@@ -20,6 +20,7 @@ from pyarrow import parquet as pq
 from rich.console import Console
 
 from nermill.producer import run as runs
+from nermill.producer.planning import Request, make_plan
 from nermill.producer.progress import _painted
 from nermill.producer.queue import Queue
 from nermill.producer.status import look
@@ -32,7 +33,7 @@ from nermill.worker.contracts.plan import Options
 from .conftest import POISON
 
 COMMANDS = (
-    "run", "plan", "submit", "tag", "status", "resume", "rejects", "cancel", "evaluate", "show", "compact",
+    "run", "plan", "submit", "tag", "status", "list", "resume", "rejects", "cancel", "evaluate", "show", "compact",
     "export", "redact", "restore", "publish", "doctor",
 )  # fmt: skip
 
@@ -127,9 +128,154 @@ def test_evaluate_scores_and_holds_floors(nermill, broker, serving, tmp_path):
     assert "0 of 2 documents have other tags" in out
 
 
-def test_compact_says_what_it_did(nermill, finished):
+def test_compact_says_what_it_did(nermill, finished, two_runs):
     code, out, _ = nermill("compact", finished, "--json")
     assert (code, json.loads(out)["parts"]) == (0, {"before": 1, "after": 1})
+    assert nermill("compact", finished)[1] == (
+        f"{finished}: 1 part, none of them small enough to be joined to another\n"
+    )
+    code, out, _ = nermill("compact", *two_runs)
+    assert (code, [line.partition(": ")[2] for line in out.splitlines()]) == (0, ["2 parts became 1"] * 2)
+
+
+@pytest.fixture
+def two_runs(nermill, broker, serving, tmp_path) -> list[str]:
+    """Two finished runs of two shards each: of documents that are words, with gold."""
+    found = []
+    for name in ("Ada", "Bob"):
+        path = tmp_path / f"{name}.conll"
+        path.write_text(f"{name} B-PER\nis O\n\nHere O\n")
+        arguments = ["submit", path, "--out", tmp_path / "two", "--broker", broker, "--shard-documents", 1]
+        with serving():
+            found.append(json.loads(nermill(*arguments, "--wait", "--json")[1])["run"])
+    return found
+
+
+@pytest.mark.parametrize("command", ["show", "status", "rejects", "evaluate", "compact"])
+def test_a_damaged_part_is_one_line(nermill, finished, command):
+    part = Path(finished) / "part-00000.parquet"
+    part.write_bytes(part.read_bytes()[:-40])
+    code, out, err = nermill(command, finished)
+    assert (code, out, err.count("\n")) == (2 if command == "evaluate" else 1, "", 1), err
+    assert f"{part}: " in err
+    assert "damaged" in err
+
+
+def test_list_tells_the_runs_below_a_folder(nermill, broker, finished, two_runs, corpus, tmp_path):
+    nermill("evaluate", *two_runs)
+    waiting = json.loads(
+        nermill("submit", corpus, "--out", tmp_path / "deep/er", "--model", "demo", "--broker", broker, "--json")[1]
+    )["run"]
+    old = tmp_path / "run=0ld"
+    old.mkdir()
+    (old / "plan.json").write_text("{}")
+    code, out, err = nermill("list", tmp_path, "--broker", broker, "--json")
+    found = {entry["run"]: entry for entry in map(json.loads, out.splitlines())}
+    assert (code, found.keys()) == (0, {finished, *two_runs, waiting, str(old)})
+    assert [found[run]["state"] for run in (finished, waiting, str(old))] == ["complete", "running", "unreadable"]
+    assert (found[finished]["documents"], found[finished]["f1"]) == ({"total": 3, "finished": 3}, None)
+    assert (found[waiting]["documents"], found[waiting]["model"]) == ({"total": 3, "finished": 0}, "demo")
+    assert (found[two_runs[0]]["f1"], found[two_runs[0]]["model"]) == (pytest.approx(2 / 3), "stand-in")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", found[finished]["created"])
+    assert (err.count("\n"), "plan version 1" in err) == (1, True)
+    code, out, _ = nermill("list", tmp_path / "two", "--broker", "redis://localhost:1")
+    heading, *lines = out.splitlines()
+    assert heading.split() == ["state", "documents", "created", "model", "F1", "run"]
+    assert [line.split()[:2] + line.split()[3:5] for line in lines] == [["complete", "2", "stand-in", "0.6667"]] * 2
+    code, out, err = nermill("list", tmp_path / "deep", "--broker", "redis://localhost:1")
+    assert "incomplete  0 of 3" in out
+    assert "counting the parts alone" in err
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert nermill("list", empty) == (0, "", f"nermill: {empty}: no runs below it\n")
+    assert nermill("list", tmp_path / "dep") == (
+        2, "", f"nermill: {tmp_path}/dep: no such folder; did you mean {tmp_path}/deep?\n",
+    )  # fmt: skip
+    assert json.loads(nermill("list", finished, "--json")[1])["run"] == finished, "a run itself"
+
+
+def test_list_reads_a_store(nermill, tmp_path):
+    out = f"memory://{tmp_path.name}"
+    (tmp_path / "in.jsonl").write_text('{"text": "Ada"}\n')
+    run, _ = make_plan(Request((str(tmp_path / "in.jsonl"),), out))
+    code, out, _ = nermill("list", out, "--broker", "redis://localhost:1", "--json")
+    assert (code, json.loads(out)["run"], json.loads(out)["state"]) == (0, run.uri, "incomplete")
+
+
+def test_commands_take_several_runs(nermill, broker, finished, two_runs):
+    both = [*two_runs, "--broker", broker]
+    code, out, _ = nermill("status", *two_runs, finished, "--broker", broker, "--json")
+    assert code == 3, "one of them has rejects"
+    assert [json.loads(line)["run"] for line in out.splitlines()] == [*two_runs, finished]
+    assert nermill("status", *both)[1].count("(complete)") == 2
+    code, out, _ = nermill("show", *two_runs)
+    first, second = (f"{run}:\n" for run in two_runs)
+    assert (code, out.startswith(first), second in out) == (0, True, True)
+    assert out.count("Here PER]") == 2
+    code, out, _ = nermill("show", *two_runs, "--json", "--limit", 1)
+    assert [(json.loads(line)["run"], json.loads(line)["words"][0]) for line in out.splitlines()] == [
+        (two_runs[0], "Ada"), (two_runs[1], "Bob"),
+    ]  # fmt: skip
+    code, out, _ = nermill("show", *two_runs, "--format", "conll")
+    assert out.split("\n")[0] == "Ada B-PER"
+    assert "Bob B-PER" in out
+    code, out, _ = nermill("rejects", finished, two_runs[0], "--json")
+    assert [json.loads(line)["run"] for line in out.splitlines()] == [finished]
+    code, out, _ = nermill("evaluate", *two_runs, "--json", "--min-f1", "0.99")
+    assert (code, len(out.splitlines())) == (4, 2)
+    for command in ("resume", "cancel"):
+        code, out, _ = nermill(command, *both, "--json")
+        assert (code, [json.loads(line)["state"] for line in out.splitlines()]) == (0, ["complete"] * 2)
+
+
+def test_nothing_is_done_to_any_run_where_one_is_wrong(nermill, broker, two_runs, tmp_path):
+    for command in ("status", "show", "rejects", "evaluate", "compact", "resume", "cancel"):
+        options = [] if command in ("show", "evaluate", "compact") else ["--broker", broker]
+        code, out, err = nermill(command, two_runs[0], tmp_path / "nowhere", *options)
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+        assert "no run here" in err
+    assert len(list(Path(two_runs[0]).glob("part-*.parquet"))) == 2
+
+
+@pytest.mark.parametrize("options", [[], ["--json"], ["--format", "conll"]])
+@pytest.mark.parametrize("lines", [0, 1])
+def test_a_reader_that_has_seen_enough_is_no_failure(two_runs, options, lines):
+    """With 0 the pipe breaks when what is buffered is written at the end, with 1 in the middle of the command."""
+    command = [sys.executable, "-c", SHOW_MANY, str(lines * 5_000 or 1), "show", two_runs[0], *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for _ in range(lines):
+            assert process.stdout.readline()
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(60)) == ("", 0)
+
+
+SHOW_MANY = """
+import sys
+from nermill.producer import cli, show
+rows, times = show.read_rows, int(sys.argv.pop(1))
+show.read_rows = lambda *arguments: (row for _ in range(times) for row in rows(*arguments))
+cli.main()
+"""
+
+
+def test_an_overlap_that_no_window_has_is_refused(nermill, broker, corpus, tmp_path):
+    small = tmp_path / "art"
+    shutil.copytree(resolve_artifact("demo"), small)
+    manifest = json.loads((small / "manifest.json").read_text())
+    (small / "manifest.json").write_text(json.dumps({**manifest, "max_length": 48}))
+    told = "nermill: --overlap 4096: windows of minilm-conll2003 have 512 tokens; name fewer\n"
+    for command, options in (("run", ["--devices", "cpu"]), ("submit", ["--broker", broker]), ("plan", [])):
+        arguments = [command, corpus, "--out", tmp_path / "out", "--model", "demo", *options]
+        assert nermill(*arguments, "--overlap", 4096) == (2, "", told)
+        assert nermill(command, corpus, "--out", tmp_path / "out", "--model", small, *options, "--overlap", 48)[0] == 2
+    stream = [sys.executable, "-m", "nermill.producer.cli", "submit", "-", "--out", str(tmp_path / "out")]
+    asked = [*stream, "--broker", broker, "--model", "demo", "--overlap", "4096"]
+    done = subprocess.run(asked, input="", capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (2, told)
+    assert not (tmp_path / "out").exists()
+    assert nermill("plan", corpus, "--model", small)[0] == 0, "the default fits every model"
 
 
 def test_plan_tells_without_writing(nermill, tmp_path):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -127,4 +128,17 @@ def test_an_artifact_that_does_not_load_is_told_with_the_workers_log(tmp_path):
     load_manifest(artifact)
     broken = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert broken.returncode == 1
-    assert "nermill: the worker failed; the end of its log:" in broken.stderr
+    assert re.search(r"^nermill: the worker failed: .*model\.onnx.*$", broken.stderr, re.MULTILINE), broken.stderr
+    assert "SecurityWarning" not in broken.stderr
+
+
+def test_a_device_that_the_artifact_cannot_use_is_named_in_one_line(tmp_path):
+    corpus = tmp_path / "in.jsonl"
+    corpus.write_text('{"text": "Ada"}\n')
+    command = [*COMMAND, str(corpus), "--out", str(tmp_path / "out"), "--devices", "cuda:0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1] == (
+        "nermill: the worker failed: minilm-conll2003: its int8 graph runs on a CPU; for cuda:0 compile fp16"
+    )
+    assert all(line.startswith("nermill: ") for line in done.stderr.splitlines())

@@ -59,7 +59,7 @@ WRONG = {
 }
 FINDINGS = {"--broker", "--devices", "--model", "--out"}  # doctor goes on: what is wrong is what it is asked for
 NEED_NO_PLACE = {"doctor", "tag"}
-NOWHERE = dict.fromkeys(("run", "plan", "submit"), "no such file or folder")
+NOWHERE = dict.fromkeys(("run", "plan", "submit", "list"), "no such f")
 NOWHERE["restore"] = "its name says no format"
 HELPFUL = {"help", "install_completion", "show_completion"}
 COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands
@@ -116,6 +116,7 @@ def base(broker_url, tmp_path_factory) -> dict[str, list[str]]:
         "redact": [finished.uri, "--to", f"{folder}/new.jsonl", "--with", "pseudonym", "--key", f"{folder}/new.key"],
         "restore": [redacted, "--key", key, "--to", f"{folder}/back.jsonl"],
         "publish": [finished.uri, f"{folder}/table"],
+        "list": [out, *broker],
         "doctor": [*broker],
     }
 
@@ -157,7 +158,7 @@ def test_a_missing_or_wrong_place_is_one_line(nermill, base, command, tmp_path):
     check(code, out, err, "No such option: --no-such-option")
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"run", "plan", "submit", "doctor"}))
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"run", "plan", "submit", "list", "doctor"}))
 def test_a_run_of_the_first_layout_is_refused_with_the_way_on(nermill, base, command, tmp_path):
     run = tmp_path / "run=3f2a91c07b55"
     run.mkdir()
