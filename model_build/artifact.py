@@ -99,6 +99,11 @@ def compile_artifact(where: str, out: Path, order: Order) -> Manifest:
     if order.backend == "om":
         shapes = shapes or om.default_shapes(checkpoint.max_length)
         om.check_order(shapes, order.soc)
+        if order.layout == "plain" and not checkpoint.architecture.types:
+            raise UsageError(
+                f"--layout plain: {where} has no token types, and atc may drop an input that nothing uses; "
+                "take --layout packed"
+            )
         if order.atc:
             om.find_atc()
     with folder_at_once(out) as folder:

@@ -100,8 +100,26 @@ def trace_onnx(model: Encoder, path: Path, dtype: torch.dtype, shapes: Shapes) -
             dynamic_axes=free,
             opset_version=TRACED_OPSET,
         )
+    _declare_unused_inputs(path, model, dtype, free)
     if sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) > ONE_FILE_BYTES:
         _into_one_data_file(path)
+
+
+def _declare_unused_inputs(path: Path, model: Encoder, dtype: torch.dtype, free: dict[str, Any] | None) -> None:
+    """Puts inputs back that the exporter dropped: token types, of which DistilBERT has none, belong to the contract."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False)
+    there = {entry.name: entry for entry in graph.graph.input}
+    if len(there) == len(model.inputs):
+        return
+    element = onnx.TensorProto.INT32 if dtype == torch.int32 else onnx.TensorProto.INT64
+    like = there["input_ids"].type.tensor_type.shape.dim
+    shape = ["rows", "length"] if free else [dim.dim_value for dim in like]
+    inputs = [there.get(n) or onnx.helper.make_tensor_value_info(n, element, shape) for n in model.inputs]
+    del graph.graph.input[:]
+    graph.graph.input.extend(inputs)
+    onnx.save(graph, path)
 
 
 def _into_one_data_file(path: Path) -> None:

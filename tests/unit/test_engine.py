@@ -73,7 +73,7 @@ def test_golden_answers_are_kept_and_compared(tmp_path: Path) -> None:
 
 
 def test_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "worker.engine.onnx", raising=False)
+    monkeypatch.delitem(sys.modules, "nermill.worker.engine.onnx", raising=False)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ArtifactError, match="needs onnxruntime, which is not installed; pip install"):
         load_engine(resolve_artifact("demo"))

