@@ -56,7 +56,7 @@ def near(one: Any, other: Any) -> bool:
     if isinstance(one, list):
         return len(one) == len(other) and all(map(near, one, other))
     if isinstance(one, float):
-        return abs(one - other) <= 1e-9
+        return bool(abs(one - other) <= 1e-9)
     return bool(one == other)
 
 
