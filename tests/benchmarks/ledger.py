@@ -33,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             open_run(ledger, "bench", options.leases)
         found: dict[str, dict[str, list[float]]] = {}
         for number in range(options.leases):  # in turn, so that both meet the same machine
-            for name, ledger in ledgers.items():
+            order = list(ledgers.items())
+            for name, ledger in order if number % 2 else order[::-1]:
                 for step, seconds in measure(ledger, number).items():
                     found.setdefault(step, {}).setdefault(name, []).append(seconds)
     print(f"{options.runs:,} cancelled and abandoned runs of {SHARDS} shards: {held / options.runs:,.0f} bytes a run\n")
