@@ -137,7 +137,7 @@ class Thief:
 
     def _meddle(self, client: Redis, key: str) -> None:
         message = client.rpop(key)  # the next that a worker would receive
-        if message is None:
+        if not isinstance(message, str):
             return
         is_shard = json.loads(message)["headers"]["task"] == TAG_SHARD
         deed = self._rng.choice(["steal", "repeat", "leave", "leave"]) if is_shard else "leave"

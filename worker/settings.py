@@ -20,7 +20,7 @@ class Settings:
     """Settings of one worker process; each field's environment twin is ``NERMILL_<FIELD>``.
 
     Attributes:
-        broker_url: Where bells and ledger are: redis, rediss, redis+socket or sentinel URL.
+        broker_url: Where Celery's queues, its results and the ledger are: redis, rediss, redis+socket or sentinel URL.
         model: ``demo`` or an artifact's folder.
         device: ``cpu``, ``cuda:N`` or ``npu:N``, as this process sees them.
         device_name: What the device is called from outside, before pinning renumbered it.

@@ -82,11 +82,11 @@ def measure(texts: Sequence[str], count: int, **environment: str) -> Cost:
 
 
 def _stages(run: RunFolder, documents: int) -> dict[str, float]:
-    """Seconds a document, by stage, as the parts tell; what is left is reading, ledger and bell."""
+    """Seconds a document, by stage, as the parts tell; what is left is reading, ledger and messages."""
     parts = [entry for shard in run.committed() for entry in part_stats(run, shard)]
     stages = {stage: sum(part.get(f"{stage}_seconds", 0.0) for part in parts) / documents for stage in STAGES}
     whole = max(part["finished"] for part in parts) - min(part["claimed"] for part in parts)
-    return {**stages, "reading, ledger, bell": whole / documents - sum(stages.values())}
+    return {**stages, "reading, ledger, message": whole / documents - sum(stages.values())}
 
 
 if __name__ == "__main__":

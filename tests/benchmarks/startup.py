@@ -65,7 +65,7 @@ def _cold(mill: Harness, number: int) -> float:
     run, _ = mill.submit([f"{TEXT} {number}"], out=f"{mill.out}/cold-{number}")
     begun = time.perf_counter()
     worker = mill.worker(REAL, OMP_NUM_THREADS=str(os.cpu_count()))
-    _await_part(run)
+    await_part(run)
     seconds = time.perf_counter() - begun
     worker.terminate()
     return seconds
@@ -84,22 +84,24 @@ def _round_trip(mill: Harness, stack: ExitStack) -> float:
     stack.callback(process.terminate)
     with app:
         echo.delay().get(timeout=60)
-        return median(_time_when_idle(lambda: echo.delay().get(timeout=10)) for _ in range(LONE_DOCUMENTS))
+        return median(time_when_idle(lambda: echo.delay().get(timeout=10)) for _ in range(LONE_DOCUMENTS))
 
 
 def _lone(mill: Harness) -> float:
     """Median seconds from sending a run of one document to its part."""
     queue = mill.queue()
     planned = [mill.plan([f"{TEXT} {number}"], out=f"{mill.out}/lone-{number}") for number in range(LONE_DOCUMENTS)]
-    return median(_time_when_idle(_send_and_await, run, plan, queue) for run, plan in planned)
+    return median(time_when_idle(send_and_await, run, plan, queue) for run, plan in planned)
 
 
-def _send_and_await(run: RunFolder, plan: Plan, queue: Queue) -> None:
+def send_and_await(run: RunFolder, plan: Plan, queue: Queue) -> None:
+    """Sends a run of one shard and waits for its part."""
     send(run, plan, queue)
-    _await_part(run)
+    await_part(run)
 
 
-def _await_part(run: RunFolder) -> None:
+def await_part(run: RunFolder) -> None:
+    """Waits for the part of a run's first shard; it is looked for every half millisecond."""
     deadline = time.monotonic() + 120
     while not os.path.exists(run.path(part_name(0))):
         if time.monotonic() > deadline:
@@ -107,7 +109,7 @@ def _await_part(run: RunFolder) -> None:
         time.sleep(0.0005)
 
 
-def _time_when_idle(call: Callable[..., object], *arguments: object) -> float:
+def time_when_idle(call: Callable[..., object], *arguments: object) -> float:
     """Seconds of a call after a pause: what is asked for without one finds its code and data in the caches."""
     time.sleep(IDLE_SECONDS)
     begun = time.perf_counter()
@@ -118,7 +120,7 @@ def _time_when_idle(call: Callable[..., object], *arguments: object) -> float:
 def _tagged() -> float:
     with Tagger.load("demo") as tagger:
         tagger.tag([TEXT])
-        return median(_time_when_idle(tagger.tag, [TEXT]) for _ in range(LONE_DOCUMENTS))
+        return median(time_when_idle(tagger.tag, [TEXT]) for _ in range(LONE_DOCUMENTS))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ from nermill.worker.evaluation.blocks import Block
 from nermill.worker.evaluation.chunks import B, Labels, O, Tags
 
 SENTENCES = 20_000  # scored by seqeval unless all are asked for; 3,453 are in CoNLL-2003 test
-WORDS = 400_000  # the same for long documents: seqeval takes about 45 s for a million words, in both modes together
+# The same for long documents. seqeval took 4.3 s for 5,000 sentences of 20 words, in both modes together, on one core
+# of an AMD EPYC: about 45 s a million words.
+WORDS = 400_000
 TOLERANCE = 1e-9
 _NAMES = {"f1": "f1-score", "precision": "precision", "recall": "recall"}
 

@@ -160,7 +160,7 @@ def test_what_workers_measure_is_what_their_devices_did(mill: Harness) -> None:
     for device, pace in paces.items():
         mill.worker(
             NERMILL_DEVICE_NAME=device,
-            NERMILL_CONCURRENCY="2",
+            NERMILL_CONCURRENCY="4",  # two of them are kept for the common queue
             FAULT_BATCH_SECONDS=str(pace),
             FAULT_TRACE=str(traces[device]),
         ).await_ready()

@@ -17,6 +17,7 @@ from nermill.worker.contracts.errors import EvaluationError
 from nermill.worker.contracts.layout import REPORT_HTML, REPORT_JSON
 from nermill.worker.contracts.tags import to_iob2
 from nermill.worker.evaluation import evaluate, headline, scores
+from nermill.worker.evaluation.report import render_report
 from tests.unit.evaluation.runs import Doc, make_run, read_conll
 
 TAGS = ["O", "O", "B-PER", "I-PER", "B--X", "I--X", "B-A-", "I-A-", "B-7", "I-7"]  # seqeval strips dashes, we do not
@@ -56,7 +57,7 @@ def near(one: Any, other: Any) -> bool:
     if isinstance(one, list):
         return len(one) == len(other) and all(map(near, one, other))
     if isinstance(one, float):
-        return abs(one - other) <= 1e-9
+        return bool(abs(one - other) <= 1e-9)
     return bool(one == other)
 
 
@@ -73,6 +74,7 @@ def test_the_sample_is_scored_by_seqeval(sample: Path, tmp_path: Path) -> None:
     assert report["headline"].pop("largest_difference") <= 1e-9
     assert report["headline"] == {"by": "seqeval", "version": version("seqeval")}
     assert 0 < report["f1"] < 1
+    assert f"by seqeval {version('seqeval')}." in render_report(report)
 
 
 def test_beyond_the_limit_seqeval_scores_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
