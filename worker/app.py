@@ -17,13 +17,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery
+from celery.concurrency import get_implementation
+from celery.concurrency.thread import TaskPool
 from celery.exceptions import SecurityWarning
 from celery.signals import (
+    celeryd_init,
     setup_logging,
     task_rejected,
     task_unknown,
     worker_init,
-    worker_process_init,
     worker_ready,
     worker_shutdown,
     worker_shutting_down,
@@ -37,7 +39,7 @@ from nermill.worker import logs, tracing
 from nermill.worker.contracts.broker import celery_app, redis_client
 from nermill.worker.contracts.deadline import within
 from nermill.worker.contracts.dispatch import Dispatcher
-from nermill.worker.contracts.errors import MessageError, NermillError
+from nermill.worker.contracts.errors import MessageError, NermillError, UsageError
 from nermill.worker.contracts.ledger import Ledger
 from nermill.worker.contracts.manifest import resolve_artifact
 from nermill.worker.contracts.message import FINISH_RUN, QUEUE, TAG_DOCUMENTS, TAG_SHARD
@@ -169,9 +171,14 @@ def _refuse_rejected(exc: Exception | None, **_: Any) -> None:
     _refuse(f"a message that Celery does not take ({' '.join(str(exc or 'no task message').split()):.120})")
 
 
-@worker_process_init.connect  # type: ignore[untyped-decorator]
-def _refuse_prefork(**_: Any) -> None:
-    raise SystemExit("nermill-worker: an accelerator must not be forked; start Celery with --pool threads")
+@celeryd_init.connect  # type: ignore[untyped-decorator]
+def _refuse_other_pools(options: dict[str, Any], **_: Any) -> None:
+    """Celery itself takes ``--pool prefork``, which is its default, for the pool of the settings: threads."""
+    pool = get_implementation(options.get("pool_cls") or "threads")
+    name = pool.__module__.rpartition(".")[2]
+    if not issubclass(pool, TaskPool):
+        logs.complain(UsageError(f"--pool {name}: a device is one process's; start Celery with --pool threads"))
+        os._exit(UsageError.exit_code)
 
 
 @worker_init.connect  # type: ignore[untyped-decorator]

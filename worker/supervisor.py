@@ -97,7 +97,8 @@ class Supervisor:
     """Keeps one Celery process a device alive.
 
     A process that dies is started again, after a pause that doubles while it keeps dying young; one that falls
-    silent is killed first; one that refuses its settings (exit code 2) ends the supervisor.
+    silent is killed first; one that refuses its settings (exit code 2) ends the supervisor. One that was told to shut
+    down by Celery's remote control (exit code 0) stays down; the supervisor ends with the last of them.
     """
 
     def __init__(self, devices: list[Device], settings: Settings) -> None:
@@ -107,6 +108,7 @@ class Supervisor:
         self._processes: dict[int, Supervised] = {}
         self._pause: dict[int, float] = {}
         self._due: dict[int, float] = dict.fromkeys(range(len(devices)), 0.0)
+        self._stopped = 0  # devices whose process was told to shut down
         self._stopping = False
         self._ready = False
         self._systemd = Notifier(os.environ)
@@ -116,7 +118,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         code = 0
-        while self._processes or not self._stopping:
+        while self._processes or (self._due and not self._stopping):
             self._start_due()
             time.sleep(TICK_SECONDS)
             for index, supervised in list(self._processes.items()):
@@ -130,6 +132,8 @@ class Supervisor:
                     if status == UsageError.exit_code:
                         code = status
                         self._stop()
+                    elif status == 0:
+                        self._leave_stopped(supervised)
                     else:
                         self._plan_restart(index, supervised, status)
             self._tell_systemd()
@@ -145,6 +149,11 @@ class Supervisor:
             if self._stopping:  # told so while the process began
                 supervised.process.send_signal(signal.SIGTERM)
 
+    def _leave_stopped(self, supervised: Supervised) -> None:
+        self._stopped += 1
+        with about(device=supervised.device.name):
+            log.info("%s: the worker was told to shut down, and stays down", supervised.device.name)
+
     def _plan_restart(self, index: int, supervised: Supervised, status: int) -> None:
         shortest, longest = RESTART_SECONDS
         lived = time.monotonic() - supervised.started
@@ -158,7 +167,11 @@ class Supervisor:
     def _tell_systemd(self) -> None:
         """Ready when every device was heard of once; alive while all that run are well."""
         processes = self._processes.values()
-        if not self._ready and len(processes) == len(self._devices) and all(p.heart.heard for p in processes):
+        if (
+            not self._ready
+            and len(processes) + self._stopped == len(self._devices)
+            and all(p.heart.heard for p in processes)
+        ):
             self._ready = True
             self._systemd.tell("READY=1")
         if all(supervised.is_well for supervised in processes):
