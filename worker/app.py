@@ -21,7 +21,6 @@ from celery.concurrency import get_implementation
 from celery.concurrency.thread import TaskPool
 from celery.exceptions import SecurityWarning
 from celery.signals import (
-    celeryd_init,
     setup_logging,
     task_rejected,
     task_unknown,
@@ -171,22 +170,24 @@ def _refuse_rejected(exc: Exception | None, **_: Any) -> None:
     _refuse(f"a message that Celery does not take ({' '.join(str(exc or 'no task message').split()):.120})")
 
 
-@celeryd_init.connect  # type: ignore[untyped-decorator]
-def _refuse_other_pools(options: dict[str, Any], **_: Any) -> None:
+def _check_pool(pool: type) -> None:
     """Celery itself takes ``--pool prefork``, which is its default, for the pool of the settings: threads."""
-    pool = get_implementation(options.get("pool_cls") or "threads")
-    name = pool.__module__.rpartition(".")[2]
     if not issubclass(pool, TaskPool):
-        logs.complain(UsageError(f"--pool {name}: a device is one process's; start Celery with --pool threads"))
-        os._exit(UsageError.exit_code)
+        name = pool.__module__.rpartition(".")[2]
+        raise UsageError(f"--pool {name}: a device is one process's; start Celery with --pool threads")
 
 
 @worker_init.connect  # type: ignore[untyped-decorator]
-def _start(**_: Any) -> None:
+def _start(sender: Any, **_: Any) -> None:
     """Loads and warms the model before the first message is received."""
     global _process
     from nermill.worker.pipeline import load_pipeline
 
+    try:
+        _check_pool(get_implementation(sender.pool_cls))
+    except UsageError as error:
+        logs.complain(error)
+        raise SystemExit(error.exit_code) from None
     try:
         pipeline = load_pipeline(resolve_artifact(settings.model), settings.device, settings.threads)
         client = redis_client(settings.broker_url)
