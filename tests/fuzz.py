@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import uuid
 import zlib
 from base64 import b64encode
 from collections.abc import Callable, Iterator
@@ -20,9 +21,8 @@ import zstandard
 
 from nermill.producer.sources import ReadOptions, open_sources
 from nermill.worker.contracts.errors import UsageError
-from nermill.worker.contracts.message import TASK
+from nermill.worker.contracts.message import FINISH_RUN, KEY_PREFIX, QUEUE, TAG_DOCUMENTS, TAG_SHARD
 from nermill.worker.contracts.shard import encode_shard, shard_table
-from nermill.worker.doorkeeper import fresh_bell
 
 ODD_VALUES: tuple[Any, ...] = (
     None, True, 0, -1, 2**63, 1e308, "", "x", "\x00", "😀" * 50, [], {}, [[]], {"a": {}}, ["x"] * 30,
@@ -40,16 +40,77 @@ class Touch:
         return os.open, (str(self.path), os.O_CREAT)
 
 
+def message(task: Any = TAG_SHARD, *arguments: Any, body: Any = None) -> dict[str, Any]:
+    """A message as kombu writes it to a list of the queue; ``body`` replaces ``[arguments, {}, {}]``."""
+    task_id, tag = str(uuid.uuid4()), str(uuid.uuid4())
+    encoded = json.dumps([arguments, {}, {}] if body is None else body).encode()
+    headers = {"lang": "py", "task": task, "id": task_id, "root_id": task_id, "parent_id": None, "group": None}
+    return {
+        "body": b64encode(encoded).decode(),
+        "content-encoding": "utf-8",
+        "content-type": "application/json",
+        "headers": {**headers, "argsrepr": "()", "kwargsrepr": "{}", "timelimit": [None, None], "retries": 0},
+        "properties": {
+            "correlation_id": task_id,
+            "reply_to": str(uuid.uuid4()),
+            "delivery_mode": 2,
+            "delivery_info": {"exchange": QUEUE, "routing_key": QUEUE},
+            "priority": 6,
+            "body_encoding": "base64",
+            "delivery_tag": tag,
+        },
+    }
+
+
+def fresh(rng: random.Random) -> dict[str, Any]:
+    """A valid message of one of the three tasks; no ledger knows its run."""
+    return rng.choice(
+        [
+            message(TAG_SHARD, "r1", "/nowhere", 3),
+            message(FINISH_RUN, "r1", "/nowhere"),
+            message(TAG_DOCUMENTS, ["Ada met Charles.", ["in", "London"]]),
+        ]
+    )
+
+
 def messages(rng: random.Random, count: int, canary: Path) -> Iterator[bytes]:
-    """Mutated messages for the queue; one that is unpickled or followed makes the canary."""
-    makers = (_noise, _flipped, _with_odd_field, _with_odd_body, _with_odd_task, lambda r: _pickled(r, canary))
+    """Mutated messages for the queue; one that is unpickled, followed or executed makes the canary."""
+    makers = (
+        _noise, _flipped, _with_odd_field, _with_odd_arguments, lambda r: _with_odd_body(r, canary),
+        lambda r: _with_odd_task(r, canary), lambda r: _pickled(r, canary),
+    )  # fmt: skip
     for _ in range(count):
         yield rng.choice(makers)(rng)
 
 
+def commands(rng: random.Random, count: int, canary: Path) -> Iterator[bytes]:
+    """Mutated messages for the control channel; ``shutdown``, which workers obey, is not among them."""
+    methods = [
+        "ping",
+        "no_such_method",
+        "revoke",
+        "rate_limit",
+        "pool_shrink",
+        "objgraph",
+        "memdump",
+        "__class__",
+        5,
+        None,
+    ]
+    for _ in range(count):
+        command = {
+            "method": rng.choice(methods), "arguments": rng.choice([{}, {"task_id": ["x"]}, {"x": 1}, *ODD_VALUES]),
+            "destination": rng.choice([None, None, ["nobody"], *ODD_VALUES]), "pattern": None, "matcher": None,
+            "reply_to": rng.choice([None, {"exchange": "x", "routing_key": "y"}, *ODD_VALUES]), "ticket": "t",
+        }  # fmt: skip
+        whole = message(body=command)
+        whole["headers"] = {"clock": rng.choice([1, *ODD_VALUES]), "expires": rng.choice([1e12, *ODD_VALUES])}
+        yield rng.choice([json.dumps(whole).encode(), flip(rng, json.dumps(whole).encode()), _noise(rng), b"[]", b"[1"])
+
+
 def ledger_changes(rng: random.Random, run_id: str, outside: Path, out: Path) -> Iterator[tuple[str, ...]]:
     """Endless Redis commands, each of which makes one entry of a run wrong."""
-    run, sha = f"nermill:run:{run_id}", "0" * 64
+    run, sha = f"{KEY_PREFIX}run:{run_id}", "0" * 64
     elsewhere = [
         str(outside), f"{out}/../{outside.name}", f"{out}/link", f"{out}/link/..", f"file://{outside}",
         f"file://{out}/../{outside.name}", f"local://{outside}", f"simplecache::file://{outside}",
@@ -66,10 +127,11 @@ def ledger_changes(rng: random.Random, run_id: str, outside: Path, out: Path) ->
                 ("hset", run, "uri", rng.choice(elsewhere)),
                 ("hset", run, "options", rng.choice(options)),
                 ("hset", f"{run}:shards", "0", rng.choice(specs)),
+                ("hset", f"{run}:shards", rng.choice(shards), f"10 0 {sha}"),
                 ("zadd", f"{run}:pending", "-5", rng.choice(shards)),
-                ("zadd", f"{run}:pending", "-5", "-1"),
+                ("hset", run, "state", rng.choice(["x", "", "finishing"])),
                 ("hset", f"{run}:attempts", "0", rng.choice(["x", "", "1.5", "9" * 30])),
-                ("hset", run, "fence", rng.choice(["x", "", "1.5"])),
+                ("hset", run, "artifact", rng.choice(["x", "", "a" * 64])),
                 ("hset", run, "options", flip(rng, b'{"overlap": 64, "keep_text": false}').decode("utf-8", "replace")),
             ]
         )
@@ -101,55 +163,61 @@ def _noise(rng: random.Random) -> bytes:
 
 
 def _flipped(rng: random.Random) -> bytes:
-    return flip(rng, json.dumps(fresh_bell()).encode())
+    return flip(rng, json.dumps(fresh(rng)).encode())
 
 
 def _with_odd_field(rng: random.Random) -> bytes:
-    message = fresh_bell()
-    target: Any = rng.choice([message, message["headers"], message["properties"]])
-    name = rng.choice([*target, "eta", "expires", "compression", "chord", "timelimit", "retries", "stamped_headers"])
+    whole = fresh(rng)
+    target: Any = rng.choice([whole, whole["headers"], whole["properties"], whole["properties"]["delivery_info"]])
+    added = ["eta", "expires", "compression", "chord", "callbacks", "errbacks", "stamped_headers", "stamps", "shadow"]
+    name = rng.choice([*target, *added])
     if rng.random() < 0.3:
         target.pop(name, None)
     else:
         target[name] = rng.choice(ODD_VALUES)
-    return json.dumps(message).encode()
+    return json.dumps(whole).encode()
 
 
-def _with_odd_body(rng: random.Random) -> bytes:
-    follow = {"task": TASK, "args": [1], "kwargs": {}, "options": {}, "subtask_type": None}
+def _with_odd_arguments(rng: random.Random) -> bytes:
+    whole = [rng.choice(ODD_VALUES) for _ in range(rng.randint(0, 4))]
+    keywords = rng.choice([{}, {}, {"options": rng.choice(ODD_VALUES)}, {"self": 1}, {"shard": 1}])
+    return json.dumps(message(rng.choice([TAG_SHARD, FINISH_RUN, TAG_DOCUMENTS]), body=[whole, keywords, {}])).encode()
+
+
+def _with_odd_body(rng: random.Random, canary: Path) -> bytes:
+    follow = {"task": "os.mkdir", "args": [str(canary)], "kwargs": {}, "options": {}, "subtask_type": None}
+    documents = [["Ada met Charles."]]
     body: Any = rng.choice(
         [
-            [[], {"version": 99}, {}],
-            [[1, 2, 3], {"version": 1, "more": 2}, {"callbacks": [follow], "chain": [follow], "errbacks": [follow]}],
-            [[], {"version": rng.choice(ODD_VALUES)}, {}],
+            [documents, {}, {"callbacks": [follow], "chain": [follow], "errbacks": [follow]}],
+            [documents, {}, {rng.choice(["callbacks", "errbacks", "chain", "chord"]): rng.choice([follow, [follow]])}],
             rng.choice(ODD_VALUES),
-            [[], {"version": 1, "padding": "x" * rng.choice([10, 100_000])}, {}],
+            [[["x" * rng.choice([10, 1_100_000])]], {}, {}],
         ]
     )
-    encoded = json.dumps(body).encode()
-    message = fresh_bell()
+    whole = message(TAG_DOCUMENTS, body=body)
     if rng.random() < 0.2:
-        encoded = b"[" * rng.choice([5, 3000])
+        whole["headers"][rng.choice(["callbacks", "errbacks", "chain", "chord"])] = [follow]
     if rng.random() < 0.2:
-        message["headers"]["compression"] = "application/x-gzip"
-        encoded = zlib.compress(encoded + b" " * 10_000_000)
-    return json.dumps({**message, "body": b64encode(encoded).decode()}).encode()
+        whole["body"] = b64encode(b"[" * rng.choice([5, 3000])).decode()
+    if rng.random() < 0.2:
+        whole["headers"]["compression"] = rng.choice(["application/x-gzip", "gzip", "zlib", "application/x-bz2", "x"])
+        whole["body"] = b64encode(zlib.compress(b"[[], {}, {}]" + b" " * 10_000_000)).decode()
+    return json.dumps(whole).encode()
 
 
-def _with_odd_task(rng: random.Random) -> bytes:
-    message = fresh_bell()
-    names = ["os.system", "celery.map", "celery.backend_cleanup", "celery.chord", "", "nermill.tag2", 5, None, ["x"]]
-    message["headers"]["task"] = rng.choice(names)
-    return json.dumps(message).encode()
+def _with_odd_task(rng: random.Random, canary: Path) -> bytes:
+    names = ["os.mkdir", "celery.map", "celery.backend_cleanup", "celery.chord", "", "nermill.tag", 5, None, ["x"]]
+    return json.dumps(message(rng.choice(names), str(canary))).encode()
 
 
 def _pickled(rng: random.Random, canary: Path) -> bytes:
-    payload = pickle.dumps(([Touch(canary)], {"version": Touch(canary)}, {}), protocol=rng.randint(2, 5))
+    payload = pickle.dumps(([[Touch(canary)]], {}, {}), protocol=rng.randint(2, 5))
     if rng.random() < 0.3:
         return payload
-    kinds = ["application/x-python-serialize", "application/json", "application/x-yaml", "application/data"]
-    message = {**fresh_bell(), "content-type": rng.choice(kinds), "content-encoding": "binary"}
-    return json.dumps({**message, "body": b64encode(payload).decode()}).encode()
+    kinds = ["application/x-python-serialize", "application/json", "application/x-yaml", "application/data", "pickle"]
+    whole = {**message(TAG_DOCUMENTS), "content-type": rng.choice(kinds), "content-encoding": "binary"}
+    return json.dumps({**whole, "body": b64encode(payload).decode()}).encode()
 
 
 def input_files(rng: random.Random, count: int) -> Iterator[tuple[str, bytes]]:

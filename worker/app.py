@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery
+from celery.concurrency import get_implementation
+from celery.concurrency.thread import TaskPool
 from celery.exceptions import SecurityWarning
 from celery.signals import (
     setup_logging,
+    task_rejected,
     task_unknown,
     worker_init,
-    worker_process_init,
     worker_ready,
     worker_shutdown,
     worker_shutting_down,
@@ -36,7 +38,7 @@ from nermill.worker import logs, tracing
 from nermill.worker.contracts.broker import celery_app, redis_client
 from nermill.worker.contracts.deadline import within
 from nermill.worker.contracts.dispatch import Dispatcher
-from nermill.worker.contracts.errors import MessageError, NermillError
+from nermill.worker.contracts.errors import MessageError, NermillError, UsageError
 from nermill.worker.contracts.ledger import Ledger
 from nermill.worker.contracts.manifest import resolve_artifact
 from nermill.worker.contracts.message import FINISH_RUN, QUEUE, TAG_DOCUMENTS, TAG_SHARD
@@ -55,7 +57,12 @@ log = logging.getLogger("nermill.worker")
 TRACING_SECONDS = 3.0  # for the last spans, when the grace period is over
 BROKER_SECONDS = 10.0  # between two looks at the broker
 REQUEST_THREADS = 8  # beside those of shards: for requests and the last steps of runs
+LINE_LOGGERS = ("celery.worker.consumer.consumer", "celery.worker.pidbox", "kombu.pidbox", "kombu.transport.redis")
 QUIET_LOGGERS = ("celery.worker.strategy", "celery.app.trace", "celery.worker.consumer.consumer")  # lines a message
+
+
+def _refuse(reason: str) -> None:
+    _shards().refuse(reason)
 
 
 def _queue(name: str) -> Queue:
@@ -68,7 +75,7 @@ def _configure() -> tuple[Settings, Celery]:
         settings = read_settings(os.environ)
         logs.configure(settings.log_format, device=settings.device_name, worker=settings.worker_name)
         tracing.start_from(os.environ, settings.worker_name, settings.device_name)
-        harden()
+        harden(_refuse)
         warnings.filterwarnings("ignore", category=SecurityWarning)  # of root and pickle; JSON alone is accepted
         app = celery_app(settings.broker_url, results=True, result_seconds=settings.result_seconds)
     except NermillError as error:
@@ -142,31 +149,45 @@ def _configure_logging(loglevel: int, **_: Any) -> None:
     logging.getLogger().setLevel(loglevel)
     for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("celery.worker.consumer.consumer").addFilter(_is_not_of_a_message)
+    for name in LINE_LOGGERS:
+        logging.getLogger(name).addFilter(_in_one_line)
 
 
-def _is_not_of_a_message(record: logging.LogRecord) -> bool:
-    """Celery's pages about a message that it does not know; ours is one line."""
-    return not str(record.msg).startswith("Received ")
+def _in_one_line(record: logging.LogRecord) -> bool:
+    """What hostile messages make Celery log: its pages about a message are left out, others get one short line."""
+    record.msg, record.args = " ".join(record.getMessage().split())[:300], ()
+    record.exc_info = record.exc_text = None
+    return not record.msg.startswith(("Received unregistered", "Received invalid", "Received and deleted"))
 
 
 @task_unknown.connect  # type: ignore[untyped-decorator]
 def _refuse_unknown(name: str, **_: Any) -> None:
-    _shards().metrics.refused()
-    log.warning("refused: a message for the task %.80r, which is not one of nermill's", name)
+    _refuse(f"a message for the task {name!r:.80}, which is not one of nermill's")
 
 
-@worker_process_init.connect  # type: ignore[untyped-decorator]
-def _refuse_other_pools(**_: Any) -> None:
-    raise SystemExit("nermill-worker: start Celery with --pool threads: one process has the model, a shard is a thread")
+@task_rejected.connect  # type: ignore[untyped-decorator]
+def _refuse_rejected(exc: Exception | None, **_: Any) -> None:
+    _refuse(f"a message that Celery does not take ({' '.join(str(exc or 'no task message').split()):.120})")
+
+
+def _check_pool(pool: type) -> None:
+    """Celery itself takes ``--pool prefork``, which is its default, for the pool of the settings: threads."""
+    if not issubclass(pool, TaskPool):
+        name = pool.__module__.rpartition(".")[2]
+        raise UsageError(f"--pool {name}: a device is one process's; start Celery with --pool threads")
 
 
 @worker_init.connect  # type: ignore[untyped-decorator]
-def _start(**_: Any) -> None:
+def _start(sender: Any, **_: Any) -> None:
     """Loads and warms the model before the first message is received."""
     global _process
     from nermill.worker.pipeline import load_pipeline
 
+    try:
+        _check_pool(get_implementation(sender.pool_cls))
+    except UsageError as error:
+        logs.complain(error)
+        raise SystemExit(error.exit_code) from None
     try:
         metrics = Metrics()
         artifact = resolve_artifact(settings.model)

@@ -97,7 +97,8 @@ class Supervisor:
     """Keeps one Celery process a device alive.
 
     A process that dies is started again, after a pause that doubles while it keeps dying young; one that falls
-    silent is killed first; one that refuses its settings (exit code 2) ends the supervisor.
+    silent is killed first; one that refuses its settings (exit code 2) ends the supervisor. One that was told to shut
+    down by Celery's remote control (exit code 0) stays down; the supervisor ends with the last of them.
     """
 
     def __init__(self, devices: list[Device], settings: Settings) -> None:
@@ -108,6 +109,7 @@ class Supervisor:
         self._pause: dict[int, float] = {}
         self._failed_starts: dict[int, int] = dict.fromkeys(range(len(devices)), 0)
         self._due: dict[int, float] = dict.fromkeys(range(len(devices)), 0.0)
+        self._stopped = 0  # devices whose process was told to shut down
         self._stopping = False
         self._ready = False
         self._systemd = Notifier(os.environ)
@@ -117,7 +119,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         code = 0
-        while self._processes or not self._stopping:
+        while self._processes or (self._due and not self._stopping):
             self._start_due()
             time.sleep(TICK_SECONDS)
             for index, supervised in list(self._processes.items()):
@@ -132,6 +134,8 @@ class Supervisor:
                     if status == UsageError.exit_code or self._has_failed_to_start(index):
                         code = status
                         self._stop()
+                    elif status == 0:
+                        self._leave_stopped(supervised)
                     else:
                         self._plan_restart(index, supervised, status)
             self._tell_systemd()
@@ -150,6 +154,11 @@ class Supervisor:
     def _has_failed_to_start(self, index: int) -> bool:
         return 0 < self._settings.start_attempts <= self._failed_starts[index]
 
+    def _leave_stopped(self, supervised: Supervised) -> None:
+        self._stopped += 1
+        with about(device=supervised.device.name):
+            log.info("%s: the worker was told to shut down, and stays down", supervised.device.name)
+
     def _plan_restart(self, index: int, supervised: Supervised, status: int) -> None:
         shortest, longest = RESTART_SECONDS
         lived = time.monotonic() - supervised.started
@@ -163,7 +172,11 @@ class Supervisor:
     def _tell_systemd(self) -> None:
         """Ready when every device was heard of once; alive while all that run are well."""
         processes = self._processes.values()
-        if not self._ready and len(processes) == len(self._devices) and all(p.heart.heard for p in processes):
+        if (
+            not self._ready
+            and len(processes) + self._stopped == len(self._devices)
+            and all(p.heart.heard for p in processes)
+        ):
             self._ready = True
             self._systemd.tell("READY=1")
         if all(supervised.is_well for supervised in processes):

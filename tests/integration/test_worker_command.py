@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import zlib
+from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
+import psutil
 import pytest
-from kombu import Connection, Exchange, Producer, Queue
 
-from nermill.worker.contracts.broker import TRANSPORT_OPTIONS
 from nermill.worker.contracts.manifest import resolve_artifact
-from nermill.worker.contracts.message import QUEUE, TASK
+from nermill.worker.contracts.message import QUEUE, TAG_DOCUMENTS, TAG_SHARD
+from tests import fuzz
+from tests.fuzz import message
 from tests.harness import REAL, Harness, rows, texts
 
 WORKER = [sys.executable, "-m", "nermill.worker.launch"]
@@ -134,36 +140,106 @@ def test_a_run_outside_the_allowed_roots_is_refused_and_untouched(mill: Harness)
     before = sorted(outside.rglob("*"))
     worker = mill.worker(REAL)
     with mill.queue().ledger() as ledger:
-        mill.until(lambda: ledger.progress(plan.run_id).buried, 30)
+        mill.until(lambda: ledger.progress(plan.run_id).last_error, 30)
     assert worker.is_alive
     assert "outside the allowed roots" in mill.logs()
     assert sorted(outside.rglob("*")) == before
 
 
-def test_foreign_messages_are_dropped_and_the_worker_stays(mill: Harness) -> None:
+def messages_that_are_refused(folder: Path) -> dict[str, bytes]:
+    """Each kind of foreign message, by the words of its refusal."""
+    documents = message(TAG_DOCUMENTS, ["Ada met Charles."])
+    follow = {"task": TAG_DOCUMENTS, "args": [["x"]], "kwargs": {}, "options": {}, "subtask_type": None}
+
+    def headers(**more: Any) -> dict[str, Any]:
+        return {**documents, "headers": {**documents["headers"], **more}}
+
+    bomb = headers(compression="application/x-gzip")
+    pickled = b64encode(pickle.dumps(([[fuzz.Touch(folder / "canary")]], {}, {}))).decode()
+    made: dict[str, Any] = {
+        "JSONDecodeError": b"no JSON",
+        "TypeError": [1, 2],
+        "KeyError: 'properties'": {},
+        "no task message": {**documents, "headers": {}},
+        "'os.system', which is not one of nermill's": headers(task="os.system"),
+        "with an ETA or countdown": headers(eta="2099-01-01T00:00:00"),
+        "with a time limit": headers(timelimit=[5, None]),
+        "a message with callbacks": message(TAG_DOCUMENTS, body=[[["x"]], {}, {"callbacks": [follow]}]),
+        "a message with chain": message(TAG_DOCUMENTS, body=[[["x"]], {}, {"chain": [follow]}]),
+        "a message with chord": headers(chord=follow),
+        "is not [args, kwargs, embed] in JSON": {**documents, "content-type": "application/x-python-serialize",
+                                                 "content-encoding": "binary", "body": pickled},
+        "compressed or damaged": {**bomb, "body": b64encode(gzip_bomb()).decode()},
+        "wrong arguments": message(TAG_SHARD, "r1"),
+        "run id 5": message(TAG_SHARD, 5, "/x", 0),
+        "folder None": message(TAG_SHARD, "r1", None, 0),
+        "shard 'x'": message(TAG_SHARD, "r1", "/x", "x"),
+        "documents: a list of texts": message(TAG_DOCUMENTS, "text"),
+        "document 0: a text": message(TAG_DOCUMENTS, [5]),
+        "options: an object": message(TAG_DOCUMENTS, ["x"], 5),
+        "1001 documents": message(TAG_DOCUMENTS, ["x"] * 1001),
+        "task id": headers(id=["x"]),
+        "bytes; 65536 are the most": message(TAG_SHARD, "r1", "x" * 70_000, 0),
+    }  # fmt: skip
+    return {told: one if isinstance(one, bytes) else json.dumps(one).encode() for told, one in made.items()}
+
+
+def gzip_bomb() -> bytes:
+    """2 MB that unpack to 2 GB."""
+    packer = zlib.compressobj(9)
+    block = bytes(10_000_000)
+    return b"".join([*(packer.compress(block) for _ in range(200)), packer.flush()])
+
+
+def test_foreign_messages_are_refused_in_one_line_and_the_worker_stays(mill: Harness) -> None:
     worker = mill.worker()
-    with Connection(mill.server.url, transport_options=TRANSPORT_OPTIONS) as connection:
-        queue = Queue(QUEUE, Exchange(QUEUE), routing_key=QUEUE)
-        producer = Producer(connection, exchange=queue.exchange, routing_key=QUEUE, auto_declare=False)
-        headers = {"lang": "py", "task": TASK, "id": "1", "root_id": "1", "parent_id": None, "group": None}
-        producer.publish((["x"], {}, {}), serializer="pickle", headers=headers)
-        producer.publish("[[], {}", content_type="application/json", content_encoding="utf-8", headers=headers)
-        producer.publish(([], {"version": 99}, {}), serializer="json", headers=headers)
-        producer.publish(([], {"other": 1}, {}), serializer="json", headers=headers)
-        producer.publish(([], {}, {}), serializer="json", headers={**headers, "task": "os.system"})
+    worker.await_ready()
+    process = psutil.Process(worker.process.pid)
+    memory = process.memory_info().rss
+    foreign = messages_that_are_refused(mill.folder)
+    with mill.server.client() as client:
+        client.lpush(QUEUE, *foreign.values())
+        for control in (b"[]", b"{}", b"no JSON", b"\xff", b'{"properties": 1}', json.dumps(message(body=[])).encode()):
+            client.publish("/0.celery.pidbox", control)
+        mill.until(lambda: worker.log.read_text().count(" refused: ") >= len(foreign) + 3, 30)
+    told = worker.log.read_text()
+    assert [words for words in foreign if words not in told] == []
+    assert "Traceback" not in told
+    assert not (mill.folder / "canary").exists()
+    assert process.memory_info().rss - memory < 100_000_000
     run_folder, plan = mill.submit(texts(64))
     mill.wait(run_folder, plan)
     assert worker.is_alive
     assert len(rows(run_folder)) == 64
 
 
-def test_another_pool_is_refused_with_the_one_that_serves(mill: Harness) -> None:
-    celery = [sys.executable, "-m", "celery", "-A", "tests.doubles.app", "worker", "--pool", "solo"]
-    environment = {**os.environ, "NERMILL_BROKER_URL": mill.server.url, "NERMILL_ALLOWED_ROOTS": str(mill.out)}
-    with (mill.folder / "celery.log").open("w+") as log:
-        process = subprocess.Popen(celery, env=environment, stdout=log, stderr=log)
-        try:
-            mill.until(lambda: "start Celery with --pool threads" in (mill.folder / "celery.log").read_text(), 30)
-        finally:
-            process.kill()
-            process.wait(10)
+def test_a_refused_request_is_answered(mill: Harness) -> None:
+    mill.worker()
+    with pytest.raises(Exception, match="ETA or countdown"):
+        mill.app().send_task(TAG_DOCUMENTS, args=[["x"]], queue=QUEUE, countdown=60).get(timeout=60)
+    with pytest.raises(Exception, match="wrong arguments"):
+        mill.app().send_task(TAG_DOCUMENTS, queue=QUEUE).get(timeout=60)
+
+
+def test_celerys_shutdown_drains_and_the_device_stays_down(mill: Harness) -> None:
+    with supervisor(mill) as process:
+        run_folder, plan = mill.submit(texts(100))
+        mill.wait(run_folder, plan)
+        (first,) = children(process)
+        os.kill(first, signal.SIGKILL)
+        mill.until(lambda: children(process) not in ([], [first]))
+        mill.until(lambda: mill.app().control.ping(timeout=1), 60)
+        mill.app().control.shutdown()
+        assert process.wait(60) == 0, "all devices are down"
+    told = (mill.folder / "supervisor.log").read_text()
+    assert told.count("starting it again") == 1, "a crash is started again, a shutdown is not"
+    assert "told to shut down, and stays down" in told
+
+
+def test_another_pool_is_refused_in_one_line(mill: Harness) -> None:
+    command = [sys.executable, "-m", "celery", "-A", "nermill.worker.app", "worker", "--pool", "solo"]
+    environment = {**os.environ, "NERMILL_BROKER_URL": mill.server.url}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "start Celery with --pool threads" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr

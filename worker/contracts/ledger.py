@@ -410,11 +410,11 @@ def _now(now: float | None) -> object:
 
 
 def _messages(queue: str, flat: list[Any]) -> list[Message]:
-    entries = zip(*[iter(map(str, flat))] * 4, strict=True)
-    return [
-        Message(queue, run_id, uri, None if shard == FINISH else int(shard), int(priority))
-        for run_id, uri, shard, priority in entries
-    ]
+    messages = []
+    for run_id, uri, shard, priority in zip(*[iter(map(str, flat))] * 4, strict=True):
+        with suppress(ValueError):  # a shard that is no number: nobody could tag it
+            messages.append(Message(queue, run_id, uri, None if shard == FINISH else int(shard), int(priority)))
+    return messages
 
 
 def _parse_shard(index: int, spec: str) -> Shard:

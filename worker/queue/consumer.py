@@ -1,22 +1,26 @@
 """What Celery's consumer is taught: which messages are refused, and when no further shard is received.
 
 Everything here runs in the consumer's thread. Only public API of Celery and kombu is used: ``Task.Strategy``, a step of
-the consumer's blueprint, ``Consumer.add_task_queue`` and ``cancel_task_queue``, ``kombu.compression.register`` and a
-``Transport`` class.
+the consumer's blueprint, ``Consumer.add_task_queue`` and ``cancel_task_queue``, ``kombu.compression.register``,
+``Transport.on_readable`` and ``Channel.basic_consume``.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 from celery.bootsteps import StartStopStep
+from celery.states import FAILURE
 from celery.worker.consumer.tasks import Tasks
 from celery.worker.strategy import default
 from kombu import compression
+from kombu.exceptions import KombuError
 from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport import redis as redis_transport
+from redis.exceptions import DataError
 
 from nermill.worker.contracts.errors import MessageError
 from nermill.worker.contracts.message import QUEUE, TAG_DOCUMENTS, TAG_SHARD
@@ -27,26 +31,98 @@ log = logging.getLogger("nermill.worker")
 LOOK_SECONDS = 0.02  # between two looks at whether there is room for another shard
 MAX_BODY = 16_000_000  # bytes of a request; its documents are limited to a million characters
 MAX_SHARD_BODY = 65_536  # bytes of any other message
+MAX_ID = 255  # characters of a task id
 
-# What a malformed message raises inside kombu, before any check of ours: the connection is opened again, as after a
-# fault of the network. Otherwise one message, or one PUBLISH to the control channel, would end the process.
-_MALFORMED = (ValueError, TypeError, AttributeError, KeyError)
+# What a malformed message raises inside kombu and Celery, before any check of ours.
+_MALFORMED = (
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    RecursionError,
+    DataError,
+    KombuError,
+)
+_FOLLOWED = ("callbacks", "errbacks", "chain", "chord")  # Celery follows them in headers as well as in the body
+
+Refuse = Callable[[str], None]
 
 
-class Transport(redis_transport.Transport):  # type: ignore[misc]
-    """kombu's Redis transport; a malformed message costs a reconnect instead of the process."""
-
-    connection_errors = (*redis_transport.Transport.connection_errors, *_MALFORMED)
+def _only_log(reason: str) -> None:
+    log.warning("refused: %s", reason)
 
 
-class SentinelTransport(redis_transport.SentinelTransport):  # type: ignore[misc]
+class _Refusing:
+    """What the channels and transports below share.
+
+    Attributes:
+        refuse: Logs and counts a refused message; set by ``harden``.
+    """
+
+    refuse: Refuse = staticmethod(_only_log)
+
+
+class _Channel(_Refusing):
+    """A channel whose consumers refuse a message that cannot be handled, instead of ending the process."""
+
+    def basic_consume(
+        self, queue: str, no_ack: bool, callback: Callable[[Any], Any], *args: Any, **options: Any
+    ) -> Any:
+        def guarded(message: Any) -> Any:
+            try:
+                if message.errors:  # it could not be unpacked
+                    raise ValueError("compressed or damaged")
+                return callback(message)
+            except _MALFORMED as error:
+                _Refusing.refuse(_malformed(error))
+                if not no_ack and not message.acknowledged:
+                    message.ack()
+
+        return super().basic_consume(queue, no_ack, guarded, *args, **options)  # type: ignore[misc]
+
+
+class _Transport(_Refusing):
+    """A transport that drops what is no message at all: bytes that are no JSON, JSON that is no object, no headers."""
+
+    def on_readable(self, fileno: int) -> None:
+        try:
+            super().on_readable(fileno)  # type: ignore[misc]
+        except _MALFORMED as error:
+            _Refusing.refuse(_malformed(error))
+
+
+class Channel(_Channel, redis_transport.Channel):  # type: ignore[misc]
+    """kombu's Redis channel, which refuses malformed messages."""
+
+
+class Transport(_Transport, redis_transport.Transport):  # type: ignore[misc]
+    """kombu's Redis transport, which refuses malformed messages."""
+
+    Channel = Channel
+
+
+class SentinelChannel(_Channel, redis_transport.SentinelChannel):  # type: ignore[misc]
     """The same through Sentinel."""
 
-    connection_errors = (*redis_transport.SentinelTransport.connection_errors, *_MALFORMED)
+
+class SentinelTransport(_Transport, redis_transport.SentinelTransport):  # type: ignore[misc]
+    """The same through Sentinel."""
+
+    Channel = SentinelChannel
 
 
-def harden() -> None:
-    """Makes malformed messages harmless; refuses compressed ones, which kombu would unpack before any check."""
+def _malformed(error: Exception) -> str:
+    return f"a malformed message ({type(error).__name__}: {' '.join(str(error).split()):.120})"
+
+
+def harden(refuse: Refuse) -> None:
+    """Makes malformed messages harmless; refuses compressed ones, which kombu would unpack before any check.
+
+    Args:
+        refuse: Logs and counts a refused message, by its reason.
+    """
+    _Refusing.refuse = staticmethod(refuse)
     for scheme in ("redis", "rediss"):
         TRANSPORT_ALIASES[scheme] = f"{__name__}:Transport"
     TRANSPORT_ALIASES["sentinel"] = f"{__name__}:SentinelTransport"
@@ -58,30 +134,45 @@ def _refuse_compressed(_: bytes) -> bytes:
     raise ValueError("a compressed message; nermill sends none")
 
 
-def check_envelope(message: Any) -> None:
+def check_envelope(message: Any, run: Callable[..., Any]) -> None:
     """Refuses what no sender of ours uses and what would make Celery hold, chain or unpack a message.
 
     Args:
         message: kombu's message.
+        run: The task's function, whose arguments the message must have.
 
     Raises:
-        MessageError: it has an ETA, callbacks, a chain or a chord, is too long or is no task message.
+        MessageError: it has an ETA, time limits, callbacks, a chain or a chord, is too long, is no task message, or
+            has arguments that the task does not take.
     """
     headers = message.headers
-    limit = MAX_BODY if headers.get("task") == TAG_DOCUMENTS else MAX_SHARD_BODY
-    if len(message.body) > limit:
+    limit = MAX_BODY if headers["task"] == TAG_DOCUMENTS else MAX_SHARD_BODY
+    if len(message.body or b"") > limit:
         raise MessageError(f"a message of {len(message.body)} bytes; {limit} are the most")
+    task_id = headers.get("id")
+    if not isinstance(task_id, str) or not 0 < len(task_id) <= MAX_ID:
+        raise MessageError(f"a message whose task id is not a text of 1 to {MAX_ID} characters")
     if headers.get("eta"):
         raise MessageError("a message with an ETA or countdown; nermill's tasks start at once")
+    if any(headers.get("timelimit") or ()):
+        raise MessageError("a message with a time limit; tasks in threads cannot be ended")
     try:
         args, keywords, embed = message.payload
-        extras = [name for name, value in embed.items() if value]
-    except (TypeError, ValueError, AttributeError):
-        raise MessageError("a message whose body is not [args, kwargs, embed]") from None
+        extras = [name for name, value in {**_only(headers, _FOLLOWED), **embed}.items() if value]
+    except Exception:  # whatever kombu's decoders raise: another content type, no JSON, too deep, not three items
+        raise MessageError("a message whose body is not [args, kwargs, embed] in JSON") from None
     if extras:
-        raise MessageError(f"a message with {', '.join(extras)}; nermill's tasks take no callbacks or chains")
+        raise MessageError(f"a message with {', '.join(extras):.80}; nermill's tasks take no callbacks or chains")
     if not isinstance(args, list) or not isinstance(keywords, dict):
         raise MessageError("a message whose arguments are not a list and an object")
+    try:
+        signature(run).bind(*args, **keywords)
+    except TypeError as error:
+        raise MessageError(f"a message for {headers['task']} with wrong arguments ({error!s:.80})") from None
+
+
+def _only(headers: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: headers[name] for name in names if name in headers}
 
 
 def strategy(worker: Callable[[], ShardWorker]) -> Callable[..., Any]:
@@ -98,11 +189,12 @@ def strategy(worker: Callable[[], ShardWorker]) -> Callable[..., Any]:
         def receive(message: Any, body: Any, ack: Any, reject: Any, callbacks: Any, **more: Any) -> Any:
             shards = worker()
             try:
-                check_envelope(message)
+                check_envelope(message, task.run)
             except MessageError as error:
-                shards.metrics.refused()
-                log.warning("refused: %s", error)
+                shards.refuse(str(error))
                 ack(log, consumer.connection_errors)
+                if isinstance(task_id := message.headers.get("id"), str):  # so that its sender does not wait in vain
+                    task.backend.store_result(task_id, error, FAILURE)
                 return None
             shards.metrics.received(task.name)
             if task.name == TAG_SHARD:

@@ -29,7 +29,7 @@ def tag_documents(worker: ShardWorker, documents: Any, options: Any) -> list[dic
         MessageError: arguments that do not fit.
         EngineError: the device failed; the process is about to end.
     """
-    try:
+    with worker.refusals():
         check_request(documents)
         if options is not None and not isinstance(options, Mapping):
             raise MessageError("options: an object is expected")
@@ -37,9 +37,6 @@ def tag_documents(worker: ShardWorker, documents: Any, options: Any) -> list[dic
             checked = options_from(dict(options or {}))
         except ValueError as error:
             raise MessageError(f"options: {error}") from None
-    except MessageError:
-        worker.metrics.refused()
-        raise
     with worker.isolation.shared():
         annotations = Tagger(worker.pipeline).tag(documents, urgent=True, **asdict(checked))
     worker.metrics.requested(len(documents))

@@ -12,8 +12,8 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -118,6 +118,20 @@ class ShardWorker:
         """Shards that this process holds."""
         return list(self._held.values())
 
+    def refuse(self, reason: str) -> None:
+        """Counts a message that does not fit the contract, and logs one line."""
+        self.metrics.refused()
+        log.warning("refused: %s", reason)
+
+    @contextmanager
+    def refusals(self) -> Iterator[None]:
+        """Refuses the message whose arguments, or whose entry in the ledger, do not fit; raises the MessageError."""
+        try:
+            yield
+        except MessageError as error:
+            self.refuse(str(error))
+            raise
+
     # What Celery's consumer asks, in its own thread
 
     def received(self, task_id: str) -> None:
@@ -164,15 +178,12 @@ class ShardWorker:
                 self._received.pop(task_id, None)
                 self._feeding += 1
             feeding.callback(self._fed)
-            try:
+            with self.refusals():
                 check_run(run_id, folder)
                 check_shard(shard)
-            except MessageError:
-                self.metrics.refused()
-                raise
-            claim = self._patiently(
-                lambda: self._ledger.lease(run_id, shard, self.identity, self._settings.lease_seconds)
-            )
+                claim = self._patiently(
+                    lambda: self._ledger.lease(run_id, shard, self.identity, self._settings.lease_seconds)
+                )
             if isinstance(claim, str):
                 result = self._not_leased(claim, run_id, shard)
             else:
@@ -191,8 +202,11 @@ class ShardWorker:
         Raises:
             MessageError: arguments that do not fit.
         """
-        check_run(run_id, folder)
-        claim = self._patiently(lambda: self._ledger.lease(run_id, None, self.identity, self._settings.lease_seconds))
+        with self.refusals():
+            check_run(run_id, folder)
+            claim = self._patiently(
+                lambda: self._ledger.lease(run_id, None, self.identity, self._settings.lease_seconds)
+            )
         if isinstance(claim, str):
             return {"state": claim, "reason": _REASONS[claim]}
         with about(run=run_id, attempt=claim.attempts):
