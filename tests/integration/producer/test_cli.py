@@ -423,7 +423,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(nermill, broker, corpus, tmp_pa
         r"No such option: --jsn": ["run", corpus, "--jsn"],
         r"Missing option '--out'": ["run", corpus],
         r"did you mean .*in.jsonl": ["run", tmp_path / "im.jsonl", "--out", out],
-        r"--format 'csv': one of jsonl, conll, text, parquet": ["plan", corpus, "--format", "csv"],
+        r"--format 'docx': one of jsonl, json, csv, tsv": ["plan", corpus, "--format", "docx"],
         r"--unit 'word': one of sentence, document": ["plan", corpus, "--unit", "word"],
         r"--aggregation 'best': one of none": ["plan", corpus, "--aggregation", "best"],
         r"--max-chars": ["plan", corpus, "--max-chars", "0"],
