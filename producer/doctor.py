@@ -8,6 +8,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -52,6 +53,7 @@ def examine(broker: str, model: str, devices: str, out: str | None) -> Iterator[
     yield finding
     if queue is not None:
         yield _workers(queue, manifest, model)
+        yield from _first_version(queue)
     if manifest is not None:
         yield _runtime(manifest)
         if manifest.backend == "om":
@@ -133,6 +135,13 @@ def _workers(queue: Queue, manifest: Manifest | None, model: str) -> Finding:
     if others := sorted(served[sha] for sha in wanted & served.keys() if sha != own):
         told = f"{told}; runs wait for {', '.join(others)}"
     return Finding("workers", True, told)
+
+
+def _first_version(queue: Queue) -> Iterator[Finding]:
+    with suppress(NermillError):  # the findings above say it
+        what, _, mend = queue.first_version().partition("; ")
+        if what:
+            yield Finding("version", False, what, mend)
 
 
 def _runtime(manifest: Manifest) -> Finding:

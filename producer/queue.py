@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
-from nermill.worker.contracts.broker import celery_app, check_broker, redacted
+from nermill.worker.contracts.broker import celery_app, check_broker, first_version, redacted
 from nermill.worker.contracts.dispatch import Dispatcher
 from nermill.worker.contracts.errors import BrokerError, MessageError, UsageError
 from nermill.worker.contracts.ledger import Ledger, WorkerProcess
@@ -143,6 +143,11 @@ class Queue:
                 return dict(self._client.config_get(name)).get(name)
             except ResponseError:
                 return None
+
+    def first_version(self) -> str:
+        """What the first version left at this broker; empty where there is nothing."""
+        with self.ledger():
+            return first_version(self._client)
 
     def workers(self) -> list[WorkerProcess]:
         """Worker processes that live."""

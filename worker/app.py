@@ -35,7 +35,7 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from nermill.worker import logs, tracing
-from nermill.worker.contracts.broker import celery_app, redis_client
+from nermill.worker.contracts.broker import celery_app, first_version, redis_client
 from nermill.worker.contracts.deadline import within
 from nermill.worker.contracts.dispatch import Dispatcher
 from nermill.worker.contracts.errors import MessageError, NermillError, UsageError
@@ -204,6 +204,9 @@ def _start(sender: Any, **_: Any) -> None:
     except Exception:  # Celery would log it and go on without a model
         log.exception("the worker cannot start")
         raise SystemExit(1) from None
+    with suppress(RedisError):  # a broker that does not answer yet is waited for below
+        if told := first_version(redis_client(settings.broker_url, patient=False)):
+            log.warning("%s", told)
     app.amqp.queues.select_add(_queue(shards.queues[1]))
     stop = threading.Event()
     loops: dict[str, Callable[[], None]] = {

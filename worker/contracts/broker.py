@@ -198,3 +198,19 @@ def check_broker(url: str) -> Redis:
 def _sentinel_service(url: str) -> str:
     query = parse_qs(urlsplit(url.split(";")[-1]).query)
     return query.get("master_name", [DEFAULT_SENTINEL_SERVICE])[-1]
+
+
+def first_version(client: Redis) -> str:
+    """What the first version of nermill left at a broker, in one line with what to do; empty where there is nothing.
+
+    Its ledger keys begin with ``nermill:run:``, ``nermill:runs`` and ``nermill:workers``, its queue is the list
+    ``nermill:nermill``; this version touches none of them.
+    """
+    runs, workers = client.zcard("nermill:runs"), client.zcard("nermill:workers")
+    bells = client.exists("nermill:nermill")
+    if not (runs or workers or bells):
+        return ""
+    return (
+        f"nermill 1 is at this broker too ({runs} runs, {workers} workers): its runs and workers are not served from "
+        "here; let its workers finish its runs, or submit them again with this version and stop its workers"
+    )
