@@ -51,7 +51,7 @@ log = logging.getLogger("nermill.worker")
 
 RELEASE_SECONDS = 5.0  # for giving leases back when the process ends
 FEEDERS = 2  # shards that are read and tokenized at once
-SPARE_SHARDS = 2  # of the concurrency, kept for shards of the common queue, which are mostly of small runs
+SPARE_SHARE = 0.25  # of the concurrency, kept for shards of the common queue, which are mostly of small runs
 LEDGER_PAUSE = 0.5  # seconds between two tries of a ledger that does not answer
 LONGEST_PAUSE = 10.0  # seconds before a shard is given back whose store goes on failing
 RECEIVED_SECONDS = 5.0  # a received message whose task has not begun by then is not counted any more
@@ -144,7 +144,8 @@ class ShardWorker:
 
     def takes_bound(self) -> bool:
         """Whether there is room for a shard of the artifact's queue, and the device will soon be idle."""
-        room = max(1, self._settings.concurrency - SPARE_SHARDS)
+        concurrency = self._settings.concurrency
+        room = concurrency - int(SPARE_SHARE * concurrency)
         with self._lock:
             feeding = self._feeding + len(self._received)
         return feeding < FEEDERS and self._underway() < room and self.pipeline.await_spare_capacity(0)
