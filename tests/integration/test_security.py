@@ -21,14 +21,15 @@ from tests.doubles.tls import make_certificate, tls_proxy
 from tests.harness import DOUBLE, Harness, rows, texts
 
 PASSWORD = "s3cret-pass"
-RIGHTS = "~nermill:* &nermill:* +@all -@admin -@dangerous +info"  # as SECURITY.md has them
+USERS = (Path(__file__).parents[2] / "deploy" / "users.acl").read_text("utf-8").splitlines()
+(RIGHTS,) = [line.split()[4:] for line in USERS if line.startswith("user worker ")]  # behind name, state and password
 
 
 @pytest.fixture
 def user_url(mill: Harness) -> str:
     """The server's URL for a user with few rights; nobody else may enter."""
     with mill.server.client() as client:
-        client.execute_command("ACL", "SETUSER", "mill", "on", f">{PASSWORD}", *RIGHTS.split())
+        client.execute_command("ACL", "SETUSER", "mill", "on", f">{PASSWORD}", *RIGHTS)
         client.execute_command("ACL", "SETUSER", "default", "off")
     return f"redis+socket://mill:{PASSWORD}@{mill.server.socket}"
 
