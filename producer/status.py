@@ -71,7 +71,9 @@ class Status:
 
     @property
     def eta_seconds(self) -> float | None:
-        rate = self.documents_per_second if self.listening else 0.0
+        if self.state == "running" and not self.listening:
+            return None  # nobody is at work, whatever the speed was before
+        rate = self.documents_per_second
         return (self.total - self.finished_documents) / rate if rate else None
 
     @property

@@ -63,7 +63,7 @@ def test_texts_as_conll_are_an_input_with_gold_tags(nermill, tmp_path):
     path = tmp_path / "texts.conll"
     path.write_text(exported(nermill, run.uri, "conll"), "utf-8")
     options = ReadOptions(unit="document")
-    (source,) = open_sources([str(path)], options)
+    (source,) = open_sources([str(path)], options).sources
     assert source.format == "conll"
     read = [list(zip(d.words, d.gold_tags, strict=True)) for d in source.documents(options)]
     assert read == [

@@ -16,6 +16,7 @@ from nermill.producer.planning import Request, make_plan
 from nermill.producer.queue import Queue
 from nermill.producer.shards import ShardLimits
 from nermill.producer.show import read_rows
+from nermill.producer.sources import ReadOptions
 from nermill.producer.stream import Stream
 from nermill.worker.contracts.document import Document
 from nermill.worker.contracts.errors import StoreError, UsageError
@@ -54,7 +55,7 @@ def test_a_run_on_s3_whose_worker_is_killed_is_the_run_on_disk(bucket, mill, tmp
     corpus = tmp_path / "in.conll"
     corpus.write_text("".join(f"Ada{n} B-PER\nmet O\nBob I-PER\n\n" for n in range(60)))
     limits = ShardLimits(documents=3)
-    roots = {"NERMILL_ALLOWED_ROOTS": f"{bucket}/deep:{mill.out}"}
+    roots = {"NERMILL_ALLOWED_ROOTS": f"{bucket}/deep,{mill.out}"}
     tables, scores = [], []
     for out in (f"{bucket}/deep", str(mill.out)):
         run, plan = make_plan(Request((str(corpus),), out, limits=limits))
@@ -106,7 +107,7 @@ def test_a_wrong_input_leaves_no_object(bucket, tmp_path):
     corpus = tmp_path / "in.jsonl"
     corpus.write_text(json.dumps({"text": "Ada"}) + "\n{")
     with pytest.raises(UsageError):
-        make_plan(Request((str(corpus),), f"{bucket}/out"))
+        make_plan(Request((str(corpus),), f"{bucket}/out", read=ReadOptions(on_error="fail")))
     assert fsspec.filesystem("s3").find(f"{bucket}/out") == []
 
 

@@ -48,6 +48,7 @@ WRONG = {
     "--out": ("{file}/below", "cannot be a folder"),
     "--overlap": ("5000", "--overlap"),
     "--part-mib": ("0", "--part-mib"),
+    "--priority": ("urgent", "one of high, normal, low"),
     "--shard-documents": ("many", "--shard-documents"),
     "--tag-column": ("0", "columns count from 1"),
     "--tag-names": ("O,PER", "'PER' is no tag"),
@@ -158,7 +159,9 @@ def test_a_missing_or_wrong_place_is_one_line(nermill, base, command, tmp_path):
     check(code, out, err, "No such option: --no-such-option")
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"run", "plan", "submit", "list", "doctor"}))
+@pytest.mark.parametrize(
+    "command", sorted(COMMANDS.keys() - {"run", "plan", "submit", "list", "doctor", "tag", "restore"})
+)
 def test_a_run_of_the_first_layout_is_refused_with_the_way_on(nermill, base, command, tmp_path):
     run = tmp_path / "run=3f2a91c07b55"
     run.mkdir()
