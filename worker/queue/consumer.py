@@ -63,6 +63,10 @@ class _Refusing:
     refuse: Refuse = staticmethod(_only_log)
 
 
+# What kombu raises where a message is acknowledged on a channel whose connection was lost meanwhile.
+_CLOSED = (AttributeError,)
+
+
 class _Channel(_Refusing):
     """A channel whose consumers refuse a message that cannot be handled, instead of ending the process."""
 
@@ -100,6 +104,7 @@ class Transport(_Transport, redis_transport.Transport):  # type: ignore[misc]
     """kombu's Redis transport, which refuses malformed messages."""
 
     Channel = Channel
+    connection_errors = (*redis_transport.Transport.connection_errors, *_CLOSED)
 
 
 class SentinelChannel(_Channel, redis_transport.SentinelChannel):  # type: ignore[misc]
@@ -110,6 +115,7 @@ class SentinelTransport(_Transport, redis_transport.SentinelTransport):  # type:
     """The same through Sentinel."""
 
     Channel = SentinelChannel
+    connection_errors = (*redis_transport.SentinelTransport.connection_errors, *_CLOSED)
 
 
 def _malformed(error: Exception) -> str:
