@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from nermill.producer.planning import Request, check_labels, check_writable, model_identity, normalised, planned_run_id
+from nermill.producer.planning import Request, check_writable, model_identity, normalised, planned_run_id
 from nermill.producer.shards import cut, document_text, estimated_tokens
 from nermill.producer.sources import open_sources
 from nermill.producer.sources.files import is_remote
@@ -101,8 +101,7 @@ def estimate(request: Request, costs: Path | None = None, on_read: OnRead = unhe
     Raises:
         UsageError: an input, the model, the costs or the output is wrong.
     """
-    model = model_identity(request.model, request.options.overlap)
-    check_labels(request)
+    model = model_identity(request.model, request.options)
     artifact = None if request.model is None else resolve_artifact(request.model)
     opened = open_sources(request.inputs, request.read)
     sources = opened.sources

@@ -105,8 +105,7 @@ def make_plan(request: Request, on_read: OnRead = unheard, found: Found | None =
         StoreError: the store does not take the shards; what was written is gone again.
     """
     out = normalised(request.out)
-    model = model_identity(request.model, request.options.overlap)
-    check_labels(request)
+    model = model_identity(request.model, request.options)
     found = find_inputs(request) if found is None else found
     sources, prints = found.sources, found.prints
     run_id = planned_run_id(out, request, model, sources, prints)
@@ -172,29 +171,20 @@ def _is_whole(run: RunFolder, shard: Shard) -> bool:
     return True
 
 
-def model_identity(model: str | None, overlap: int = Options().overlap) -> dict[str, str]:
+def model_identity(model: str | None, options: Options | None = None) -> dict[str, str]:
     """Name and hash of the artifact that a run asks for; both empty where the workers may choose.
 
     Raises:
         ArtifactError: it is not there, or was changed.
-        UsageError: its windows cannot overlap so much.
+        UsageError: its windows cannot overlap so much, or it lacks a label that the options name.
     """
     if model is None:
         return {"name": "", "sha256": ""}
-    manifest = load_manifest(resolve_artifact(model))
-    manifest.check_overlap(overlap)
+    manifest = load_manifest(resolve_artifact(model))  # which hashes every file: once is enough
+    if options is not None:
+        manifest.check_overlap(options.overlap)
+        choice_of(options).check(bare_labels(manifest.labels), model)
     return {"name": model, "sha256": manifest.sha256}
-
-
-def check_labels(request: Request) -> None:
-    """Looks whether the model, where one is named, has the labels that the options speak of.
-
-    Raises:
-        UsageError: it has not.
-    """
-    if request.model is not None:
-        labels = bare_labels(load_manifest(resolve_artifact(request.model)).labels)
-        choice_of(request.options).check(labels, request.model)
 
 
 def normalised(out: str) -> str:

@@ -86,7 +86,7 @@ class Stream:
         self.plan = Plan(
             run_id=run_id,
             created=utc_now(),
-            model=model_identity(model, (options or Options()).overlap),
+            model=model_identity(model, options or Options()),
             options=options or Options(),
             inputs=(Input(source, "jsonl", 0, "", 0),),
             shards=(),
