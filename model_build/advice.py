@@ -13,9 +13,9 @@ from tokenizers import Tokenizer
 
 from nermill.model_build.corpus import encode, read_texts
 from nermill.model_build.shapes import Costs, Packing, best_shapes, load_costs, packing
-from nermill.worker.batching import LOOK_AHEAD
 from nermill.worker.contracts.manifest import TOKENIZER_FILE, Manifest, load_manifest
-from nermill.worker.windows import cut
+from nermill.worker.tagging.batching import LOOK_AHEAD
+from nermill.worker.tagging.windows import cut
 
 OVERLAP = 64  # tokens that windows of a long text share, as in a run
 

@@ -156,7 +156,7 @@ def packing(lengths: Int, costs: Costs, shapes: Sequence[Shape], waiting: int) -
 
     Full rows are what ``best_shapes`` counts on; this is what comes of it.
     """
-    from nermill.worker.batching import pack
+    from nermill.worker.tagging.batching import pack
 
     calls = dict.fromkeys(shapes, 0)
     pool, rest = lengths[:waiting], lengths[waiting:]

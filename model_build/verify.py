@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from nermill.model_build.corpus import Text, encode
-from nermill.worker.batching import place
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.manifest import TOKENIZER_FILE, Manifest
 from nermill.worker.engine import load_engine
 from nermill.worker.engine.golden import lay_rows, load_golden, run_alone
+from nermill.worker.tagging.batching import place
 
 if TYPE_CHECKING:
     from nermill.worker.engine import Engine

@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, get_args
 
-from nermill.producer import run as runs
-from nermill.producer.planning import Request, make_plan
-from nermill.producer.queue import DEFAULT_BROKER, HIGH_WATER, Queue
-from nermill.producer.shards import ShardLimits
+from nermill.producer.entities.tagging import REQUEST_SECONDS, request_annotations
+from nermill.producer.runs import run as runs
+from nermill.producer.runs.planning import Request, make_plan
+from nermill.producer.runs.queue import DEFAULT_BROKER, HIGH_WATER, Queue
+from nermill.producer.runs.shards import ShardLimits
+from nermill.producer.runs.status import Status, look
+from nermill.producer.runs.stream import Stream
 from nermill.producer.sources import ReadOptions
 from nermill.producer.sources.options import text_document
-from nermill.producer.status import Status, look
-from nermill.producer.stream import Stream
-from nermill.producer.tagging import REQUEST_SECONDS, request_annotations
 from nermill.worker.contracts.document import Annotation, Document
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.plan import Options, Priority

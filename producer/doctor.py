@@ -12,8 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from nermill.producer.planning import check_writable, normalised
-from nermill.producer.queue import Queue
+from nermill.producer.runs.planning import check_writable, normalised
+from nermill.producer.runs.queue import Queue
 from nermill.producer.sources.files import is_remote
 from nermill.worker.contracts.broker import redacted
 from nermill.worker.contracts.errors import BrokerError, NermillError
@@ -93,7 +93,7 @@ def _broker_remedy(message: str) -> str:
 
 
 def _embedded_server() -> Finding:
-    from nermill.producer.broker import find_server_binary
+    from nermill.producer.local.broker import find_server_binary
 
     try:
         return Finding("embedded", True, f"nermill run starts {find_server_binary().name} for itself")

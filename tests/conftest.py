@@ -38,7 +38,7 @@ def sample() -> Path:
 @pytest.fixture(scope="session")
 def embedded_broker_url() -> Iterator[str]:
     """One embedded server for the whole session; tests that share it keep to keys and queues of their own."""
-    from nermill.producer.broker import embedded_broker
+    from nermill.producer.local.broker import embedded_broker
 
     with embedded_broker() as url:
         yield url

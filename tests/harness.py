@@ -20,12 +20,12 @@ from celery import Celery
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from nermill.producer.broker import find_server_binary
-from nermill.producer.planning import Request, make_plan
-from nermill.producer.queue import Queue
-from nermill.producer.run import send, wait
-from nermill.producer.shards import ShardLimits
-from nermill.producer.status import Status
+from nermill.producer.local.broker import find_server_binary
+from nermill.producer.runs.planning import Request, make_plan
+from nermill.producer.runs.queue import Queue
+from nermill.producer.runs.run import send, wait
+from nermill.producer.runs.shards import ShardLimits
+from nermill.producer.runs.status import Status
 from nermill.worker.contracts.broker import redis_client
 from nermill.worker.contracts.layout import RunFolder
 from nermill.worker.contracts.part import open_part, read_columns

@@ -16,10 +16,10 @@ from typing import Any
 
 from redis import Redis
 
-from nermill.producer.broker import find_server_binary
-from nermill.producer.queue import Queue
-from nermill.producer.run import send
-from nermill.producer.status import part_stats
+from nermill.producer.local.broker import find_server_binary
+from nermill.producer.runs.queue import Queue
+from nermill.producer.runs.run import send
+from nermill.producer.runs.status import part_stats
 from nermill.worker.contracts.layout import SUCCESS_FILE, RunFolder
 from tests.harness import DOUBLE, Harness, Server, free_port, harness, rows, texts
 

@@ -34,7 +34,6 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from nermill.worker import logs, tracing
 from nermill.worker.contracts.broker import celery_app, first_version, redis_client
 from nermill.worker.contracts.deadline import within
 from nermill.worker.contracts.dispatch import Dispatcher
@@ -42,12 +41,13 @@ from nermill.worker.contracts.errors import MessageError, NermillError, UsageErr
 from nermill.worker.contracts.ledger import Ledger
 from nermill.worker.contracts.manifest import resolve_artifact
 from nermill.worker.contracts.message import FINISH_RUN, QUEUE, TAG_DOCUMENTS, TAG_SHARD
-from nermill.worker.heartbeat import beat
-from nermill.worker.metrics import Metrics, serve
+from nermill.worker.process import logs, tracing
+from nermill.worker.process.heartbeat import beat
+from nermill.worker.process.metrics import Metrics, serve
+from nermill.worker.process.settings import Settings, read_settings
 from nermill.worker.queue import requests
 from nermill.worker.queue.consumer import harden, room_step, strategy
 from nermill.worker.queue.shards import RELEASE_SECONDS, ShardWorker
-from nermill.worker.settings import Settings, read_settings
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -181,7 +181,7 @@ def _check_pool(pool: type) -> None:
 def _start(sender: Any, **_: Any) -> None:
     """Loads and warms the model before the first message is received."""
     global _process
-    from nermill.worker.pipeline import load_pipeline
+    from nermill.worker.tagging.pipeline import load_pipeline
 
     try:
         _check_pool(get_implementation(sender.pool_cls))

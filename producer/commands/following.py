@@ -12,12 +12,12 @@ import typer
 
 from nermill.producer.commands import options as o
 from nermill.producer.commands.outcome import go_on, report_status
-from nermill.producer.queue import DEFAULT_BROKER, HIGH_WATER
+from nermill.producer.runs.queue import DEFAULT_BROKER, HIGH_WATER
 from nermill.worker.contracts.errors import BrokerError
 
 if TYPE_CHECKING:
-    from nermill.producer.queue import Queue
-    from nermill.producer.status import Status
+    from nermill.producer.runs.queue import Queue
+    from nermill.producer.runs.status import Status
     from nermill.worker.contracts.layout import RunFolder
     from nermill.worker.contracts.plan import Plan
 
@@ -31,7 +31,7 @@ def status(
     json: o.Json = False,
 ) -> int:
     """Say how far a run is: committed, rejected, waiting, documents/s, tokens/s, padding, time left."""
-    from nermill.producer.run import open_runs
+    from nermill.producer.runs.run import open_runs
 
     queue, code = cache(lambda: _queue_if_any(broker)), 0
     for at, (folder, plan) in enumerate(open_runs(runs)):
@@ -43,9 +43,9 @@ def status(
 
 def _current(folder: RunFolder, plan: Plan, find_queue: Callable[[], Queue | None], *, watch: bool) -> Status:
     """A run's status now, or at its end where it is watched; a complete one needs no queue."""
-    from nermill.producer.progress import watching
-    from nermill.producer.run import open_run
-    from nermill.producer.status import Tally, look
+    from nermill.producer.runs.progress import watching
+    from nermill.producer.runs.run import open_run
+    from nermill.producer.runs.status import Tally, look
 
     tally = Tally(folder)
     current = look(folder, plan, None, tally)
@@ -69,9 +69,9 @@ def list_(
     json: o.Json = False,
 ) -> int:
     """List the runs below a folder or URI: state, documents, when, model, F1 (--json: one object a line)."""
-    from nermill.producer.listing import list_runs
-    from nermill.producer.progress import say
-    from nermill.producer.view import print_json, print_runs
+    from nermill.producer.entities.view import print_json, print_runs
+    from nermill.producer.runs.listing import list_runs
+    from nermill.producer.runs.progress import say
 
     asking = threading.Lock()
     ask = cache(lambda: _queue_if_any(broker))
@@ -102,8 +102,8 @@ def resume(
     json: o.Json = False,
 ) -> int:
     """Send again what has no part; safe at any time, any number of times."""
-    from nermill.producer.queue import Queue
-    from nermill.producer.run import open_runs
+    from nermill.producer.runs.queue import Queue
+    from nermill.producer.runs.run import open_runs
 
     opened = open_runs(runs)
     queue = Queue(broker)
@@ -112,10 +112,10 @@ def resume(
 
 def cancel(runs: o.Runs, broker: o.Broker = DEFAULT_BROKER, json: o.Json = False) -> int:
     """Stop what has not started; committed parts stay, and nermill resume takes the run up again."""
-    from nermill.producer.queue import Queue
-    from nermill.producer.run import cancel as cancel_run
-    from nermill.producer.run import open_runs
-    from nermill.producer.status import look
+    from nermill.producer.runs.queue import Queue
+    from nermill.producer.runs.run import cancel as cancel_run
+    from nermill.producer.runs.run import open_runs
+    from nermill.producer.runs.status import look
 
     opened = open_runs(runs)
     queue = Queue(broker)
@@ -136,12 +136,12 @@ def rejects(
     """List the documents that could not be tagged, with the reason (--json: one object a line)."""
     from itertools import islice
 
-    from nermill.producer.progress import say
-    from nermill.producer.queue import Queue
-    from nermill.producer.rejects import read_rejects
-    from nermill.producer.rejects import retry as retry_rejects
-    from nermill.producer.run import open_runs
-    from nermill.producer.view import print_json
+    from nermill.producer.entities.view import print_json
+    from nermill.producer.runs.progress import say
+    from nermill.producer.runs.queue import Queue
+    from nermill.producer.runs.rejects import read_rejects
+    from nermill.producer.runs.rejects import retry as retry_rejects
+    from nermill.producer.runs.run import open_runs
     from nermill.worker.contracts.console import visible
 
     opened = open_runs(runs)
@@ -169,8 +169,8 @@ def rejects(
 
 def _queue_if_any(broker: str) -> Queue | None:
     """The queue, or none where nobody answers: the folder alone knows most of it."""
-    from nermill.producer.progress import say
-    from nermill.producer.queue import Queue
+    from nermill.producer.runs.progress import say
+    from nermill.producer.runs.queue import Queue
 
     try:
         return Queue(broker)

@@ -50,11 +50,11 @@ def redact(
     """
     from dataclasses import asdict
 
-    from nermill.producer.progress import say
-    from nermill.producer.redact import HOWS
-    from nermill.producer.redacted import redact_run
-    from nermill.producer.result import open_complete
-    from nermill.producer.view import print_json
+    from nermill.producer.entities.redact import HOWS
+    from nermill.producer.entities.redacted import redact_run
+    from nermill.producer.entities.view import print_json
+    from nermill.producer.runs.progress import say
+    from nermill.producer.runs.result import open_complete
 
     if with_ not in HOWS:
         raise UsageError(f"--with {with_!r}: one of {', '.join(HOWS)}")
@@ -80,8 +80,8 @@ def restore(
     json: o.Json = False,
 ) -> int:
     """Write the texts that a file of pseudonyms stands for, with its key."""
-    from nermill.producer.redacted import restore_file
-    from nermill.producer.view import print_json
+    from nermill.producer.entities.redacted import restore_file
+    from nermill.producer.entities.view import print_json
 
     documents = restore_file(file, key, to)
     if json:
@@ -115,10 +115,10 @@ def publish(
     """
     from dataclasses import asdict
 
-    from nermill.producer.publish import LAYOUTS
-    from nermill.producer.publish import publish as published
-    from nermill.producer.result import open_complete
-    from nermill.producer.view import print_json
+    from nermill.producer.entities.publish import LAYOUTS
+    from nermill.producer.entities.publish import publish as published
+    from nermill.producer.entities.view import print_json
+    from nermill.producer.runs.result import open_complete
 
     if layout not in LAYOUTS:
         raise UsageError(f"--layout {layout!r}: one of {', '.join(LAYOUTS)}")
@@ -149,10 +149,10 @@ def export(
     A corrected CoNLL file of a run over CoNLL input is gold: nermill evaluate RUN --gold FILE. That of a run over texts
     is an input of its own, whose tags are gold: nermill run FILE --unit document. --json says what was written to --to.
     """
-    from nermill.producer.export import FORMATS, export_lines
-    from nermill.producer.redacted import new_file
-    from nermill.producer.result import open_complete
-    from nermill.producer.view import print_json
+    from nermill.producer.entities.export import FORMATS, export_lines
+    from nermill.producer.entities.redacted import new_file
+    from nermill.producer.entities.view import print_json
+    from nermill.producer.runs.result import open_complete
     from nermill.worker.contracts.store import telling
 
     if format_ not in FORMATS:

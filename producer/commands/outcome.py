@@ -11,15 +11,15 @@ from nermill.worker.contracts.errors import NermillError
 from nermill.worker.contracts.layout import REPORT_JSON
 
 if TYPE_CHECKING:
-    from nermill.producer.queue import Queue
-    from nermill.producer.status import Status
+    from nermill.producer.runs.queue import Queue
+    from nermill.producer.runs.status import Status
     from nermill.worker.contracts.layout import RunFolder
     from nermill.worker.contracts.plan import Plan
 
 
 def report_status(status: Status, *, as_json: bool, with_hint: bool = False) -> int:
     """Prints a run's status; returns the exit code that it means."""
-    from nermill.producer.view import print_json, print_result_hint, print_status
+    from nermill.producer.entities.view import print_json, print_result_hint, print_status
 
     if as_json:
         print_json(status.as_json())
@@ -32,7 +32,7 @@ def report_status(status: Status, *, as_json: bool, with_hint: bool = False) -> 
 
 def say_left_out(files: Iterable[str]) -> None:
     """Names, on standard error, the files that a folder or pattern led to and that are not read."""
-    from nermill.producer.progress import say
+    from nermill.producer.runs.progress import say
 
     for file in files:
         say(f"left out: {file}")
@@ -45,7 +45,7 @@ def ensure_evaluated(run: RunFolder, plan: Plan) -> None:
     """
     if not plan.has_gold:
         return
-    from nermill.producer.progress import say
+    from nermill.producer.runs.progress import say
     from nermill.worker.evaluation import evaluate, write_report
 
     if not run.exists(REPORT_JSON):
@@ -56,9 +56,9 @@ def ensure_evaluated(run: RunFolder, plan: Plan) -> None:
 
 def go_on(run: RunFolder, plan: Plan, queue: Queue, high_water: int, *, wait: bool, as_json: bool) -> int:
     """Sends what has no part, follows it where asked, and reports; returns the exit code."""
-    from nermill.producer import run as runs
-    from nermill.producer.progress import paused, watching
-    from nermill.producer.status import look
+    from nermill.producer.runs import run as runs
+    from nermill.producer.runs.progress import paused, watching
+    from nermill.producer.runs.status import look
 
     with told_how_to_go_on(f"nermill resume {run.uri}"), watching() as show:
         plan = runs.resume(run, plan, queue, high_water, paused(show))
@@ -74,7 +74,7 @@ def told_how_to_go_on(how: str) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, NermillError):
-        from nermill.producer.progress import say
+        from nermill.producer.runs.progress import say
 
         say(f"stopped; what is committed stays. To go on: {how}")
         raise

@@ -9,7 +9,7 @@ import typer
 
 from nermill.producer.commands import options as o
 from nermill.producer.commands.request import column, label_list, mapping
-from nermill.producer.queue import DEFAULT_BROKER
+from nermill.producer.runs.queue import DEFAULT_BROKER
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.layout import REPORT_HTML
 
@@ -50,9 +50,9 @@ def evaluate(
 
     The columns are those of the gold file. Labels are mapped and left out on both sides, after what the run did.
     """
-    from nermill.producer.progress import say
-    from nermill.producer.run import open_run, open_runs
-    from nermill.producer.view import comparison_line, print_json, score_line
+    from nermill.producer.entities.view import comparison_line, print_json, score_line
+    from nermill.producer.runs.progress import say
+    from nermill.producer.runs.run import open_run, open_runs
     from nermill.worker.contracts.labels import LabelChoice
     from nermill.worker.evaluation import GoldOptions, write_report
     from nermill.worker.evaluation import evaluate as evaluated
@@ -101,10 +101,10 @@ def compact(
     On a disk the new files take the place of the old ones in one step. On a store, which has no such step, _SUCCESS
     is away meanwhile: list the folder, then look for _SUCCESS, then read.
     """
-    from nermill.producer.compact import compact as compacted
-    from nermill.producer.progress import counted
-    from nermill.producer.run import open_runs
-    from nermill.producer.view import print_json
+    from nermill.producer.entities.view import print_json
+    from nermill.producer.runs.compact import compact as compacted
+    from nermill.producer.runs.progress import counted
+    from nermill.producer.runs.run import open_runs
 
     for folder, plan in open_runs(runs):
         before, after = len(plan.shards), len(compacted(folder, plan, part_mib << 20).shards)
@@ -130,7 +130,7 @@ def doctor(
     from dataclasses import asdict
 
     from nermill.producer.doctor import examine
-    from nermill.producer.view import print_finding, print_json
+    from nermill.producer.entities.view import print_finding, print_json
 
     findings = []
     for finding in examine(broker, model, devices, out):
@@ -156,9 +156,9 @@ def show(
     """Show entities marked in their text, or write the tags as CoNLL columns."""
     from rich.console import Console
 
-    from nermill.producer.run import open_runs
-    from nermill.producer.show import conll_lines, read_rows
-    from nermill.producer.view import print_json, print_marked
+    from nermill.producer.entities.show import conll_lines, read_rows
+    from nermill.producer.entities.view import print_json, print_marked
+    from nermill.producer.runs.run import open_runs
 
     if format_ not in ("text", "conll"):
         raise UsageError(f"--format {format_!r}: one of text, conll")

@@ -11,7 +11,7 @@ from nermill.producer.commands import options as o
 from nermill.worker.contracts.errors import UsageError
 
 if TYPE_CHECKING:
-    from nermill.producer.planning import Request
+    from nermill.producer.runs.planning import Request
 
 
 def takes_request(command: Callable[..., int]) -> Callable[..., int]:
@@ -66,8 +66,8 @@ def make_request(
     Raises:
         UsageError: a value that an option does not have.
     """
-    from nermill.producer.planning import Request
-    from nermill.producer.shards import ShardLimits
+    from nermill.producer.runs.planning import Request
+    from nermill.producer.runs.shards import ShardLimits
     from nermill.producer.sources import Format, OnError, ReadOptions, Unit
     from nermill.worker.contracts.plan import Aggregation, Options, Priority
 

@@ -12,9 +12,9 @@ from nermill.producer.commands.outcome import report_status, told_how_to_go_on
 from nermill.worker.contracts.errors import StoreError, UsageError
 
 if TYPE_CHECKING:
-    from nermill.producer.planning import Request
-    from nermill.producer.queue import Queue
-    from nermill.producer.stream import Stream
+    from nermill.producer.runs.planning import Request
+    from nermill.producer.runs.queue import Queue
+    from nermill.producer.runs.stream import Stream
     from nermill.worker.contracts.plan import Shard
 
 
@@ -35,10 +35,10 @@ def stream(
         UsageError: the input cannot be followed.
         StoreError: a shard could not be written, or its acknowledgement not be told; ``nermill resume`` closes the run.
     """
-    from nermill.producer import run as runs
-    from nermill.producer.progress import say, watching
-    from nermill.producer.status import look
-    from nermill.producer.stream import Stream
+    from nermill.producer.runs import run as runs
+    from nermill.producer.runs.progress import say, watching
+    from nermill.producer.runs.status import look
+    from nermill.producer.runs.stream import Stream
 
     descriptor, name = _open(request, follow)
     stream = Stream(
@@ -80,7 +80,7 @@ def _open(request: Request, follow: bool) -> tuple[int, str]:
 
 
 def _acknowledge(shard: Shard) -> None:
-    from nermill.producer.view import print_json
+    from nermill.producer.entities.view import print_json
 
     try:
         print_json({name: value for name, value in asdict(shard).items() if name != "sha256"})
@@ -97,8 +97,8 @@ def _feed(stream: Stream, descriptor: int, name: str, request: Request, follow: 
     failures: list[Exception] = []
 
     def read() -> None:
+        from nermill.producer.runs.stream import live_lines
         from nermill.producer.sources.jsonl import parse_live_line
-        from nermill.producer.stream import live_lines
 
         try:
             for number, line in live_lines(descriptor, stop, follow=follow):

@@ -11,22 +11,22 @@ from nermill.producer.commands import options as o
 from nermill.producer.commands.outcome import ensure_evaluated, go_on, report_status, say_left_out, told_how_to_go_on
 from nermill.producer.commands.request import takes_request
 from nermill.producer.commands.streaming import stream
-from nermill.producer.queue import DEFAULT_BROKER, HIGH_WATER
+from nermill.producer.runs.queue import DEFAULT_BROKER, HIGH_WATER
 from nermill.worker.contracts.errors import UsageError
 
 if TYPE_CHECKING:
-    from nermill.producer.planning import Request
-    from nermill.producer.status import Status
+    from nermill.producer.runs.planning import Request
+    from nermill.producer.runs.status import Status
 
 
 @takes_request
 def run(request: Request, model: o.Model = "demo", devices: o.Devices = "auto", json: o.Json = False) -> int:
     """Run the whole mill on this machine: broker, a worker a device, tables, scores where there is gold."""
-    from nermill.producer.local import check_devices, local_mill
-    from nermill.producer.planning import make_plan
-    from nermill.producer.progress import reading, watching
-    from nermill.producer.run import finish, resume, wait
-    from nermill.producer.status import look
+    from nermill.producer.local.worker import check_devices, local_mill
+    from nermill.producer.runs.planning import make_plan
+    from nermill.producer.runs.progress import reading, watching
+    from nermill.producer.runs.run import finish, resume, wait
+    from nermill.producer.runs.status import look
 
     check_devices(devices)
     with reading() as on_read:
@@ -60,9 +60,9 @@ def plan(
     json: o.Json = False,
 ) -> int:
     """Dry run: documents, shards, token lengths, duplicate ids, device time; sends and writes nothing."""
-    from nermill.producer.estimate import estimate
-    from nermill.producer.progress import reading
-    from nermill.producer.view import print_estimate, print_json
+    from nermill.producer.entities.view import print_estimate, print_json
+    from nermill.producer.runs.estimate import estimate
+    from nermill.producer.runs.progress import reading
 
     with reading() as on_read:
         found = estimate(request, costs, on_read)
@@ -101,10 +101,10 @@ def submit(
 
     With - as the input, JSON lines are tagged as they come, until the end of input or Ctrl-C.
     """
-    from nermill.producer.planning import find_inputs, make_plan, without_tagged
-    from nermill.producer.progress import counted, reading, say
-    from nermill.producer.queue import Queue
-    from nermill.producer.view import print_json
+    from nermill.producer.entities.view import print_json
+    from nermill.producer.runs.planning import find_inputs, make_plan, without_tagged
+    from nermill.producer.runs.progress import counted, reading, say
+    from nermill.producer.runs.queue import Queue
 
     is_stream = follow or (request.inputs == ("-",) and request.read.format in (None, "jsonl"))
     if new and is_stream:

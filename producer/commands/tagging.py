@@ -30,7 +30,7 @@ def tag(
     Offsets count Unicode code points of the text. Many documents are faster with nermill run.
     """
 
-    from nermill.producer.tagging import RemoteTagger, local_tagger
+    from nermill.producer.entities.tagging import RemoteTagger, local_tagger
 
     tagging = nullcontext(RemoteTagger(broker)) if broker else local_tagger(model, device)
     with tagging as tagger:  # the model loads while standard input and our own code are read
@@ -38,9 +38,9 @@ def tag(
 
         from rich.console import Console
 
-        from nermill.producer.progress import say
-        from nermill.producer.show import Shown
-        from nermill.producer.view import print_json, print_marked
+        from nermill.producer.entities.show import Shown
+        from nermill.producer.entities.view import print_json, print_marked
+        from nermill.producer.runs.progress import say
 
         given = texts or _standard_input(lines)
         annotations = tagger.tag(given)

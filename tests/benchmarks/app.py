@@ -11,7 +11,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-import nermill.worker.pipeline
+import nermill.worker.tagging.pipeline
 from nermill.model_build.shapes import load_costs, parse_shapes
 from nermill.worker.contracts.manifest import load_manifest
 from nermill.worker.engine import Engine
@@ -29,7 +29,7 @@ def load_engine(artifact: Path, device: str = "cpu", threads: int = 0) -> Engine
     return PacedEngine(manifest, windows_per_second(RATE)) if RATE else NullEngine(manifest)
 
 
-nermill.worker.pipeline.load_engine = load_engine  # before nermill.worker.app loads anything
+nermill.worker.tagging.pipeline.load_engine = load_engine  # before nermill.worker.app loads anything
 
 import nermill.worker.app  # noqa: E402
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nermill.producer.run import send
+from nermill.producer.runs.run import send
 from nermill.worker.contracts.layout import SUCCESS_FILE
 from tests.benchmarks.startup import TEXT, send_and_await, time_when_idle
 from tests.harness import REAL, Harness, harness, texts

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from nermill.producer.status import part_stats
+from nermill.producer.runs.status import part_stats
 from nermill.worker.contracts.layout import RunFolder
 from tests.benchmarks.corpora import default_data, read_corpora
 from tests.benchmarks.host import APP, repeated

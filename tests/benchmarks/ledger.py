@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from statistics import median
 
-from nermill.producer.broker import embedded_broker
+from nermill.producer.local.broker import embedded_broker
 from nermill.worker.contracts.broker import redis_client
 from nermill.worker.contracts.ledger import Claim, Ledger, RunState, WorkerProcess
 from nermill.worker.contracts.message import QUEUE, queue_of

@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import median
 
 from nermill.model_build.demo.recover import recover
-from nermill.producer.queue import Queue
-from nermill.producer.run import send
+from nermill.producer.runs.queue import Queue
+from nermill.producer.runs.run import send
 from nermill.worker import Tagger
 from nermill.worker.contracts.layout import RunFolder, part_name
 from nermill.worker.contracts.plan import Plan

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nermill.producer.run import open_run
+from nermill.producer.runs.run import open_run
 from nermill.worker.contracts.layout import part_name
 from tests.benchmarks.corpora import default_data, read_corpora
 from tests.harness import REAL, Harness, harness, texts

@@ -118,7 +118,7 @@ def hugging_face(checkpoint: Path) -> Any:
 
 def task_per_document(texts: Sequence[str], models: Models, stack: ExitStack) -> Measure:
     """A Celery task a document around the same pipeline, its answers through the result backend."""
-    from nermill.producer.broker import embedded_broker
+    from nermill.producer.local.broker import embedded_broker
 
     os.environ["BENCH_BROKER"] = stack.enter_context(embedded_broker()).removeprefix("redis+socket://")
     os.environ["BENCH_CHECKPOINT"] = str(models.checkpoint)
@@ -148,11 +148,11 @@ def engine(form: str) -> Way:
     """The bare engine on ideal batches that were prepared beforehand: only ``run`` is timed."""
 
     def way(texts: Sequence[str], models: Models, stack: ExitStack) -> Measure:
-        from nermill.worker.batching import place
         from nermill.worker.contracts.plan import Options
         from nermill.worker.engine import load_engine
-        from nermill.worker.pool import Job, Work, lay_out
-        from nermill.worker.windows import cut, tokenize
+        from nermill.worker.tagging.batching import place
+        from nermill.worker.tagging.pool import Job, Work, lay_out
+        from nermill.worker.tagging.windows import cut, tokenize
 
         artifact = getattr(models, form)
         runner = load_engine(artifact)

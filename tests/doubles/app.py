@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-import nermill.worker.pipeline
+import nermill.worker.tagging.pipeline
 from nermill.worker.contracts.manifest import TOKENIZER_FILE
 from nermill.worker.engine import Batch, Engine
 from tests.doubles.engine import HashEngine, manifest
@@ -115,11 +115,11 @@ def meet(folder: Path) -> None:
     Ledger.complete = together  # type: ignore[method-assign, assignment]
 
 
-nermill.worker.pipeline.load_engine = load_engine  # before nermill.worker.app loads anything
+nermill.worker.tagging.pipeline.load_engine = load_engine  # before nermill.worker.app loads anything
 
 import nermill.worker.app  # noqa: E402
-import nermill.worker.parts  # noqa: E402
 import nermill.worker.queue.shards  # noqa: E402
+import nermill.worker.tagging.parts  # noqa: E402
 from nermill.worker.contracts import deadline  # noqa: E402
 from nermill.worker.contracts.ledger import Claim, Completion, Ledger  # noqa: E402
 from nermill.worker.queue.shards import ShardWorker, evaluate_apart  # noqa: E402
@@ -130,7 +130,7 @@ deadline.SECONDS = float(os.environ.get("FAULT_STORE_SECONDS", deadline.SECONDS)
 
 FAULT_POINTS = {
     "sync": (os, "fsync"),
-    "rename": (nermill.worker.parts, "commit"),
+    "rename": (nermill.worker.tagging.parts, "commit"),
     "done": (Ledger, "complete"),
     "ack": (ShardWorker, "tag_shard"),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from nermill.worker import launch, supervisor
+from nermill.worker.process import launch, supervisor
 
 # Worker processes have no working directory on their import path.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])

@@ -18,12 +18,12 @@ import pytest
 import redis
 from kombu import Connection
 
-from nermill.producer.broker import embedded_broker, find_server_binary
+from nermill.producer.local.broker import embedded_broker, find_server_binary
 from nermill.worker.contracts.errors import BrokerError, UsageError
 
 OWNER = """
 import time
-from nermill.producer.broker import embedded_broker
+from nermill.producer.local.broker import embedded_broker
 with embedded_broker() as url:
     print(url, flush=True)
     time.sleep(60)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from nermill.producer.run import resume, send
+from nermill.producer.runs.run import resume, send
 from nermill.worker.contracts.layout import SUCCESS_FILE
 from nermill.worker.contracts.message import TAG_SHARD
 from tests.chaos import undisturbed

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nermill.producer.status import part_stats
+from nermill.producer.runs.status import part_stats
 from nermill.worker.contracts.layout import RunFolder
 from nermill.worker.queue.shards import RELEASE_SECONDS
 from tests.chaos import undisturbed

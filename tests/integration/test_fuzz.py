@@ -21,10 +21,10 @@ from nermill.worker.contracts.layout import part_name
 from nermill.worker.contracts.ledger import Ledger
 from nermill.worker.contracts.manifest import TOKENIZER_FILE, resolve_artifact
 from nermill.worker.contracts.message import QUEUE
-from nermill.worker.metrics import Metrics
-from nermill.worker.pipeline import Pipeline
+from nermill.worker.process.metrics import Metrics
+from nermill.worker.process.settings import Settings
 from nermill.worker.queue.shards import ShardWorker
-from nermill.worker.settings import Settings
+from nermill.worker.tagging.pipeline import Pipeline
 from tests import fuzz
 from tests.doubles.engine import HashEngine, manifest
 from tests.harness import Harness, free_port, rows, texts

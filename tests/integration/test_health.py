@@ -17,9 +17,9 @@ from urllib.request import urlopen
 
 import pytest
 
-from nermill.worker import heartbeat, supervisor
-from nermill.worker.settings import Settings
-from nermill.worker.supervisor import SILENT_SECONDS
+from nermill.worker.process import heartbeat, supervisor
+from nermill.worker.process.settings import Settings
+from nermill.worker.process.supervisor import SILENT_SECONDS
 from tests.harness import Harness, free_port, rows, texts
 
 HANG_SECONDS = 2.0
@@ -101,7 +101,7 @@ def test_a_worker_whose_engine_hangs_says_so_and_is_replaced(mill: Harness) -> N
 
 def test_a_worker_is_unhealthy_while_a_call_of_the_device_is_overdue() -> None:
     """What a probe sees in the second before the process ends itself, held still."""
-    from nermill.worker.metrics import Metrics, serve
+    from nermill.worker.process.metrics import Metrics, serve
 
     complaint: list[str] = []
     port = free_port()

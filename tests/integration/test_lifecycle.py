@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from nermill.producer.rejects import read_rejects, retry
-from nermill.producer.run import cancel, open_run, resume
-from nermill.producer.status import look
+from nermill.producer.runs.rejects import read_rejects, retry
+from nermill.producer.runs.run import cancel, open_run, resume
+from nermill.producer.runs.status import look
 from nermill.worker.contracts.layout import SUCCESS_FILE, RunFolder
 from nermill.worker.contracts.plan import Plan
 from tests.chaos import undisturbed

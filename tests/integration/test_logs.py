@@ -16,17 +16,17 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from nermill.worker import logs, tracing
 from nermill.worker.contracts.broker import celery_app
 from nermill.worker.contracts.dispatch import Dispatcher
 from nermill.worker.contracts.layout import RunFolder
 from nermill.worker.contracts.ledger import Ledger
 from nermill.worker.contracts.manifest import TOKENIZER_FILE, resolve_artifact
 from nermill.worker.contracts.plan import Plan
-from nermill.worker.metrics import Metrics
-from nermill.worker.pipeline import Pipeline
+from nermill.worker.process import logs, tracing
+from nermill.worker.process.metrics import Metrics
+from nermill.worker.process.settings import Settings
 from nermill.worker.queue.shards import ShardWorker
-from nermill.worker.settings import Settings
+from nermill.worker.tagging.pipeline import Pipeline
 from tests.doubles.engine import HashEngine, manifest
 from tests.harness import Harness, texts
 
@@ -168,7 +168,7 @@ def test_a_shard_that_fails_is_a_span_with_its_error(waiting: tuple[ShardWorker,
 def test_without_an_endpoint_nothing_of_opentelemetry_is_imported() -> None:
     """Nothing by us: redis-py looks for what it knows of it, where that is installed."""
     code = (
-        "import sys, os; from nermill.worker import tracing; tracing.start_from(os.environ, 'w', 'cpu');"
+        "import sys, os; from nermill.worker.process import tracing; tracing.start_from(os.environ, 'w', 'cpu');"
         "import nermill.worker.queue.shards;"
         "print([m for m in sys.modules if m.startswith(('opentelemetry.sdk.trace', 'opentelemetry.exporter'))])"
     )

@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 from prometheus_client import Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
-from nermill.producer.status import look
+from nermill.producer.runs.status import look
 from nermill.worker.contracts.errors import EngineError
 from nermill.worker.contracts.message import KEY_PREFIX
 from nermill.worker.engine import Batch
-from nermill.worker.metrics import FILL_BUCKETS, MeteredEngine
+from nermill.worker.process.metrics import FILL_BUCKETS, MeteredEngine
 from tests.doubles.engine import HashEngine, manifest
 from tests.harness import Harness, free_port, texts
 

@@ -27,7 +27,7 @@ from tests.integration.test_worker_command import children
 
 SHAPES = "8x64,8x128"
 DOCUMENTS = texts(320)
-WORKER = [sys.executable, "-m", "nermill.worker.launch"]
+WORKER = [sys.executable, "-m", "nermill.worker.process.launch"]
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nermill.producer.queue import Queue
-from nermill.producer.run import send
+from nermill.producer.runs.queue import Queue
+from nermill.producer.runs.run import send
 from nermill.worker.contracts.broker import celery_app, redacted
 from nermill.worker.contracts.errors import BrokerError, StoreError
 from tests.doubles.tls import make_certificate, tls_proxy
@@ -70,7 +70,7 @@ def test_without_the_password_nobody_enters(mill: Harness, user_url: str, user: 
 def test_no_password_is_seen_from_outside(mill: Harness, user_url: str) -> None:
     """Neither in process titles, nor in logs, nor in what commands print, whichever way the URL was given."""
     environment = {**os.environ, "NERMILL_ALLOWED_ROOTS": str(mill.out), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "nermill.worker.launch", "--devices", "cpu", "--broker", user_url]
+    command = [sys.executable, "-m", "nermill.worker.process.launch", "--devices", "cpu", "--broker", user_url]
     with (mill.folder / "worker.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:

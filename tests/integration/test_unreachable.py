@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import tests.doubles.store  # noqa: F401 - makes faulty:// known
-from nermill.producer.run import resume
-from nermill.producer.status import look
+from nermill.producer.runs.run import resume
+from nermill.producer.runs.status import look
 from nermill.worker.contracts.errors import StoreError, UnreachableError
 from nermill.worker.contracts.store import telling
 from tests.harness import Harness, Worker, texts

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from nermill.producer.run import resume
+from nermill.producer.runs.run import resume
 from nermill.worker.contracts.layout import RunFolder
 from nermill.worker.contracts.manifest import load_manifest, resolve_artifact
 from nermill.worker.contracts.schema import metadata_of

@@ -27,7 +27,7 @@ from tests import fuzz
 from tests.fuzz import message
 from tests.harness import REAL, Harness, rows, texts
 
-WORKER = [sys.executable, "-m", "nermill.worker.launch"]
+WORKER = [sys.executable, "-m", "nermill.worker.process.launch"]
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nermill.worker.batching import Placement, cost, pack, place, spread
+from nermill.worker.tagging.batching import Placement, cost, pack, place, spread
 from tests.doubles.engine import manifest
 
 LENGTHS = st.lists(st.integers(3, 64), min_size=1, max_size=120).map(lambda values: np.array(values, np.int64))

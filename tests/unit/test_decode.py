@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from seqeval.metrics.sequence_labeling import get_entities
 
-from nermill.worker import decode
+from nermill.worker.tagging import decode
 from tests.doubles.engine import LABELS
 
 MODEL = decode.Labels(LABELS)

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from nermill.worker.settings import Settings
-from nermill.worker.supervisor import SILENT_SECONDS, START_SECONDS
+from nermill.worker.process.settings import Settings
+from nermill.worker.process.supervisor import SILENT_SECONDS, START_SECONDS
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
 keda = pytest.importorskip("cloudcoil.models.keda.v1alpha1")
@@ -210,8 +210,8 @@ def test_scaler_asks_for_metrics_and_a_queue_that_exist(deploy: Path) -> None:
     from tokenizers import Tokenizer, models
 
     from nermill.worker.contracts.message import KEY_PREFIX
-    from nermill.worker.metrics import Metrics
-    from nermill.worker.pipeline import Pipeline
+    from nermill.worker.process.metrics import Metrics
+    from nermill.worker.tagging.pipeline import Pipeline
     from tests.doubles.engine import HashEngine, manifest
 
     metrics = Metrics()

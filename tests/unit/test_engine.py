@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from nermill.worker import pipeline
 from nermill.worker.contracts.errors import ArtifactError, EngineError
 from nermill.worker.contracts.manifest import Input, load_manifest, resolve_artifact
 from nermill.worker.engine import Batch, load_engine, warmup
 from nermill.worker.engine.golden import Golden, golden_difference, lay_rows, load_golden, run_alone, smallest_shape
 from nermill.worker.engine.inputs import check_names, named_inputs
 from nermill.worker.engine.warmup import token_budget
+from nermill.worker.tagging import pipeline
 from tests.doubles.engine import HashEngine, manifest
 
 PLAIN = ("input_ids", "attention_mask", "token_type_ids")

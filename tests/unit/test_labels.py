@@ -10,7 +10,7 @@ import pytest
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.labels import LabelChoice, bare_labels, nested, suggest_map
 from nermill.worker.contracts.plan import Options, options_from
-from nermill.worker.decode import Labels, Spans, choose
+from nermill.worker.tagging.decode import Labels, Spans, choose
 
 MODEL = ("O", "B-LOC", "I-LOC", "B-PER", "I-PER")
 

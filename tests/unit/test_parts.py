@@ -14,7 +14,7 @@ from nermill.worker.contracts.errors import StoreError
 from nermill.worker.contracts.layout import REJECT_FILE, SUCCESS_FILE, RunFolder, part_name
 from nermill.worker.contracts.part import mark_complete, read_rejects
 from nermill.worker.contracts.schema import REJECTS, part_schema
-from nermill.worker.parts import Committed, commit
+from nermill.worker.tagging.parts import Committed, commit
 
 
 def part(*reasons: str | None, first: int = 0) -> pa.Table:

@@ -26,9 +26,9 @@ from nermill.worker.contracts.manifest import TOKENIZER_FILE, resolve_artifact
 from nermill.worker.contracts.plan import Options
 from nermill.worker.contracts.shard import shard_table
 from nermill.worker.engine import Batch
-from nermill.worker.pipeline import Pipeline, Tagger
-from nermill.worker.pool import Job, Pool, lay_out
-from nermill.worker.windows import SPECIAL_TOKENS, Tokens, Windows, cut
+from nermill.worker.tagging.pipeline import Pipeline, Tagger
+from nermill.worker.tagging.pool import Job, Pool, lay_out
+from nermill.worker.tagging.windows import SPECIAL_TOKENS, Tokens, Windows, cut
 from tests.doubles.engine import HashEngine, manifest
 
 PIECES = st.sampled_from(
@@ -189,7 +189,7 @@ def test_calls_that_end_together_count_the_devices_time_once(
             return float(self) - other
 
     clock = SimpleNamespace(monotonic=lambda: Moment(time.monotonic()))
-    monkeypatch.setattr("nermill.worker.pipeline.time", clock)
+    monkeypatch.setattr("nermill.worker.tagging.pipeline.time", clock)
     with tagger(tokenizer, Pair(manifest(token_budget=32))) as made:
         table = shard_table([Document(str(n), text="London and Paris and Rome and Turin " * 3) for n in range(4)])
         seconds = made.pipeline.annotate(table, Options()).stats.compute_seconds
@@ -243,7 +243,7 @@ def test_the_next_batch_is_made_while_the_device_works(tokenizer: Tokenizer, mon
                 assert made_batches.acquire(timeout=10), "nobody makes a second batch while the first one is computed"
             return super().run(batch)
 
-    monkeypatch.setattr("nermill.worker.pipeline.lay_out", lay_out_and_tell)
+    monkeypatch.setattr("nermill.worker.tagging.pipeline.lay_out", lay_out_and_tell)
     with tagger(tokenizer, Patient(manifest(token_budget=32))) as made:
         assert len(made.tag(["London and Paris and Rome"] * 20)) == 20
 
@@ -252,7 +252,7 @@ def test_an_error_of_ours_ends_the_wait_for_the_device(tokenizer: Tokenizer, mon
     def broken(*_: Any) -> Batch:
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr("nermill.worker.pipeline.lay_out", broken)
+    monkeypatch.setattr("nermill.worker.tagging.pipeline.lay_out", broken)
     with tagger(tokenizer, HashEngine(manifest())) as made, pytest.raises(EngineError, match="ZeroDivisionError: ours"):
         made.tag(["a"])
 

@@ -16,7 +16,7 @@ from nermill.worker.contracts import deadline
 from nermill.worker.contracts.errors import StoreError, UsageError
 from nermill.worker.contracts.layout import ASIDE_SECONDS, RunFolder
 from nermill.worker.contracts.store import ObjectStore
-from nermill.worker.settings import Settings, is_allowed, read_settings, split_roots
+from nermill.worker.process.settings import Settings, is_allowed, read_settings, split_roots
 
 
 @pytest.mark.parametrize("uri", ["{root}", "{root}/run=1", "{root}/a/../run=1", "file://{root}/run=1"])

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nermill.worker.windows import SPECIAL_TOKENS, cut
+from nermill.worker.tagging.windows import SPECIAL_TOKENS, cut
 
 COUNTS = st.lists(st.integers(0, 200), min_size=1, max_size=8)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from nermill.worker import logs
 from nermill.worker.contracts.errors import NermillError
 from nermill.worker.contracts.layout import RunFolder
 from nermill.worker.evaluation import evaluate, write_report
+from nermill.worker.process import logs
 
 
 def main(uri: str) -> None:

@@ -21,7 +21,7 @@ from nermill.worker.contracts.document import Fault
 from nermill.worker.contracts.errors import LeaseLostError
 from nermill.worker.contracts.ledger import MAX_STRIKES, Claim, Ledger
 from nermill.worker.contracts.plan import Shard
-from nermill.worker.pipeline import Annotated, Pipeline
+from nermill.worker.tagging.pipeline import Annotated, Pipeline
 
 GROUPS = 8
 

@@ -23,7 +23,6 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from nermill.worker import parts, tracing
 from nermill.worker.contracts.command import python_command
 from nermill.worker.contracts.deadline import within
 from nermill.worker.contracts.dispatch import Dispatcher
@@ -41,11 +40,13 @@ from nermill.worker.contracts.message import QUEUE, check_run, check_shard, queu
 from nermill.worker.contracts.part import mark_complete
 from nermill.worker.contracts.plan import Shard, read_plan
 from nermill.worker.contracts.shard import read_shard
-from nermill.worker.logs import about
-from nermill.worker.metrics import Metrics
-from nermill.worker.pipeline import Annotated, Pipeline
+from nermill.worker.process import tracing
+from nermill.worker.process.logs import about
+from nermill.worker.process.metrics import Metrics
+from nermill.worker.process.settings import Settings, is_allowed
 from nermill.worker.queue.poison import Isolation, annotate_in_trials
-from nermill.worker.settings import Settings, is_allowed
+from nermill.worker.tagging import parts
+from nermill.worker.tagging.pipeline import Annotated, Pipeline
 
 log = logging.getLogger("nermill.worker")
 

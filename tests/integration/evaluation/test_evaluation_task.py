@@ -11,9 +11,9 @@ from unittest.mock import ANY
 
 import pytest
 
-from nermill.producer.planning import Request, make_plan
-from nermill.producer.run import send
-from nermill.producer.shards import ShardLimits
+from nermill.producer.runs.planning import Request, make_plan
+from nermill.producer.runs.run import send
+from nermill.producer.runs.shards import ShardLimits
 from nermill.worker.contracts.layout import REPORT_HTML, REPORT_JSON, SUCCESS_FILE, RunFolder
 from nermill.worker.contracts.ledger import RunState
 from nermill.worker.contracts.message import FINISH, FINISH_RUN, KEY_PREFIX, QUEUE
@@ -117,7 +117,7 @@ def test_evaluations_keep_no_other_run_waiting(mill: Harness) -> None:
 def test_a_waiting_producer_leaves_a_long_evaluation_to_its_worker(
     mill: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nermill.producer.run.SETTLE_SECONDS", 0.5)
+    monkeypatch.setattr("nermill.producer.runs.run.SETTLE_SECONDS", 0.5)
     trace = mill.folder / "trace"
     run, plan = submit(mill, 40, per_shard=20)
     mill.worker(FAULT_TRACE=str(trace), FAULT_EVALUATION_SECONDS="4")
@@ -129,7 +129,7 @@ def test_a_waiting_producer_leaves_a_long_evaluation_to_its_worker(
 def test_a_waiting_producer_ends_though_the_only_worker_died_in_the_evaluation(
     mill: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nermill.producer.run.SETTLE_SECONDS", 0.5)
+    monkeypatch.setattr("nermill.producer.runs.run.SETTLE_SECONDS", 0.5)
     trace = mill.folder / "trace"
     run, plan = submit(mill, 40, per_shard=20)
     doomed = mill.worker(FAULT_TRACE=str(trace), FAULT_EVALUATION_SECONDS="60")

@@ -23,7 +23,7 @@ from nermill.worker.contracts.errors import ArtifactError, EngineError, UsageErr
 from nermill.worker.engine import load_engine
 from nermill.worker.engine.encoder import Encoder, Layer, PlainEncoder
 from nermill.worker.engine.warmup import blank_batch
-from nermill.worker.pipeline import load_pipeline
+from nermill.worker.tagging.pipeline import load_pipeline
 
 Compiled = Callable[..., Path]
 FORWARD, PLAIN_FORWARD = Encoder.forward, PlainEncoder.forward

@@ -19,11 +19,11 @@ import pytest
 from pyarrow import parquet as pq
 from rich.console import Console
 
-from nermill.producer import run as runs
-from nermill.producer.planning import Request, make_plan
-from nermill.producer.progress import _painted
-from nermill.producer.queue import Queue
-from nermill.producer.status import look
+from nermill.producer.runs import run as runs
+from nermill.producer.runs.planning import Request, make_plan
+from nermill.producer.runs.progress import _painted
+from nermill.producer.runs.queue import Queue
+from nermill.producer.runs.status import look
 from nermill.worker.contracts.broker import redis_client
 from nermill.worker.contracts.ledger import Ledger, WorkerProcess
 from nermill.worker.contracts.manifest import load_manifest, resolve_artifact
@@ -253,7 +253,8 @@ def test_a_reader_that_has_seen_enough_is_no_failure(two_runs, options, lines):
 
 SHOW_MANY = """
 import sys
-from nermill.producer import cli, show
+from nermill.producer import cli
+from nermill.producer.entities import show
 rows, times = show.read_rows, int(sys.argv.pop(1))
 show.read_rows = lambda *arguments: (row for _ in range(times) for row in rows(*arguments))
 cli.main()

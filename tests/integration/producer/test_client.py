@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from nermill.producer import Producer
-from nermill.producer.rejects import read_rejects
-from nermill.producer.run import open_run
-from nermill.producer.show import read_rows
+from nermill.producer.entities.show import read_rows
+from nermill.producer.runs.rejects import read_rejects
+from nermill.producer.runs.run import open_run
 from nermill.worker.contracts.errors import UsageError
 
 

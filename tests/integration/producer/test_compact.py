@@ -18,14 +18,14 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from pyarrow import parquet as pq
 
-from nermill.producer import compact as compacting
-from nermill.producer import run as runs
-from nermill.producer.compact import compact, take_up
-from nermill.producer.planning import Request, make_plan
-from nermill.producer.queue import Queue
-from nermill.producer.rejects import read_rejects, retry
-from nermill.producer.shards import ShardLimits
-from nermill.producer.status import look
+from nermill.producer.runs import compact as compacting
+from nermill.producer.runs import run as runs
+from nermill.producer.runs.compact import compact, take_up
+from nermill.producer.runs.planning import Request, make_plan
+from nermill.producer.runs.queue import Queue
+from nermill.producer.runs.rejects import read_rejects, retry
+from nermill.producer.runs.shards import ShardLimits
+from nermill.producer.runs.status import look
 from nermill.worker.contracts.broker import redis_client
 from nermill.worker.contracts.errors import StoreError, UsageError
 from nermill.worker.contracts.layout import SUCCESS_FILE, RunFolder, part_name

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nermill.producer.export import words_of
+from nermill.producer.entities.export import words_of
 from nermill.producer.sources import ReadOptions, open_sources
 from tests.texts import Made, make_run
 from tests.unit.evaluation.runs import Doc

@@ -9,7 +9,7 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nermill.producer.planning import Request, find_inputs, make_plan, without_tagged
+from nermill.producer.runs.planning import Request, find_inputs, make_plan, without_tagged
 from nermill.worker.contracts.layout import RunFolder, part_name
 from nermill.worker.contracts.plan import read_plan
 from nermill.worker.contracts.shard import read_documents, read_shard

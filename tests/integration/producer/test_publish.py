@@ -132,8 +132,8 @@ def test_two_at_once_add_the_rows_once(tmp_path, exists):
 
 def test_a_commit_that_wins_between_look_and_commit_leaves_ours_out(monkeypatch, tmp_path):
     """Both have seen a table without the run; Delta's conflict check refuses the second."""
-    from nermill.producer.publish import publish
-    from nermill.producer.result import open_complete
+    from nermill.producer.entities.publish import publish
+    from nermill.producer.runs.result import open_complete
 
     run, plan = open_complete(make_run(tmp_path / "out", DOCUMENTS).uri)
     table = str(tmp_path / "table")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from nermill.producer import run as runs
-from nermill.producer.planning import Request, make_plan
-from nermill.producer.queue import Queue
-from nermill.producer.shards import ShardLimits
+from nermill.producer.runs import run as runs
+from nermill.producer.runs.planning import Request, make_plan
+from nermill.producer.runs.queue import Queue
+from nermill.producer.runs.shards import ShardLimits
 from nermill.worker.contracts.part import mark_complete
 from nermill.worker.evaluation import evaluate, write_report
 from tests.stand_in import next_claim
@@ -153,7 +153,7 @@ def test_seqeval_reads_what_show_writes(broker_url, tmp_path):
     """CoNLL in, CoNLL out: seqeval's scores of the two columns are those of the report."""
     f1_score = pytest.importorskip("seqeval.metrics").f1_score
 
-    from nermill.producer.show import conll_lines
+    from nermill.producer.entities.show import conll_lines
     from nermill.worker.contracts.broker import redis_client
     from nermill.worker.contracts.ledger import Ledger
 

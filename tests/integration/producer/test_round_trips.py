@@ -18,16 +18,16 @@ from hypothesis import strategies as st
 from pyarrow import parquet as pq
 from tokenizers import Tokenizer
 
-from nermill.producer.planning import Request, make_plan
-from nermill.producer.shards import ShardLimits
-from nermill.producer.show import conll_lines, read_rows
+from nermill.producer.entities.show import conll_lines, read_rows
+from nermill.producer.runs.planning import Request, make_plan
+from nermill.producer.runs.shards import ShardLimits
 from nermill.producer.sources import ReadOptions
-from nermill.worker import parts
 from nermill.worker.contracts.layout import RunFolder
 from nermill.worker.contracts.manifest import TOKENIZER_FILE, resolve_artifact
 from nermill.worker.contracts.plan import Plan
 from nermill.worker.contracts.shard import read_shard
-from nermill.worker.pipeline import Pipeline
+from nermill.worker.tagging import parts
+from nermill.worker.tagging.pipeline import Pipeline
 from tests.doubles.engine import HashEngine, manifest
 
 words = st.text("abcXYZéßñøΩжЖ9", min_size=1, max_size=8)

@@ -15,14 +15,14 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet as pq
 
-from nermill.producer import run as runs
-from nermill.producer.planning import Request, make_plan
-from nermill.producer.queue import Queue
-from nermill.producer.rejects import read_rejects, retry
-from nermill.producer.shards import ShardLimits
-from nermill.producer.show import conll_lines, read_rows
+from nermill.producer.entities.show import conll_lines, read_rows
+from nermill.producer.runs import run as runs
+from nermill.producer.runs.planning import Request, make_plan
+from nermill.producer.runs.queue import Queue
+from nermill.producer.runs.rejects import read_rejects, retry
+from nermill.producer.runs.shards import ShardLimits
+from nermill.producer.runs.status import Status, look
 from nermill.producer.sources import ReadOptions
-from nermill.producer.status import Status, look
 from nermill.worker.contracts.broker import redis_client
 from nermill.worker.contracts.errors import BrokerError, StoreError, UsageError
 from nermill.worker.contracts.layout import SUCCESS_FILE, part_name

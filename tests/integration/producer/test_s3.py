@@ -10,14 +10,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from nermill.producer import run as runs
-from nermill.producer.compact import ASIDE, compact
-from nermill.producer.planning import Request, make_plan
-from nermill.producer.queue import Queue
-from nermill.producer.shards import ShardLimits
-from nermill.producer.show import read_rows
+from nermill.producer.entities.show import read_rows
+from nermill.producer.runs import run as runs
+from nermill.producer.runs.compact import ASIDE, compact
+from nermill.producer.runs.planning import Request, make_plan
+from nermill.producer.runs.queue import Queue
+from nermill.producer.runs.shards import ShardLimits
+from nermill.producer.runs.stream import Stream
 from nermill.producer.sources import ReadOptions
-from nermill.producer.stream import Stream
 from nermill.worker.contracts.document import Document
 from nermill.worker.contracts.errors import StoreError, UsageError
 from nermill.worker.contracts.layout import SUCCESS_FILE, RunFolder

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from nermill.producer.tagging import local_tagger
+from nermill.producer.entities.tagging import local_tagger
 from nermill.worker.contracts.errors import EngineError
 
 pytest.importorskip("onnxruntime")
@@ -78,7 +78,9 @@ def test_a_wrong_input_is_one_line(arguments, given, said):
 
 
 def test_a_model_whose_process_dies_is_named(monkeypatch):
-    monkeypatch.setattr("nermill.producer.tagging.python_command", lambda *_: [sys.executable, "-c", "exit(9)"])
+    monkeypatch.setattr(
+        "nermill.producer.entities.tagging.python_command", lambda *_: [sys.executable, "-c", "exit(9)"]
+    )
     with local_tagger() as tagger, pytest.raises(EngineError, match="the process of the model ended with 9"):
         tagger.tag([TEXT])
 

@@ -13,10 +13,10 @@ import typer
 from pyarrow import parquet as pq
 
 from nermill.producer import cli
-from nermill.producer import run as runs
-from nermill.producer.planning import Request, make_plan
-from nermill.producer.queue import Queue
-from nermill.producer.redacted import redact_run
+from nermill.producer.entities.redacted import redact_run
+from nermill.producer.runs import run as runs
+from nermill.producer.runs.planning import Request, make_plan
+from nermill.producer.runs.queue import Queue
 from tests.stand_in import next_claim
 
 # Option, a wrong value, what the message says besides the value. Whoever adds an option has to add a line.

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet as pq
 
-from nermill.producer.planning import Request, make_plan, nothing_half_written
-from nermill.producer.recovery import BEFORE, beside
-from nermill.producer.shards import ShardLimits
+from nermill.producer.runs.planning import Request, make_plan, nothing_half_written
+from nermill.producer.runs.recovery import BEFORE, beside
+from nermill.producer.runs.shards import ShardLimits
 from nermill.producer.sources import ReadOptions, reading
 from nermill.worker.contracts.errors import StoreError, UsageError
 from nermill.worker.contracts.layout import RunFolder, part_name

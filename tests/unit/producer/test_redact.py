@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nermill.producer.redact import redact, replacement, restore
+from nermill.producer.entities.redact import redact, replacement, restore
 
 LABELS = ("PER", "ORG", "LOC")
 texts = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("ab \u0301\u05d0\u0627\u200f\u200d😀\r\n")))

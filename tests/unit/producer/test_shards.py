@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nermill.producer.shards import ShardLimits, cut, document_text, estimated_tokens, kind_of, write_shards
+from nermill.producer.runs.shards import ShardLimits, cut, document_text, estimated_tokens, kind_of, write_shards
 from nermill.worker.contracts.document import Document, Fault
 from nermill.worker.contracts.layout import RunFolder
 from nermill.worker.contracts.shard import read_documents, read_shard, shard_table

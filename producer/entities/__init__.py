@@ -1,0 +1,1 @@
+"""What is done with entities: shown, counted, redacted, exported, published."""

@@ -1,0 +1,253 @@
+"""A run's redacted texts as a file, and the key that takes them back: streams, in the memory of a few documents."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import sqlite3
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from nermill.producer.entities.redact import Entity, How, Replace, redact, replacement, restore
+from nermill.producer.entities.show import read_rows
+from nermill.producer.entities.tables import read_table, table_writer
+from nermill.producer.sources.files import is_remote
+from nermill.worker.contracts.errors import StoreError, UsageError
+from nermill.worker.contracts.layout import RunFolder
+from nermill.worker.contracts.plan import Plan
+from nermill.worker.contracts.store import telling
+
+_SECRET = re.compile(rb"[0-9a-f]{64}\n?")
+_KEY_SCHEMA = """
+CREATE TABLE pseudonyms (pseudonym TEXT PRIMARY KEY, label TEXT, original TEXT, UNIQUE (label, original)) WITHOUT ROWID;
+CREATE TABLE key (id TEXT);
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Redacted:
+    """What was written.
+
+    Attributes:
+        documents: Documents of the run, the rejected included.
+        left_out: Rejected documents: nobody looked for entities in them, so that their text is left out.
+        entities: Replacements by label.
+    """
+
+    documents: int
+    left_out: int
+    entities: dict[str, int]
+
+
+def redact_run(
+    run: RunFolder,
+    plan: Plan,
+    to: str,
+    how: How = "label",
+    key: str | None = None,
+    only: frozenset[str] = frozenset(),
+    min_score: float = 0.0,
+) -> Redacted:
+    """Writes a complete run's texts with their entities replaced: a row a document, in the order of the input.
+
+    Columns: ``doc_index``, ``id``, ``status``, ``text`` (null where rejected), ``entities`` (offsets in that text)
+    and ``key``, which names the key of pseudonyms.
+
+    Args:
+        run: The run's folder.
+        plan: Its plan.
+        to: A file that is not there yet: ``.jsonl``, ``.parquet`` or ``.csv``.
+        how: See ``replacement``.
+        key: Of ``pseudonym``: a new file that takes pseudonyms back, SQLite; of ``hash``: the secret, 64 hexadecimal
+            digits, made where the file is not there. Mode 0600, never overwritten.
+        only: Labels to replace; all where it is empty.
+        min_score: Entities below it stay.
+
+    Raises:
+        UsageError: a file that exists or cannot be named so, texts that are not there, a label that the run has not.
+        StoreError: a file cannot be read or written. In both cases neither file is there.
+    """
+    if key is not None and how not in ("hash", "pseudonym"):
+        raise UsageError(f"--key goes with --with hash or pseudonym, not with {how}")
+    if key is not None and os.path.abspath(key) == os.path.abspath(to):
+        raise UsageError(f"{key}: named as --key and as --to; name two files")
+    entities: Counter[str] = Counter()
+    labels: set[str] = set()
+    documents = left_out = 0
+    with ExitStack() as stack:
+        aside = stack.enter_context(new_file(to))
+        replace, key_id = _replacing(how, key, stack)
+        write = stack.enter_context(table_writer(to, aside, _COLUMNS))
+        for shown in read_rows(run, plan, None):
+            row = shown.row
+            documents += 1
+            text: str | None = None
+            found: list[Entity] = []
+            if row["status"] == "ok":
+                labels.update(entity["label"] for entity in row["entities"])
+                text, found = redact(shown.text, row["entities"], replace, only, min_score)
+                entities.update(entity["label"] for entity in found if entity["redacted"])
+            else:
+                left_out += 1
+            write(
+                {
+                    "doc_index": row["doc_index"],
+                    "id": row["doc_id"],
+                    "status": row["status"],
+                    "text": text,
+                    "entities": found,
+                    "key": key_id,
+                }
+            )
+        if unknown := sorted(only - labels):
+            known = ", ".join(sorted(labels)) or "none"
+            raise UsageError(
+                f"--only {','.join(unknown)}: no entity of the run has this label, so nothing was written; "
+                f"the run has: {known}"
+            )
+    return Redacted(documents, left_out, dict(sorted(entities.items())))
+
+
+def restore_file(source: str, key: str, to: str) -> int:
+    """Writes the texts that a file of pseudonyms stood for; returns how many documents.
+
+    Args:
+        source: What ``redact_run`` wrote with ``pseudonym``.
+        key: Its key.
+        to: A file that is not there yet.
+
+    Raises:
+        UsageError: a file that is not of that kind, another key, or a file that exists.
+        StoreError: a file cannot be read or written.
+    """
+    documents = 0
+    with ExitStack() as stack:
+        original, key_id = _open_key(key, stack)
+        aside = stack.enter_context(new_file(to))
+        write = stack.enter_context(table_writer(to, aside, ("doc_index", "id", "status", "text")))
+        for row in read_table(source, _COLUMNS):
+            documents += 1
+            if row["key"] != key_id:
+                raise UsageError(f"{source}: document {row['id']!r:.80} was not made with the key {key}; name its own")
+            try:
+                text = restore(row["text"], row["entities"], original) if row["status"] == "ok" else None
+            except (KeyError, TypeError):
+                raise UsageError(f"{source}: the entities of document {row['id']!r:.80} are damaged") from None
+            write({**{name: row[name] for name in ("doc_index", "id", "status")}, "text": text})
+    return documents
+
+
+@contextmanager
+def new_file(path: str, mode: int = 0o666) -> Iterator[str]:
+    """A path to write to, which becomes ``path`` at the end, whole or not at all; nothing is ever replaced.
+
+    Raises:
+        UsageError: the file exists, or is not on a disk.
+        StoreError: it cannot be written.
+    """
+    if is_remote(path):
+        raise UsageError(f"{path}: name a file on a disk")
+    if os.path.lexists(path):
+        raise UsageError(f"{path}: exists already, and is not overwritten; name another file")
+    folder, name = os.path.split(os.path.abspath(path))
+    aside = f"{folder}/.{name}.{uuid.uuid4().hex}"
+    with telling("write", path):
+        os.close(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
+    try:
+        yield aside
+        with telling("write", path):
+            with open(aside, "rb") as stream:
+                os.fsync(stream.fileno())
+            os.link(aside, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(aside)
+
+
+def _replacing(how: How, key: str | None, stack: ExitStack) -> tuple[Replace, str | None]:
+    """How entities are replaced, and the key's name where there is one."""
+    if how == "pseudonym":
+        aside = stack.enter_context(new_file(key, 0o600)) if key else ""  # an empty name is a file that goes by itself
+        key_id = secrets.token_hex(8)
+        return replacement(how, pseudonym=_new_pseudonyms(aside, key_id, stack)), key_id if key else None
+    return replacement(how, secret=_secret(key, stack) if how == "hash" else b""), None
+
+
+def _new_pseudonyms(path: str, key_id: str, stack: ExitStack) -> Replace:
+    """A pseudonym for each label and text, numbered by label as they come; all are in the file in the end."""
+    database = stack.enter_context(closing(sqlite3.connect(path, isolation_level=None)))
+    database.execute("PRAGMA journal_mode = OFF")  # the file is named when it is whole
+    database.execute("PRAGMA synchronous = OFF")
+    database.executescript(_KEY_SCHEMA)
+    database.execute("INSERT INTO key VALUES (?)", (key_id,))
+    database.execute("BEGIN")
+    name = path or "the temporary file of pseudonyms"
+
+    def commit() -> None:
+        with telling("write", name):
+            database.execute("COMMIT")
+
+    stack.callback(commit)
+    numbers: Counter[str] = Counter()
+
+    @lru_cache(1 << 16)
+    def pseudonym(label: str, text: str) -> str:
+        query = "SELECT pseudonym FROM pseudonyms WHERE label = ? AND original = ?"
+        if known := database.execute(query, (label, text)).fetchone():
+            return str(known[0])
+        numbers[label] += 1
+        new = f"{label}_{numbers[label]}"
+        with telling("write", name):
+            database.execute("INSERT INTO pseudonyms VALUES (?, ?, ?)", (new, label, text))
+        return new
+
+    return pseudonym
+
+
+def _open_key(path: str, stack: ExitStack) -> tuple[Any, str]:
+    """What a pseudonym stands for, and the key's name."""
+    if not os.path.isfile(path):
+        raise UsageError(f"{path}: no such key file; name what nermill redact --with pseudonym --key wrote")
+    database = stack.enter_context(closing(sqlite3.connect(path)))
+    try:
+        (key_id,) = database.execute("SELECT id FROM key").fetchone()
+        database.execute("SELECT pseudonym, original FROM pseudonyms LIMIT 1")
+    except (sqlite3.Error, TypeError) as error:
+        raise UsageError(f"{path}: no key of pseudonyms ({error}); name what nermill redact --key wrote") from None
+
+    @lru_cache(1 << 16)
+    def original(pseudonym: str) -> str:
+        found = database.execute("SELECT original FROM pseudonyms WHERE pseudonym = ?", (pseudonym,)).fetchone()
+        if found is None:
+            raise UsageError(f"{path}: holds no {pseudonym!r:.80}; the redacted file was changed")
+        return str(found[0])
+
+    return original, key_id
+
+
+def _secret(path: str | None, stack: ExitStack) -> bytes:
+    """The secret of hashes: that of a file, made where the file is not there; without a file one that nobody keeps."""
+    if path is not None and os.path.lexists(path):
+        try:
+            with open(path, "rb") as stream:
+                held = stream.read(66)
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+        if not _SECRET.fullmatch(held):
+            raise UsageError(f"{path}: exists and is no secret of hashes (64 hexadecimal digits); name another file")
+        return bytes.fromhex(held.decode())
+    secret = secrets.token_bytes(32)
+    if path is not None:
+        aside = stack.enter_context(new_file(path, 0o600))
+        with open(aside, "w", encoding="ascii") as stream:
+            stream.write(f"{secret.hex()}\n")
+    return secret
+
+
+_COLUMNS = ("doc_index", "id", "status", "text", "entities", "key")

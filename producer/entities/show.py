@@ -1,0 +1,89 @@
+"""A run's result for the eye: entities marked in their text, or CoNLL columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+
+from nermill.producer.runs.shards import document_text
+from nermill.worker.contracts.document import Document
+from nermill.worker.contracts.errors import StoreError, UsageError
+from nermill.worker.contracts.layout import RunFolder, part_name
+from nermill.worker.contracts.part import open_part
+from nermill.worker.contracts.plan import Plan, Shard
+from nermill.worker.contracts.shard import read_documents, read_shard
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One row of a part with the text that its offsets count in."""
+
+    row: dict[str, Any]
+    text: str
+
+    def pieces(self) -> Iterator[tuple[str, str]]:
+        """The text cut into (piece, label); the label is empty outside entities."""
+        at = 0
+        for entity in self.row["entities"]:
+            if entity["start"] > at:
+                yield self.text[at : entity["start"]], ""
+            yield self.text[entity["start"] : entity["end"]], entity["label"]
+            at = entity["end"]
+        if at < len(self.text):
+            yield self.text[at:], ""
+
+
+def read_rows(run: RunFolder, plan: Plan, limit: int | None) -> Iterator[Shown]:
+    """The first documents of the committed parts, in the order of the input."""
+    committed = run.committed()
+    shards = (shard for shard in plan.shards if shard.index in committed)
+    return islice((shown for shard in shards for shown in _rows(run, shard)), limit)
+
+
+def conll_lines(run: RunFolder, plan: Plan, limit: int | None) -> Iterator[str]:
+    """Two columns, word and predicted IOB2 tag; a blank line after each document.
+
+    Raises:
+        UsageError: the run's documents were not split into words.
+    """
+    for shown in read_rows(run, plan, limit):
+        words, tags = shown.row["words"], shown.row["tags"]
+        if shown.row["status"] != "ok":
+            continue
+        if words is None or tags is None:
+            raise UsageError(f"{run.uri}: its documents are texts, not words; --format conll needs CoNLL input")
+        yield from (f"{word} {tag}" for word, tag in zip(words, tags, strict=True))
+        yield ""
+
+
+def _rows(run: RunFolder, shard: Shard) -> Iterator[Shown]:
+    documents = None
+    try:
+        with open_part(run, shard.index) as part:
+            for batch in part.iter_batches(64, use_threads=run.is_local):
+                for row in batch.to_pylist():
+                    text = row.get("text")
+                    if text is None and row["words"] is not None:
+                        text = " ".join(row["words"])
+                    elif text is None and row["status"] == "ok":
+                        documents = documents or _documents(run, shard)
+                        text = document_text(documents[row["doc_index"] - shard.first])
+                    yield Shown(row, text or "")
+    except (pa.ArrowException, FileNotFoundError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise StoreError(
+            f"{run.path(part_name(shard.index))}: damaged part ({reason}); remove it and nermill resume"
+        ) from None
+
+
+def _documents(run: RunFolder, shard: Shard) -> list[Document]:
+    if not run.exists(run.shard_file(shard.index)):
+        raise UsageError(
+            f"{run.uri}: its texts are not there (neither kept in its parts nor in {run.shard_file(shard.index)}); "
+            "tag the input again with --keep-text"
+        )
+    return read_documents(read_shard(run, shard.index, shard.sha256))

@@ -1,0 +1,1 @@
+"""A broker and a worker on this machine, for as long as a command lasts."""

@@ -1,0 +1,75 @@
+"""What a process that is gone left half done: an open run, or a compaction between two renames."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from dataclasses import replace
+
+from nermill.producer.runs.queue import Queue
+from nermill.worker.contracts.errors import StoreError
+from nermill.worker.contracts.layout import PLAN_FILE, RunFolder
+from nermill.worker.contracts.plan import Plan, Shard
+from nermill.worker.contracts.store import telling
+
+BEFORE = "before"  # what a run's folder is called beside its place until the compacted one is there
+
+
+def recover(run: RunFolder, plan: Plan, queue: Queue) -> Plan:
+    """The plan of an open run as its folder tells it; closed for good where its producer is gone.
+
+    Raises:
+        StoreError: a shard cannot be read.
+    """
+    shards: list[Shard] = []
+    first = 0
+    for index in sorted(run.shards()):
+        data = run.read(run.shard_file(index))
+        documents = _count(data, run.path(run.shard_file(index)))
+        shards.append(Shard(index, first, documents, hashlib.sha256(data).hexdigest()))
+        first += documents
+    if queue.has_producer(plan.run_id):
+        return replace(plan, shards=tuple(shards))
+    plan = closed(plan, shards)
+    plan.write(run)
+    return plan
+
+
+def _count(data: bytes, name: str) -> int:
+    import pyarrow as pa
+    from pyarrow import ipc
+
+    try:
+        return int(ipc.open_file(pa.BufferReader(data)).read_all().num_rows)
+    except pa.ArrowInvalid as error:
+        raise StoreError(f"{name}: not a shard ({error})") from None
+
+
+def closed(plan: Plan, shards: list[Shard]) -> Plan:
+    """The plan of a stream that ended."""
+    documents = sum(shard.documents for shard in shards)
+    inputs = tuple(replace(entry, documents=documents) for entry in plan.inputs)
+    return replace(plan, shards=tuple(shards), inputs=inputs, is_open=False)
+
+
+def beside(run: RunFolder, name: str) -> str:
+    """Path of a hidden folder beside a run on a local disk."""
+    folder, base = os.path.split(os.path.abspath(run.uri))
+    return f"{folder}/.{base}.{name}"
+
+
+def put_back(run: RunFolder) -> None:
+    """Ends the swap of a local run's folder that was interrupted: the new one is in its place, or the old one again.
+
+    Raises:
+        StoreError: the disk refuses.
+    """
+    before = beside(run, BEFORE)
+    if not run.is_local or not os.path.exists(before):
+        return
+    with telling("put back", before):
+        if run.exists(PLAN_FILE):
+            shutil.rmtree(before)
+        else:
+            os.rename(before, run.uri)

@@ -1,0 +1,224 @@
+"""A run on its way: sent, followed, resumed, cancelled; every step may be repeated."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import replace
+
+from nermill.producer.runs.queue import HIGH_WATER, Queue
+from nermill.producer.runs.recovery import put_back, recover
+from nermill.producer.runs.status import Status, Tally, artifact_of_parts, look
+from nermill.producer.sources.files import absolute, suggestion
+from nermill.worker.contracts.errors import BrokerError, StoreError, UsageError
+from nermill.worker.contracts.layout import FIRST_LAYOUT, PLAN_FILE, SUCCESS_FILE, RunFolder
+from nermill.worker.contracts.ledger import Ledger, Progress, RunState
+from nermill.worker.contracts.message import PRIORITIES
+from nermill.worker.contracts.part import mark_complete
+from nermill.worker.contracts.plan import Plan, Shard, read_plan
+
+MAX_WAITING_SHARDS = 100_000  # about 120 MB in the broker
+BROKER_TIMEOUT = 120.0  # seconds without a broker before a waiting producer gives up
+SETTLE_SECONDS = 30.0  # for a worker to begin the run's last step: _SUCCESS and evaluation
+_BATCH = 64  # shards sent between two looks at the high-water mark
+_POLL_SECONDS = (0.1, 1.0)
+_LONGEST_PAUSE = 5.0  # after a look that lasted: of a slow store, or over a network that was cut
+
+OnStatus = Callable[[Status], None]
+
+
+def ignore(_: Status) -> None:
+    """For those who do not watch."""
+
+
+def open_run(uri: str) -> tuple[RunFolder, Plan]:
+    """A run that was planned before.
+
+    Raises:
+        UsageError: there is none, or its plan is damaged.
+    """
+    run = RunFolder(absolute(uri))
+    if not run.exists(PLAN_FILE):
+        put_back(run)
+    if not run.exists(PLAN_FILE) and not run.exists(FIRST_LAYOUT):
+        if inside := [name for name in run.list() if name.startswith("run=")]:
+            names = ", ".join(f"{run.uri}/{name}" for name in inside[:5])
+            raise UsageError(f"{run.uri}: a folder of runs, not a run; name one: {names}")
+        if meant := suggestion(run.uri):
+            raise UsageError(f"{run.uri}: no run here{meant}")
+    return run, read_plan(run)
+
+
+def open_runs(uris: Iterable[str]) -> list[tuple[RunFolder, Plan]]:
+    """Several runs that were planned before; nothing is done to any where one is wrong.
+
+    Raises:
+        UsageError: one is not there, or its plan is damaged.
+    """
+    return [open_run(uri) for uri in dict.fromkeys(uris)]
+
+
+def send(run: RunFolder, plan: Plan, queue: Queue, high_water: int = HIGH_WATER, on_wait: OnStatus = ignore) -> int:
+    """Sends the shards that have no part; those that wait or are at work already are left alone.
+
+    Args:
+        run: The run's folder.
+        plan: Its plan.
+        queue: Where to.
+        high_water: Unfinished documents above which sending pauses, so that the broker does not fill.
+        on_wait: Told the status while it pauses.
+
+    Returns:
+        Shards that newly wait for a worker.
+
+    Raises:
+        UsageError: a shard's documents are gone.
+        BrokerError: the broker does not answer.
+    """
+    committed = run.committed()
+    missing = [shard for shard in plan.shards if shard.index not in committed]
+    _check_documents(run, missing)
+    with queue.ledger() as ledger:
+        done = ledger.done(plan.run_id)
+        if plan.details.get("compacted") and done - {shard.index for shard in plan.shards}:
+            queue.drop(plan.run_id)  # it knows the shards of before
+            done = set()
+        open_ledger(ledger, run, plan)
+        for shard in done - committed:
+            ledger.forget(plan.run_id, shard)
+    if missing:
+        run.remove(SUCCESS_FILE)  # a part of a complete run was taken away
+    else:
+        finish(run, plan, queue)
+    tally = Tally(run)
+    sent = 0
+    for at in range(0, len(missing), _BATCH):
+        while at and is_above(queue, plan, high_water):
+            on_wait(look(run, plan, queue, tally))
+            time.sleep(_POLL_SECONDS[1])
+        sent += send_shards(queue, plan, missing[at : at + _BATCH])
+    return sent
+
+
+def resume(run: RunFolder, plan: Plan, queue: Queue, high_water: int = HIGH_WATER, on_wait: OnStatus = ignore) -> Plan:
+    """Sends again what has no part; a cancelled run is taken up again, an abandoned stream is closed."""
+    run.sweep()
+    if not run.is_local:
+        from nermill.producer.runs.compact import take_up
+
+        plan = take_up(run) or plan
+    if plan.is_open:
+        plan = recover(run, plan, queue)
+    if plan.cancelled:
+        plan = replace(plan, cancelled=False)
+        plan.write(run)
+    send(run, plan, queue, high_water, on_wait)
+    return plan
+
+
+def wait(run: RunFolder, plan: Plan, queue: Queue, on_status: OnStatus = ignore) -> Status:
+    """Follows a run to its end, and mends what was lost on the way: shards that nobody knows are sent again.
+
+    Args:
+        run: The run's folder.
+        plan: Its plan.
+        queue: Its broker; while it is away the run's folder is watched alone.
+        on_status: Told the status at each look; what it raises ends the waiting.
+
+    Returns:
+        The last status: complete or cancelled.
+
+    Raises:
+        BrokerError: the broker stays away.
+        StoreError: workers refuse the run, or the folder cannot be read.
+    """
+    tally = Tally(run)
+    pause, lost, answered, complete_since = _POLL_SECONDS[0], False, time.monotonic(), 0.0
+    while True:
+        began = time.monotonic()
+        try:
+            status = look(run, plan, queue, tally)
+            answered = began
+        except BrokerError:
+            if began - answered > BROKER_TIMEOUT:
+                raise
+            status = look(run, plan, None, tally)
+        on_status(status)
+        if answered == began:
+            with suppress(BrokerError):
+                queue.recover()
+        working = _is_busy(status.progress)
+        if status.state == "complete":
+            complete_since = complete_since or began
+            is_settled = began - complete_since > SETTLE_SECONDS
+            if not working or (is_settled and not status.progress.leased):
+                finish(run, plan, queue)
+                return look(run, plan, None, tally)
+        if status.state == "cancelled" and not status.progress.leased:
+            return status
+        idle = not working and status.state not in ("complete", "cancelled")
+        refused = status.progress.blocked or (status.progress.quarantined and not working)
+        if refused and not status.progress.leased:
+            reason = status.progress.last_error
+            raise StoreError(f"{run.uri}: the workers refuse it ({reason}); once mended: nermill resume {run.uri}")
+        if idle and lost and answered == began:
+            send(run, plan, queue)
+        lost = idle
+        pause = min(_POLL_SECONDS[1], pause * 1.2)
+        time.sleep(max(pause, min(_LONGEST_PAUSE, 5 * (time.monotonic() - began))))
+
+
+def finish(run: RunFolder, plan: Plan, queue: Queue | None = None) -> bool:
+    """Marks a run whose parts are all there; False where some are missing."""
+    if plan.is_open or {shard.index for shard in plan.shards} != run.committed():  # more: see producer.compact
+        return False
+    mark_complete(run, sorted(shard.index for shard in plan.shards))
+    if queue is not None:
+        with queue.ledger() as ledger:
+            ledger.close(plan.run_id)
+    return True
+
+
+def cancel(run: RunFolder, plan: Plan, queue: Queue) -> Plan:
+    """Stops what has not started; committed parts stay, and so does what a worker holds at this moment."""
+    if finish(run, plan, queue):
+        return plan
+    cancelled = plan.cancel(run)
+    with queue.ledger() as ledger:
+        ledger.cancel(plan.run_id)
+    return cancelled
+
+
+def open_ledger(ledger: Ledger, run: RunFolder, plan: Plan) -> None:
+    """Makes a run known to the ledger, or known again: bound to the artifact of its parts, if it has any."""
+    state = RunState.OPEN if plan.is_open else RunState.CLOSED
+    artifact = plan.model["sha256"] or artifact_of_parts(run)
+    ledger.open(plan.run_id, run.uri, plan.options, artifact=artifact, state=state, priority=PRIORITIES[plan.priority])
+
+
+def send_shards(queue: Queue, plan: Plan, shards: Iterable[Shard]) -> int:
+    """Makes shards pending and sends the messages that are due; returns how many shards are new."""
+    with queue.ledger() as ledger:
+        added = ledger.add(plan.run_id, shards)
+    queue.promote()
+    return added
+
+
+def is_above(queue: Queue, plan: Plan, high_water: int) -> bool:
+    """Whether so much of a run waits that its producer should wait too."""
+    with queue.ledger() as ledger:
+        progress = ledger.progress(plan.run_id)
+    return progress.unfinished_documents > high_water or progress.waiting > MAX_WAITING_SHARDS
+
+
+def _is_busy(progress: Progress) -> bool:
+    return bool(progress.waiting or progress.leased)
+
+
+def _check_documents(run: RunFolder, shards: list[Shard]) -> None:
+    gone = {shard.index for shard in shards} - run.shards() if shards else set()
+    if gone:
+        raise UsageError(
+            f"{run.path(run.shard_file(min(gone)))}: these documents are gone; submit the same input again"
+        )

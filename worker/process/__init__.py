@@ -1,0 +1,1 @@
+"""The worker's process: command, supervisor, settings, logs, metrics, tracing."""

@@ -1,0 +1,186 @@
+"""Logits to tags to spans with scores, vectorised over all documents of a shard."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nermill.worker.contracts.labels import LabelChoice, key
+from nermill.worker.contracts.plan import Aggregation
+from nermill.worker.tagging.batching import spread
+
+Int = NDArray[np.int64]
+Float = NDArray[np.float32]
+
+
+class Labels:
+    """A model's labels as arrays: the type of each label and whether it begins a span.
+
+    Args:
+        labels: ``O``, ``B-PER``, ``I-PER`` …, by index of the logit. A label without a prefix is its own type.
+    """
+
+    def __init__(self, labels: tuple[str, ...]) -> None:
+        names = sorted({_type_of(label) for label in labels} - {""})
+        self.names = tuple(names)
+        self.type = np.array([names.index(_type_of(label)) + 1 if _type_of(label) else 0 for label in labels])
+        self.begins = np.array([label[:2] in ("B-", "S-", "U-") for label in labels])
+        self.tags = _tags_of(names)
+
+    def renamed(self, names: Sequence[str]) -> Labels:
+        """The same labels under other names, one for each of ``names``; an empty one is never written."""
+        labels = copy(self)
+        labels.names, labels.tags = tuple(names), _tags_of(names)
+        return labels
+
+
+def _tags_of(names: Sequence[str]) -> tuple[str, ...]:
+    return ("O", *(prefix + name for name in names for prefix in ("B-", "I-")))
+
+
+def _type_of(label: str) -> str:
+    if label == "O":
+        return ""
+    return label[2:] if label[1:2] == "-" and label[0] in "BIESLU" else label
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """What gets one tag each: words, or single tokens where nothing is aggregated.
+
+    Attributes:
+        document: Document of each unit, int64, shape (units,).
+        word: Word number within its document, int64, shape (units,).
+        first, last: First and last token of each unit, int64, shape (units,).
+        type: 0 for no entity, else 1 + index into ``Labels.names``, int64, shape (units,).
+        begins: Whether the predicted label begins a span of its own, bool, shape (units,).
+        score: Probability of the predicted label, float32, shape (units,).
+    """
+
+    document: Int
+    word: Int
+    first: Int
+    last: Int
+    type: Int
+    begins: NDArray[np.bool_]
+    score: Float
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """Entities of all documents, in order; each covers the units ``first`` to ``last`` (inclusive).
+
+    Arrays of shape (spans,): int64, and float32 for ``score``, the mean over the span's units.
+    """
+
+    document: Int
+    first: Int
+    last: Int
+    type: Int
+    score: Float
+
+    def where(self, kept: NDArray[np.bool_]) -> Spans:
+        """Some of the spans; ``kept`` is bool, shape (spans,)."""
+        return Spans(self.document[kept], self.first[kept], self.last[kept], self.type[kept], self.score[kept])
+
+
+def softmax(logits: Float) -> Float:
+    """Probabilities over the last axis, float32."""
+    shifted = np.exp(logits - logits.max(-1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(-1, keepdims=True), np.float32)
+
+
+def units(logits: Float, document: Int, words: Int, labels: Labels, aggregation: Aggregation) -> Units:
+    """Predicts one label a unit.
+
+    The strategies are those of transformers' token classification: ``first`` takes a word's first token,
+    ``average`` the mean of its tokens' probabilities, ``max`` the token that is surest; ``none`` and ``simple``
+    leave tokens alone.
+
+    Args:
+        logits: float32, shape (tokens, labels).
+        document: Document of each token, int64, shape (tokens,).
+        words: Word of each token within its document, int64, shape (tokens,).
+    """
+    count = len(document)
+    if aggregation in ("none", "simple"):
+        first = np.arange(count)
+    else:
+        new = np.ones(count, bool)
+        new[1:] = (words[1:] != words[:-1]) | (document[1:] != document[:-1])
+        first = np.flatnonzero(new)
+    last = np.append(first[1:], count)[: len(first)] - 1
+    if aggregation == "average" and count:
+        sums = np.add.reduceat(softmax(logits), first, axis=0)
+        chosen = np.asarray(sums / (last - first + 1)[:, None], np.float32)
+    elif aggregation == "max" and count:
+        probabilities = softmax(logits)
+        sureness = probabilities.max(-1)
+        unit = np.repeat(np.arange(len(first)), last - first + 1)
+        by_unit_then_sureness = np.lexsort((-sureness, unit))
+        chosen = probabilities[by_unit_then_sureness[first]]
+    else:
+        chosen = softmax(logits[first]) if count else logits
+    label = chosen.argmax(-1) if count else np.zeros(0, np.int64)
+    score = chosen[np.arange(len(label)), label] if count else np.zeros(0, np.float32)
+    return Units(document[first], words[first], first, last, labels.type[label], labels.begins[label], score)
+
+
+def spans(units: Units, *, join: bool = True) -> Spans:
+    """Groups units into entities as conlleval does: a span ends where the type or the document changes, or at a B-.
+
+    Args:
+        units: The predictions.
+        join: False makes every unit with a label an entity of its own (aggregation ``none``).
+    """
+    inside = np.flatnonzero(units.type)
+    kind, where = units.type[inside], units.document[inside]
+    opens = np.ones(len(inside), bool)
+    if join:
+        opens[1:] = (
+            units.begins[inside[1:]]
+            | (kind[1:] != kind[:-1])
+            | (where[1:] != where[:-1])
+            | (inside[1:] != inside[:-1] + 1)
+        )
+    begin = np.flatnonzero(opens)
+    end = np.append(begin[1:], len(inside))[: len(begin)]
+    if not len(begin):
+        empty = np.zeros(0, np.int64)
+        return Spans(empty, empty, empty, empty, np.zeros(0, np.float32))
+    score = np.add.reduceat(units.score[inside], begin) / (end - begin)
+    return Spans(where[begin], inside[begin], inside[end - 1], kind[begin], score.astype(np.float32))
+
+
+def choose(spans: Spans, labels: Labels, choice: LabelChoice) -> tuple[Spans, Labels, Counter[str]]:
+    """Leaves entities out and renames labels.
+
+    Returns:
+        The spans that stay, the labels under their new names, and how many spans were mapped or left out, by key.
+    """
+    if choice.is_all:
+        return spans, labels, Counter()
+    names = [choice.target(name) for name in labels.names]
+    sure = spans.score >= np.float32(choice.min_score)
+    named = np.array([True, *map(bool, names)])[spans.type]
+    tally: Counter[str] = Counter()
+    for number, (label, name) in enumerate(zip(labels.names, names, strict=True), 1):
+        of_label = spans.type == number
+        tally[key("predicted", label, name)] += int((of_label & (sure | (not name))).sum()) if name != label else 0
+        tally[f"predicted.below_min_score.{label}"] += int((of_label & ~sure & named).sum())
+    return spans.where(sure & named), labels.renamed(names), +tally
+
+
+def tag_numbers(units: Units, spans: Spans) -> Int:
+    """The IOB2 tag of each unit as an index into ``Labels.tags``: exactly what the spans say, int64, shape (units,)."""
+    tags = np.zeros(len(units.type), np.int64)
+    length = spans.last - spans.first + 1
+    inside = spread(spans.first, length)
+    tags[inside] = np.repeat(2 * spans.type, length)
+    tags[spans.first] = 2 * spans.type - 1
+    return tags
