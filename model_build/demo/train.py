@@ -52,6 +52,14 @@ def encode(tokenizer: Tokenizer, sentences: list[Sentence]) -> Example:
     return np.array(encoding.ids, np.int64)[:MAX_TOKENS], targets[:MAX_TOKENS]
 
 
+def run_length(rng: random.Random, options: argparse.Namespace) -> int:
+    """Draws how many consecutive sentences make one example."""
+    kind = rng.random()
+    if kind < options.alone:
+        return 1
+    return rng.randint(9, 24) if kind > 1 - options.long else rng.randint(2, 8)
+
+
 def examples_of_epoch(
     tokenizer: Tokenizer,
     corpora: list[Corpus],
@@ -59,7 +67,7 @@ def examples_of_epoch(
     options: argparse.Namespace,
     mentions: Mentions,
 ) -> list[Example]:
-    """Cuts each document anew into examples: single sentences (share ``alone``) and runs of 2 to 8.
+    """Cuts each document anew into examples: single sentences (share ``alone``), runs of 2 to 8, runs of 9 to 24.
 
     A corpus of single sentences is shuffled, and its runs join unrelated ones. Of a corpus with a weight below 1, a
     new share is drawn in each epoch.
@@ -76,7 +84,7 @@ def examples_of_epoch(
         for document in documents:
             start = 0
             while start < len(document):
-                length = 1 if rng.random() < options.alone else rng.randint(2, 8)
+                length = run_length(rng, options)
                 run = [augmented(s, mentions, rng, options) for s in document[start : start + length]]
                 examples.append(encode(tokenizer, run))
                 start += length
@@ -164,7 +172,7 @@ def start(options: argparse.Namespace, corpora: list[Corpus]) -> tuple[BertForTo
         label2id={label: i for i, label in enumerate(LABELS)},
         num_labels=len(LABELS),
         hidden_dropout_prob=options.dropout,
-        attention_probs_dropout_prob=options.dropout,
+        attention_probs_dropout_prob=0.0,  # any other value is slow on a CPU
     )
     words = (w for corpus in corpora for document in corpus.train for sentence in document for w in sentence.words)
     vocabulary = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
@@ -263,9 +271,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--minutes", type=float, default=600, help="training ends by then, the rate at zero")
-    parser.add_argument("--dropout", type=float, default=0.0, help="slow on a CPU; the changed sentences regularise")
+    parser.add_argument("--dropout", type=float, default=0.1, help="of hidden states")
     parser.add_argument("--budget", type=int, default=1280, help="padded tokens a batch")
     parser.add_argument("--alone", type=float, default=0.75, help="share of examples that are one sentence")
+    parser.add_argument("--long", type=float, default=0.02, help="share of examples that are 9 to 24 sentences")
     parser.add_argument("--masked", type=float, default=0.08, help="share of words hidden behind [MASK]")
     parser.add_argument("--cased", type=int, default=3400, help="word forms that keep their case")
     parser.add_argument("--swapped", type=float, default=0.25, help="share of sentences with swapped mentions")
