@@ -26,7 +26,7 @@ from tests.harness import Harness, rows, texts
 from tests.integration.test_worker_command import children
 
 SHAPES = "8x64,8x128"
-DOCUMENTS = texts(320)
+DOCUMENTS = texts(800)  # more than 15 calls of packed rows, the number after which the double hangs
 WORKER = [sys.executable, "-m", "nermill.worker.process.launch"]
 
 

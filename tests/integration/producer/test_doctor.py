@@ -20,6 +20,7 @@ from nermill.producer.doctor import Finding, examine
 from nermill.worker.contracts.broker import redis_client
 from nermill.worker.contracts.manifest import load_manifest, resolve_artifact
 from nermill.worker.contracts.plan import Options, Shard
+from tests.doubles import cann
 from tests.harness import REAL, Server
 
 
@@ -151,6 +152,7 @@ def test_auto_looks_for_the_device_that_the_artifact_needs(broker, tmp_path):
 
 
 def test_the_two_wheels_and_the_compiler_of_offline_models(broker, tmp_path, monkeypatch):
+    cann.forget(monkeypatch)
     shutil.copytree(resolve_artifact("demo"), tmp_path / "om")
     manifest = tmp_path / "om" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"backend": "onnx"', '"backend": "om"'))
