@@ -18,7 +18,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from nermill.producer.local.worker import keeper
+from nermill.producer.local import keeper
 from nermill.worker.contracts.errors import BrokerError, UsageError
 
 OLDEST_SERVER = (6, 2)
