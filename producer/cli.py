@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from nermill.producer.commands import following, handing_on, reading, submitting, tagging
+from nermill.producer.commands import exporting, following, reading, submitting, tagging
 from nermill.worker.contracts.console import exit_code
 
 app = typer.Typer(
@@ -33,10 +33,10 @@ for command, example in (
     (following.cancel, "nermill cancel tagged/run=3f2a91c07b55"),
     (reading.evaluate, "nermill evaluate tagged/run=3f2a91c07b55 --min-f1 0.9"),
     (reading.compact, "nermill compact tagged/run=3f2a91c07b55"),
-    (handing_on.export, "nermill export tagged/run=3f2a91c07b55 --format conll --to corrected.conll"),
-    (handing_on.redact, "nermill redact tagged/run=3f2a91c07b55 --to redacted.jsonl --with pseudonym --key names.key"),
-    (handing_on.restore, "nermill restore redacted.jsonl --key names.key --to restored.jsonl"),
-    (handing_on.publish, "nermill publish tagged/run=3f2a91c07b55 s3://lake/entities --layout entities"),
+    (exporting.export, "nermill export tagged/run=3f2a91c07b55 --format conll --to corrected.conll"),
+    (exporting.redact, "nermill redact tagged/run=3f2a91c07b55 --to redacted.jsonl --with pseudonym --key names.key"),
+    (exporting.restore, "nermill restore redacted.jsonl --key names.key --to restored.jsonl"),
+    (exporting.publish, "nermill publish tagged/run=3f2a91c07b55 s3://lake/entities --layout entities"),
     (reading.doctor, "nermill doctor --broker redis://queue:6379/0 --devices npu:0,npu:1"),
     (reading.show, "nermill show tagged/run=3f2a91c07b55 --limit 5"),
 ):

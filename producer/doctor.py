@@ -127,8 +127,8 @@ def _workers(queue: Queue, manifest: Manifest | None, model: str) -> Finding:
     if manifest is not None and manifest.sha256[:12] not in served:
         detail = f"none serves {model} ({manifest.sha256[:12]}); {told}"
         return Finding("workers", False, detail, f"{start}; or name with --model the artifact that they serve")
-    if strange := wanted - served.keys():
-        names = ", ".join(sorted(strange))
+    if unserved := wanted - served.keys():
+        names = ", ".join(sorted(unserved))
         detail = f"runs wait for another artifact (sha256 {names}) than the workers serve; {told}"
         return Finding("workers", False, detail, "nermill-worker --model THAT_ARTIFACT")
     own = "" if manifest is None else manifest.sha256[:12]

@@ -56,7 +56,7 @@ def evaluate(
     from nermill.worker.contracts.labels import LabelChoice
     from nermill.worker.evaluation import GoldOptions, write_report
     from nermill.worker.evaluation import evaluate as evaluated
-    from nermill.worker.evaluation.floors import below_floors
+    from nermill.worker.evaluation.thresholds import below_thresholds
 
     folders = [folder for folder, _ in open_runs(runs)]
     other = open_run(compare)[0] if compare else None
@@ -66,7 +66,9 @@ def evaluate(
     code = 0
     for folder in folders:
         report = evaluated(folder, gold=file, partial=partial, compare=other, choice=choice, seqeval=seqeval)
-        missed = below_floors(report, f1=min_f1, accuracy=min_accuracy, documents_per_second=min_documents_per_second)
+        missed = below_thresholds(
+            report, f1=min_f1, accuracy=min_accuracy, documents_per_second=min_documents_per_second
+        )
         write_report(folder, report)
         if json:
             print_json(report)
@@ -170,9 +172,9 @@ def show(
             continue
         if len(runs) > 1 and not json:
             console.print(f"{folder.uri}:", style="bold", soft_wrap=True)
-        for shown in read_rows(folder, plan, limit or 20):
+        for document in read_rows(folder, plan, limit or 20):
             if json:
-                print_json({"run": folder.uri, **shown.row, "text": shown.text})
+                print_json({"run": folder.uri, **document.row, "text": document.text})
             else:
-                print_marked(shown, console)
+                print_marked(document, console)
     return 0

@@ -38,7 +38,7 @@ def tag(
 
         from rich.console import Console
 
-        from nermill.producer.entities.show import Shown
+        from nermill.producer.entities.show import TaggedDocument
         from nermill.producer.entities.view import print_json, print_marked
         from nermill.producer.runs.progress import say
 
@@ -52,7 +52,7 @@ def tag(
         if json:
             print_json({"text": text, "status": status, "entities": entities})
         else:
-            print_marked(Shown({"doc_id": "", "status": status, "entities": entities}, text), console)
+            print_marked(TaggedDocument({"doc_id": "", "status": status, "entities": entities}, text), console)
         if annotation.fault:
             say(f"text {number}: {annotation.fault.reason}: {annotation.fault.message}")
             code = 3

@@ -11,7 +11,7 @@ from functools import lru_cache
 from itertools import groupby
 from typing import Any, Literal, get_args
 
-from nermill.producer.entities.show import Shown, read_rows
+from nermill.producer.entities.show import TaggedDocument, read_rows
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.layout import RunFolder
 from nermill.worker.contracts.plan import Plan
@@ -73,31 +73,31 @@ def _kind(letter: str) -> str:
     return "word" if letter.isalnum() or letter == "_" or category[0] == "M" or category == "Cf" else "sign"
 
 
-def _conll(documents: Iterator[Shown], unit: str) -> Iterator[str]:
-    for shown in documents:
+def _conll(documents: Iterator[TaggedDocument], unit: str) -> Iterator[str]:
+    for document in documents:
         if unit == "document":
             yield f"{_DOCSTART} {OUTSIDE}"
             yield ""
-        words, tags = _tagged(shown)
+        words, tags = _words_and_tags(document)
         for word, tag in zip(words, tags, strict=True):
             if not word or word == _DOCSTART or not _SPACE.isdisjoint(word):
                 raise UsageError(
-                    f"document {shown.row['doc_id']!r:.80} has the word {word!r:.80}, which CoNLL cannot hold; "
+                    f"document {document.row['doc_id']!r:.80} has the word {word!r:.80}, which CoNLL cannot hold; "
                     "use --format jsonl"
                 )
             yield f"{word} {tag}"
         yield ""
 
 
-def _tagged(shown: Shown) -> tuple[Sequence[str], Sequence[str]]:
+def _words_and_tags(document: TaggedDocument) -> tuple[Sequence[str], Sequence[str]]:
     """A document's words and their tags; of a text, those that its entities make."""
-    row = shown.row
+    row = document.row
     if row["words"] is not None:
         return row["words"], row["tags"] or [OUTSIDE] * len(row["words"])
     if row["status"] != "ok":
         return [_UNREADABLE], [OUTSIDE]
     entities = sorted(row["entities"], key=lambda e: (e["start"], e["end"]))
-    spans = list(words_of(shown.text, [edge for e in entities for edge in (e["start"], e["end"])]))
+    spans = list(words_of(document.text, [edge for e in entities for edge in (e["start"], e["end"])]))
     tags: list[str] = []
     waiting = iter(entities)
     entity: dict[str, Any] | None = next(waiting, None)
@@ -110,17 +110,17 @@ def _tagged(shown: Shown) -> tuple[Sequence[str], Sequence[str]]:
             is_first = False
         else:
             tags.append(OUTSIDE)
-    return [shown.text[start:end] for start, end in spans], tags
+    return [document.text[start:end] for start, end in spans], tags
 
 
-def _jsonl(documents: Iterator[Shown], _: str) -> Iterator[str]:
-    for shown in documents:
-        row = shown.row
+def _jsonl(documents: Iterator[TaggedDocument], _: str) -> Iterator[str]:
+    for document in documents:
+        row = document.row
         if row["status"] != "ok":
             continue
         body: dict[str, Any] = {
             "id": row["doc_id"],
-            "text": shown.text,
+            "text": document.text,
             "label": [[e["start"], e["end"], e["label"]] for e in row["entities"]],
             "spans": [{name: e[name] for name in ("start", "end", "label", "score")} for e in row["entities"]],
         }
@@ -129,7 +129,7 @@ def _jsonl(documents: Iterator[Shown], _: str) -> Iterator[str]:
         yield json.dumps(body, ensure_ascii=False)
 
 
-def _csv(documents: Iterator[Shown], _: str) -> Iterator[str]:
+def _csv(documents: Iterator[TaggedDocument], _: str) -> Iterator[str]:
     buffer = io.StringIO(newline="")
     rows = csv.writer(buffer, lineterminator="")
 
@@ -140,8 +140,8 @@ def _csv(documents: Iterator[Shown], _: str) -> Iterator[str]:
         return buffer.getvalue()
 
     yield line(CSV_COLUMNS)
-    for shown in documents:
-        row = shown.row
+    for document in documents:
+        row = document.row
         for e in row["entities"]:
             cells = (row["doc_index"], row["doc_id"], e["start"], e["end"], e["label"], e["text"], round(e["score"], 6))
             yield line(cells)

@@ -93,7 +93,7 @@ def publish(
         except CommitFailedError:
             continue  # another commit was first: it may be this very run's
         except Exception as error:
-            raise rows.error or _refusal(uri, error) from None
+            raise rows.error or _write_error(uri, error) from None
         return Published(uri, _version_of(_open(uri, schema, options), plan), rows.count, True)
     raise StoreError(f"{uri}: other commits went before ours {ATTEMPTS} times; publish again when the table is quieter")
 
@@ -138,7 +138,7 @@ def _open(uri: str, schema: pa.Schema, options: dict[str, str]) -> DeltaTable:
 
     try:
         if os.path.isfile(uri) or not DeltaTable.is_deltatable(uri, options):
-            _check_vacant(uri)
+            _check_empty(uri)
             try:
                 DeltaTable.create(uri, schema, mode="ignore", storage_options=options)
             except Exception:
@@ -148,10 +148,10 @@ def _open(uri: str, schema: pa.Schema, options: dict[str, str]) -> DeltaTable:
     except NermillError:
         raise
     except Exception as error:
-        raise _refusal(uri, error) from None
+        raise _write_error(uri, error) from None
 
 
-def _check_vacant(uri: str) -> None:
+def _check_empty(uri: str) -> None:
     if not is_remote(uri):
         names = [uri] if os.path.isfile(uri) else os.listdir(uri) if os.path.isdir(uri) else []
     else:
@@ -237,6 +237,6 @@ def _version_of(table: DeltaTable, plan: Plan) -> int | None:
     return next((int(commit["version"]) for commit in commits), None)
 
 
-def _refusal(uri: str, error: Exception) -> StoreError:
+def _write_error(uri: str, error: Exception) -> StoreError:
     reason = " ".join(_COLOURS.sub("", str(error)).split()) or type(error).__name__
     return StoreError(f"{uri}: deltalake cannot publish there ({reason}); no row was added")

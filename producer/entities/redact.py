@@ -9,19 +9,19 @@ from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any, Literal, get_args
 
-How = Literal["label", "mask", "hash", "pseudonym"]
-HOWS: tuple[How, ...] = get_args(How)
+Method = Literal["label", "mask", "hash", "pseudonym"]
+METHODS: tuple[Method, ...] = get_args(Method)
 MASK = "*"
 
 Entity = dict[str, Any]
 Replace = Callable[[str, str], str]  # label and text of an entity to what stands in its place
 
 
-def replacement(how: How, secret: bytes = b"", pseudonym: Replace | None = None) -> Replace:
+def replacement(method: Method, secret: bytes = b"", pseudonym: Replace | None = None) -> Replace:
     """How entities are replaced.
 
     Args:
-        how: ``label``: ``[PER]``; ``mask``: one ``*`` a code point; ``hash``: ``PER_`` and 16 hexadecimal digits of
+        method: ``label``: ``[PER]``; ``mask``: one ``*`` a code point; ``hash``: ``PER_`` and 16 hexadecimal digits of
             an HMAC-SHA256 of label and text; ``pseudonym``: what ``pseudonym`` says.
         secret: Key of ``hash``.
         pseudonym: Of ``pseudonym``, one for each label and text.
@@ -31,11 +31,11 @@ def replacement(how: How, secret: bytes = b"", pseudonym: Replace | None = None)
         digest = hmac.new(secret, f"{label}\0{text}".encode(), hashlib.sha256).hexdigest()
         return f"{label}_{digest[:16]}"
 
-    if how == "label":
+    if method == "label":
         return lambda label, _: f"[{label}]"
-    if how == "mask":
+    if method == "mask":
         return lambda _, text: MASK * len(text)
-    if how == "hash":
+    if method == "hash":
         return hashed
     assert pseudonym is not None
     return pseudonym

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from nermill.producer.entities.redact import Entity, How, Replace, redact, replacement, restore
+from nermill.producer.entities.redact import Entity, Method, Replace, redact, replacement, restore
 from nermill.producer.entities.show import read_rows
 from nermill.producer.entities.tables import read_table, table_writer
 from nermill.producer.sources.files import is_remote
 from nermill.worker.contracts.errors import StoreError, UsageError
 from nermill.worker.contracts.layout import RunFolder
 from nermill.worker.contracts.plan import Plan
-from nermill.worker.contracts.store import telling
+from nermill.worker.contracts.store import store_errors
 
 _SECRET = re.compile(rb"[0-9a-f]{64}\n?")
 _KEY_SCHEMA = """
@@ -49,7 +49,7 @@ def redact_run(
     run: RunFolder,
     plan: Plan,
     to: str,
-    how: How = "label",
+    method: Method = "label",
     key: str | None = None,
     only: frozenset[str] = frozenset(),
     min_score: float = 0.0,
@@ -63,7 +63,7 @@ def redact_run(
         run: The run's folder.
         plan: Its plan.
         to: A file that is not there yet: ``.jsonl``, ``.parquet`` or ``.csv``.
-        how: See ``replacement``.
+        method: See ``replacement``.
         key: Of ``pseudonym``: a new file that takes pseudonyms back, SQLite; of ``hash``: the secret, 64 hexadecimal
             digits, made where the file is not there. Mode 0600, never overwritten.
         only: Labels to replace; all where it is empty.
@@ -73,8 +73,8 @@ def redact_run(
         UsageError: a file that exists or cannot be named so, texts that are not there, a label that the run has not.
         StoreError: a file cannot be read or written. In both cases neither file is there.
     """
-    if key is not None and how not in ("hash", "pseudonym"):
-        raise UsageError(f"--key goes with --with hash or pseudonym, not with {how}")
+    if key is not None and method not in ("hash", "pseudonym"):
+        raise UsageError(f"--key goes with --with hash or pseudonym, not with {method}")
     if key is not None and os.path.abspath(key) == os.path.abspath(to):
         raise UsageError(f"{key}: named as --key and as --to; name two files")
     entities: Counter[str] = Counter()
@@ -82,16 +82,16 @@ def redact_run(
     documents = left_out = 0
     with ExitStack() as stack:
         aside = stack.enter_context(new_file(to))
-        replace, key_id = _replacing(how, key, stack)
+        replace, key_id = _make_replacement(method, key, stack)
         write = stack.enter_context(table_writer(to, aside, _COLUMNS))
-        for shown in read_rows(run, plan, None):
-            row = shown.row
+        for document in read_rows(run, plan, None):
+            row = document.row
             documents += 1
             text: str | None = None
             found: list[Entity] = []
             if row["status"] == "ok":
                 labels.update(entity["label"] for entity in row["entities"])
-                text, found = redact(shown.text, row["entities"], replace, only, min_score)
+                text, found = redact(document.text, row["entities"], replace, only, min_score)
                 entities.update(entity["label"] for entity in found if entity["redacted"])
             else:
                 left_out += 1
@@ -157,11 +157,11 @@ def new_file(path: str, mode: int = 0o666) -> Iterator[str]:
         raise UsageError(f"{path}: exists already, and is not overwritten; name another file")
     folder, name = os.path.split(os.path.abspath(path))
     aside = f"{folder}/.{name}.{uuid.uuid4().hex}"
-    with telling("write", path):
+    with store_errors("write", path):
         os.close(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
     try:
         yield aside
-        with telling("write", path):
+        with store_errors("write", path):
             with open(aside, "rb") as stream:
                 os.fsync(stream.fileno())
             os.link(aside, path)
@@ -170,13 +170,13 @@ def new_file(path: str, mode: int = 0o666) -> Iterator[str]:
             os.unlink(aside)
 
 
-def _replacing(how: How, key: str | None, stack: ExitStack) -> tuple[Replace, str | None]:
+def _make_replacement(method: Method, key: str | None, stack: ExitStack) -> tuple[Replace, str | None]:
     """How entities are replaced, and the key's name where there is one."""
-    if how == "pseudonym":
+    if method == "pseudonym":
         aside = stack.enter_context(new_file(key, 0o600)) if key else ""  # an empty name is a file that goes by itself
         key_id = secrets.token_hex(8)
-        return replacement(how, pseudonym=_new_pseudonyms(aside, key_id, stack)), key_id if key else None
-    return replacement(how, secret=_secret(key, stack) if how == "hash" else b""), None
+        return replacement(method, pseudonym=_new_pseudonyms(aside, key_id, stack)), key_id if key else None
+    return replacement(method, secret=_read_or_create_secret(key, stack) if method == "hash" else b""), None
 
 
 def _new_pseudonyms(path: str, key_id: str, stack: ExitStack) -> Replace:
@@ -190,7 +190,7 @@ def _new_pseudonyms(path: str, key_id: str, stack: ExitStack) -> Replace:
     name = path or "the temporary file of pseudonyms"
 
     def commit() -> None:
-        with telling("write", name):
+        with store_errors("write", name):
             database.execute("COMMIT")
 
     stack.callback(commit)
@@ -203,7 +203,7 @@ def _new_pseudonyms(path: str, key_id: str, stack: ExitStack) -> Replace:
             return str(known[0])
         numbers[label] += 1
         new = f"{label}_{numbers[label]}"
-        with telling("write", name):
+        with store_errors("write", name):
             database.execute("INSERT INTO pseudonyms VALUES (?, ?, ?)", (new, label, text))
         return new
 
@@ -231,7 +231,7 @@ def _open_key(path: str, stack: ExitStack) -> tuple[Any, str]:
     return original, key_id
 
 
-def _secret(path: str | None, stack: ExitStack) -> bytes:
+def _read_or_create_secret(path: str | None, stack: ExitStack) -> bytes:
     """The secret of hashes: that of a file, made where the file is not there; without a file one that nobody keeps."""
     if path is not None and os.path.lexists(path):
         try:

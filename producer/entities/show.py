@@ -19,7 +19,7 @@ from nermill.worker.contracts.shard import read_documents, read_shard
 
 
 @dataclass(frozen=True)
-class Shown:
+class TaggedDocument:
     """One row of a part with the text that its offsets count in."""
 
     row: dict[str, Any]
@@ -37,11 +37,11 @@ class Shown:
             yield self.text[at:], ""
 
 
-def read_rows(run: RunFolder, plan: Plan, limit: int | None) -> Iterator[Shown]:
+def read_rows(run: RunFolder, plan: Plan, limit: int | None) -> Iterator[TaggedDocument]:
     """The first documents of the committed parts, in the order of the input."""
     committed = run.committed()
     shards = (shard for shard in plan.shards if shard.index in committed)
-    return islice((shown for shard in shards for shown in _rows(run, shard)), limit)
+    return islice((document for shard in shards for document in _rows(run, shard)), limit)
 
 
 def conll_lines(run: RunFolder, plan: Plan, limit: int | None) -> Iterator[str]:
@@ -50,9 +50,9 @@ def conll_lines(run: RunFolder, plan: Plan, limit: int | None) -> Iterator[str]:
     Raises:
         UsageError: the run's documents were not split into words.
     """
-    for shown in read_rows(run, plan, limit):
-        words, tags = shown.row["words"], shown.row["tags"]
-        if shown.row["status"] != "ok":
+    for document in read_rows(run, plan, limit):
+        words, tags = document.row["words"], document.row["tags"]
+        if document.row["status"] != "ok":
             continue
         if words is None or tags is None:
             raise UsageError(f"{run.uri}: its documents are texts, not words; --format conll needs CoNLL input")
@@ -60,7 +60,7 @@ def conll_lines(run: RunFolder, plan: Plan, limit: int | None) -> Iterator[str]:
         yield ""
 
 
-def _rows(run: RunFolder, shard: Shard) -> Iterator[Shown]:
+def _rows(run: RunFolder, shard: Shard) -> Iterator[TaggedDocument]:
     documents = None
     try:
         with open_part(run, shard.index) as part:
@@ -72,7 +72,7 @@ def _rows(run: RunFolder, shard: Shard) -> Iterator[Shown]:
                     elif text is None and row["status"] == "ok":
                         documents = documents or _documents(run, shard)
                         text = document_text(documents[row["doc_index"] - shard.first])
-                    yield Shown(row, text or "")
+                    yield TaggedDocument(row, text or "")
     except (pa.ArrowException, FileNotFoundError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise StoreError(

@@ -16,7 +16,7 @@ from pyarrow import parquet as pq
 from nermill.worker.contracts.content import unreadable
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.schema import ENTITY
-from nermill.worker.contracts.store import telling
+from nermill.worker.contracts.store import store_errors
 
 SUFFIXES = (".jsonl", ".parquet", ".csv")
 _BLOCK_ROWS, _BLOCK_CHARACTERS = 8192, 8 << 20  # of a row group of Parquet
@@ -60,7 +60,7 @@ def table_writer(name: str, path: str, columns: Sequence[str]) -> Iterator[Write
     add = stack.enter_context(opened)
 
     def write(row: Row) -> None:
-        with telling("write", name):
+        with store_errors("write", name):
             add(row)
 
     try:
@@ -69,7 +69,7 @@ def table_writer(name: str, path: str, columns: Sequence[str]) -> Iterator[Write
         with suppress(Exception):
             stack.close()
         raise
-    with telling("write", name):
+    with store_errors("write", name):
         stack.close()
 
 

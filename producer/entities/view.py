@@ -9,7 +9,7 @@ import sys
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from nermill.producer.entities.show import Shown
+from nermill.producer.entities.show import TaggedDocument
 from nermill.producer.runs.progress import LABEL_WIDTH, counted, duration, rows
 from nermill.producer.runs.status import Status
 from nermill.worker.contracts.console import visible
@@ -157,15 +157,15 @@ def _columns(otherwise: int) -> int:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else otherwise
 
 
-def print_marked(shown: Shown, console: Console) -> None:
+def print_marked(document: TaggedDocument, console: Console) -> None:
     """A document with its entities marked, its id before it: coloured on a terminal, in brackets elsewhere."""
     from rich.text import Text
 
-    name = visible(shown.row["doc_id"])
+    name = visible(document.row["doc_id"])
     line = Text(f"{name}  " if name else "", style="dim")
-    if shown.row["status"] != "ok":
+    if document.row["status"] != "ok":
         line.append("rejected", style="red")
-    for raw, label in shown.pieces():
+    for raw, label in document.pieces():
         piece = visible(raw)
         if label:
             style = LABEL_STYLES.get(label, OTHER_LABEL_STYLE)

@@ -18,7 +18,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from nermill.producer.local import keeper
+from nermill.producer.local import child_server
 from nermill.worker.contracts.errors import BrokerError, UsageError
 
 OLDEST_SERVER = (6, 2)
@@ -55,7 +55,7 @@ def embedded_broker() -> Iterator[str]:
     ]  # fmt: skip
     # A session of its own: Ctrl-C at the terminal is for us, who still have leases to hand back.
     process = subprocess.Popen(
-        [sys.executable, "-I", "-S", keeper.__file__, str(folder), *command],
+        [sys.executable, "-I", "-S", child_server.__file__, str(folder), *command],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -98,7 +98,7 @@ def check_devices(devices: str) -> None:
 
 
 @contextmanager
-def local_mill(model: str, devices: str, root: str) -> Iterator[tuple[Queue, LocalWorker]]:
+def local_worker(model: str, devices: str, root: str) -> Iterator[tuple[Queue, LocalWorker]]:
     """Starts broker and worker for the time of the ``with`` block.
 
     Raises:

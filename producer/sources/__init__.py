@@ -64,16 +64,16 @@ class Source:
             first = first or document
             is_malformed &= document.fault is not None and document.fault.reason == "malformed"
             if document.fault is not None and options.on_error == "fail":
-                raise UsageError(f"{self._told(document)}; mend it, or go on without it: --on-error reject")
+                raise UsageError(f"{self._describe(document)}; mend it, or go on without it: --on-error reject")
             yield document
         if first is None:
             raise empty(self.file)
         if is_malformed:
             raise UsageError(
-                f"{self._told(first)}; no record of the file can be read: is it {self.format}? Say --format"
+                f"{self._describe(first)}; no record of the file can be read: is it {self.format}? Say --format"
             )
 
-    def _told(self, document: Document) -> str:
+    def _describe(self, document: Document) -> str:
         """What is wrong with a document, and where."""
         assert document.fault is not None
         told = document.fault.message

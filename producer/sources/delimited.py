@@ -74,7 +74,7 @@ def _rows(file: SourceFile, options: ReadOptions, format_: Format) -> Iterator[t
             except StopIteration:
                 return
             except csv.Error as error:
-                yield first, _told(error, lines)
+                yield first, _explain(error, lines)
                 continue
             if lines.too_long:
                 yield first, f"longer than {content.MAX_LINE_BYTES >> 20} MiB"
@@ -84,10 +84,10 @@ def _rows(file: SourceFile, options: ReadOptions, format_: Format) -> Iterator[t
         lines.close()
 
 
-def _told(error: csv.Error, lines: _Lines) -> str:
+def _explain(error: csv.Error, lines: _Lines) -> str:
     reason = str(error)
     if "unexpected end of data" in reason or "field larger" in reason:
-        lines.again()
+        lines.replay()
         return "a quote is opened and never closed"
     if "expected after" in reason:
         return "text behind a closing quote; within a quoted field a quote is written twice"
@@ -138,7 +138,7 @@ class _Lines:
         self._taken, self.too_long = [], False
         return self._waiting[-1][0] if self._waiting else self._next
 
-    def again(self) -> None:
+    def replay(self) -> None:
         """Takes back all lines of the record but the first."""
         self._waiting += reversed(self._taken[1:])
         self._taken = []

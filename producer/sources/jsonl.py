@@ -41,7 +41,7 @@ def parse_line(line: bytes | None, where: str, options: ReadOptions, records: Re
     try:
         record = json.loads(line.decode(), parse_constant=lambda _: None)
     except UnicodeDecodeError as error:
-        return not_utf8(_salvaged_id(line, where, options), where, error)
+        return not_utf8(_id_of_damaged_line(line, where, options), where, error)
     except (ValueError, RecursionError) as error:
         return reject(where, where, "malformed", f"broken JSON ({_reason(error)})")
     return (records or Records(options)).document(record, where)
@@ -71,7 +71,7 @@ def _identity(record: Any, where: str, options: ReadOptions) -> str:
         return where
 
 
-def _salvaged_id(line: bytes, where: str, options: ReadOptions) -> str:
+def _id_of_damaged_line(line: bytes, where: str, options: ReadOptions) -> str:
     try:
         return _identity(json.loads(line.decode(errors="replace")), where, options)
     except (ValueError, RecursionError):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from nermill.producer.sources import ReadOptions, Source
 from nermill.worker.contracts.document import Document
 
-_TOLD_SECONDS = 0.1
+REPORT_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class ReadProgress:
 OnRead = Callable[[ReadProgress], None]
 
 
-def unheard(_: ReadProgress) -> None:
+def ignore_progress(_: ReadProgress) -> None:
     """For those who do not watch."""
 
 
@@ -43,7 +43,7 @@ class Reading:
     """
 
     def __init__(
-        self, sources: Sequence[Source], sizes: Sequence[int], options: ReadOptions, on_read: OnRead = unheard
+        self, sources: Sequence[Source], sizes: Sequence[int], options: ReadOptions, on_read: OnRead = ignore_progress
     ) -> None:
         self._sources, self._sizes, self._options, self._on_read = sources, sizes, options, on_read
         self.counts = [0] * len(sources)
@@ -55,17 +55,17 @@ class Reading:
         Raises:
             UsageError: as ``Source.documents``.
         """
-        told = time.monotonic()
+        reported = time.monotonic()
         self.counts = [0] * len(self._sources)
         for at, source in enumerate(self._sources):
             for document in source.documents(self._options):
                 self.counts[at] += 1
                 self.has_gold |= document.gold_tags is not None
                 yield document
-                if time.monotonic() - told > _TOLD_SECONDS:
-                    told = time.monotonic()
-                    self._tell(at, source.file.position())
-            self._tell(at, self._sizes[at])
+                if time.monotonic() - reported > REPORT_SECONDS:
+                    reported = time.monotonic()
+                    self._report(at, source.file.position())
+            self._report(at, self._sizes[at])
 
-    def _tell(self, at: int, position: int) -> None:
+    def _report(self, at: int, position: int) -> None:
         self._on_read(ReadProgress(sum(self.counts), sum(self._sizes[:at]) + position, sum(self._sizes)))

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nermill.worker.contracts.errors import EngineError
-from nermill.worker.contracts.manifest import Input, Manifest
+from nermill.worker.contracts.manifest import GraphInput, Manifest
 from nermill.worker.engine import Batch
 
 LABELS = ("O", "B-MISC", "I-MISC", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC")
@@ -25,7 +25,7 @@ def manifest(
         model_file="",
         layout=layout,  # type: ignore[arg-type]
         precision="fp32",
-        inputs=tuple(Input(name, "int64") for name in ("input_ids", "segments", "position_ids")),
+        inputs=tuple(GraphInput(name, "int64") for name in ("input_ids", "segments", "position_ids")),
         shapes=shapes,
         token_budget=token_budget,
         max_length=max_length,

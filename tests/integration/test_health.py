@@ -103,11 +103,11 @@ def test_a_worker_is_unhealthy_while_a_call_of_the_device_is_overdue() -> None:
     """What a probe sees in the second before the process ends itself, held still."""
     from nermill.worker.process.metrics import Metrics, serve
 
-    complaint: list[str] = []
+    problem: list[str] = []
     port = free_port()
-    serve(Metrics(), port, lambda: complaint[0] if complaint else None)
+    serve(Metrics(), port, lambda: problem[0] if problem else None)
     assert urlopen(f"http://127.0.0.1:{port}/healthz").read() == b"ok\n"
-    complaint.append("the device has not answered for 3 s")
+    problem.append("the device has not answered for 3 s")
     with pytest.raises(HTTPError) as caught:
         urlopen(f"http://127.0.0.1:{port}/healthz")
     assert (caught.value.code, caught.value.read()) == (503, b"the device has not answered for 3 s\n")
@@ -192,32 +192,32 @@ def test_a_process_that_never_loads_its_model_is_killed(monkeypatch: pytest.Monk
     device = supervisor.Device("cpu", 0)
     supervised = supervisor.Supervised(device, 0, Settings(), *supervisor.cores_of([device]))
     supervised.end_if_silent(HANG_SECONDS)
-    assert supervised.is_well
+    assert supervised.is_healthy
     assert supervised.process.poll() is None
     time.sleep(0.4)
     supervised.end_if_silent(HANG_SECONDS)
-    assert not supervised.is_well
+    assert not supervised.is_healthy
     assert supervised.process.wait(10) == -signal.SIGKILL
-    supervised.heart.close()
+    supervised.heartbeat.close()
 
 
-def test_a_heart_beats_while_there_is_no_complaint_and_somebody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.05)
-    complaint: list[str] = ["the device has not answered"]
-    heart = heartbeat.Heartbeat()
-    environment = {heartbeat.VARIABLE: str(heart.writer)}
+def test_heartbeats_are_sent_while_there_is_no_problem_and_somebody_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0.05)
+    problem: list[str] = ["the device has not answered"]
+    pipe = heartbeat.Heartbeat()
+    environment = {heartbeat.VARIABLE: str(pipe.writer)}
     process = threading.Thread(
-        target=heartbeat.beat, args=(environment, lambda: "".join(complaint) or None, threading.Event())
+        target=heartbeat.send_heartbeats, args=(environment, lambda: "".join(problem) or None, threading.Event())
     )
     process.start()
     time.sleep(0.2)
-    assert heart.silent_seconds() > 0.15
-    assert not heart.heard
-    complaint.clear()
+    assert pipe.silent_seconds() > 0.15
+    assert not pipe.received
+    problem.clear()
     time.sleep(0.2)
-    assert heart.silent_seconds() < 0.15
-    assert heart.heard
-    heart.close()
+    assert pipe.silent_seconds() < 0.15
+    assert pipe.received
+    pipe.close()
     process.join(5)
     assert not process.is_alive()
 

@@ -14,7 +14,7 @@ import pytest
 
 from nermill.worker.contracts import deadline
 from nermill.worker.contracts.errors import StoreError, UsageError
-from nermill.worker.contracts.layout import ASIDE_SECONDS, RunFolder
+from nermill.worker.contracts.layout import TEMPORARY_SECONDS, RunFolder
 from nermill.worker.contracts.store import ObjectStore
 from nermill.worker.process.settings import Settings, is_allowed, read_settings, split_roots
 
@@ -179,10 +179,10 @@ def test_sweeping_takes_what_no_living_writer_can_own(tmp_path: Path) -> None:
     others = ["part-00000.parquet", ".hidden", ".part-00000.parquet.notes", "_rejects/rejects.parquet"]
     for name in of_committed + young + old + others:
         (tmp_path / name).touch()
-    before = time.time() - ASIDE_SECONDS - 10
+    before = time.time() - TEMPORARY_SECONDS - 10
     for name in [*old, ".hidden"]:
         os.utime(tmp_path / name, (before, before))
-    assert run.sweep() == len(of_committed + old)
+    assert run.remove_stale_files() == len(of_committed + old)
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert left == set(young + others)
 

@@ -35,14 +35,14 @@ class Layout:
         columns: Cells of a line.
         word: Column of the words.
         tag: Column of the tags; None where the file has none.
-        counter: Column of the word's number in its sentence, if there is one.
+        number_column: Column of the word's number in its sentence, if there is one.
     """
 
     tabs: bool
     columns: int
     word: int
     tag: int | None
-    counter: int | None = None
+    number_column: int | None = None
 
 
 @dataclass
@@ -90,21 +90,21 @@ def find_layout(lines: Sequence[str], name: str, word: int | None = None, tag: i
     columns = sample.columns
     if not columns:
         return Layout(sample.tabs, 1, 0, None)
-    counter = sample.counter()
+    number_column = sample.number_column()
     at_word = _column("--word-column", word, columns, name)
     at_tag = _column("--tag-column", tag, columns, name)
     if at_word is None:
-        at_word = 0 if counter is None else min(counter + 1, columns - 1)
+        at_word = 0 if number_column is None else min(number_column + 1, columns - 1)
     if at_tag is None:
-        at_tag = sample.tag_column(at_word, counter)
-        if at_tag is None and word is None and counter is None and columns > 1:
+        at_tag = sample.tag_column(at_word, number_column)
+        if at_tag is None and word is None and number_column is None and columns > 1:
             raise UsageError(
                 f"{name}:{sample.first}: {columns} columns, and none holds tags (O, B-PER, I-PER ...); say where they "
                 "are: --word-column N --tag-column N, or --word-column N for words alone; or name another --format"
             )
     if at_tag == at_word:
         raise UsageError(f"{name}: words and tags cannot both be in column {at_word + 1}; mend --word-column")
-    return Layout(sample.tabs, columns, at_word, at_tag, counter)
+    return Layout(sample.tabs, columns, at_word, at_tag, number_column)
 
 
 def looks_like_conll(lines: Sequence[str]) -> bool:
@@ -112,11 +112,11 @@ def looks_like_conll(lines: Sequence[str]) -> bool:
     sample = _Sample(lines)
     if sample.is_webanno or sample.has_docstart:
         return True
-    counter = sample.counter()
+    number_column = sample.number_column()
     if not sample.is_even or sample.columns < 2:
         return False
-    word = 0 if counter is None else counter + 1
-    return sample.tag_column(word, counter) is not None or (counter == 0 and sample.columns == 10)
+    word = 0 if number_column is None else number_column + 1
+    return sample.tag_column(word, number_column) is not None or (number_column == 0 and sample.columns == 10)
 
 
 def read_sentences(lines: Iterable[tuple[int, bytes | None]], layout: Layout, name: str) -> Iterator[Sentence]:
@@ -127,7 +127,7 @@ def read_sentences(lines: Iterable[tuple[int, bytes | None]], layout: Layout, na
         layout: Its columns.
         name: The file's name in messages.
     """
-    sentence, coming = Sentence(), Sentence()  # coming: what comments say of the sentence that follows
+    sentence, upcoming = Sentence(), Sentence()  # upcoming: what comments say of the sentence that follows
     for number, raw in lines:
         line = "" if raw is None else raw.decode(errors="replace").rstrip(" \t")
         cells = _cells(line, layout.tabs)
@@ -136,17 +136,21 @@ def read_sentences(lines: Iterable[tuple[int, bytes | None]], layout: Layout, na
                 yield _normalised(sentence, name)
                 sentence = Sentence()
             if line:
-                coming.opens_document, coming.document_id = True, ""
+                upcoming.opens_document, upcoming.document_id = True, ""
             continue
         if line.startswith("#") and _is_comment(cells, layout):
-            _note(line, coming)
+            _read_comment(line, upcoming)
             continue
-        if layout.counter is not None and len(cells) > layout.counter and _NO_WORD.fullmatch(cells[layout.counter]):
+        if (
+            layout.number_column is not None
+            and len(cells) > layout.number_column
+            and _NO_WORD.fullmatch(cells[layout.number_column])
+        ):
             continue
         if not sentence.lines:
-            sentence, coming = coming, Sentence()
+            sentence, upcoming = upcoming, Sentence()
             sentence.line = number
-        fault = _take(sentence, raw, line, cells, layout)
+        fault = _add_word(sentence, raw, line, cells, layout)
         sentence.lines += [number] * (len(sentence.words) - len(sentence.lines))
         if fault and sentence.fault is None:
             sentence.fault = Fault(fault.reason, f"{name}:{number}: {fault.message}")
@@ -202,7 +206,7 @@ class _Sample:
             elif len(cells) == self.columns and not line.startswith("# "):
                 self.sentences[-1].append(cells)
 
-    def counter(self) -> int | None:
+    def number_column(self) -> int | None:
         """The last of the leading columns that numbers the words of each sentence, from 0 or 1 on."""
         found = None
         for column in range(self.columns - 1):
@@ -213,11 +217,11 @@ class _Sample:
                 found = column
         return found
 
-    def tag_column(self, word: int, counter: int | None) -> int | None:
+    def tag_column(self, word: int, number_column: int | None) -> int | None:
         """The column that holds tags: the one behind the word where words are numbered, else the last that does."""
         rows = [row for rows in self.sentences for row in rows]
         holding = [column for column in range(self.columns) if column != word and _holds_tags(rows, column)]
-        if counter is not None and word + 1 in holding:
+        if number_column is not None and word + 1 in holding:
             return word + 1
         return holding[-1] if holding else None
 
@@ -256,16 +260,16 @@ def _is_comment(cells: list[str], layout: Layout) -> bool:
     return layout.tag is not None and not is_tag(cells[layout.tag])
 
 
-def _note(line: str, coming: Sentence) -> None:
+def _read_comment(line: str, upcoming: Sentence) -> None:
     if match := _COMMENT.fullmatch(line):
         key, value = match[1], (match[2] or "").strip()
         if key == "newdoc":
-            coming.opens_document, coming.document_id = True, value
+            upcoming.opens_document, upcoming.document_id = True, value
         else:
-            coming.id = value
+            upcoming.id = value
 
 
-def _take(sentence: Sentence, raw: bytes | None, line: str, cells: list[str], layout: Layout) -> Fault | None:
+def _add_word(sentence: Sentence, raw: bytes | None, line: str, cells: list[str], layout: Layout) -> Fault | None:
     """Adds a line's word and tag to its sentence; returns what is wrong with the line."""
     if raw is not None and len(cells) == layout.columns and (word := cells[layout.word]):
         sentence.words.append(word)

@@ -43,12 +43,12 @@ class LabelChoice:
         name = self.map.get(label, label)
         return "" if name == OUTSIDE or (self.only and name not in self.only) else name
 
-    def tags(self, tags: Sequence[str], tally: Counter[str]) -> list[str]:
+    def tags(self, tags: Sequence[str], changes: Counter[str]) -> list[str]:
         """IOB2 gold tags under their new names.
 
         Args:
             tags: A tag a word.
-            tally: Counts the entities that were mapped or left out.
+            changes: Counts the entities that were mapped or left out.
         """
         chosen = []
         for tag in tags:
@@ -56,7 +56,7 @@ class LabelChoice:
             name = self.target(label) if label else ""
             chosen.append(f"{prefix}-{name}" if name else OUTSIDE)
             if prefix == "B" and name != label:
-                tally[key("gold", label, name)] += 1
+                changes[key("gold", label, name)] += 1
         return chosen
 
     def check(self, labels: Iterable[str], model: str) -> None:
@@ -83,16 +83,16 @@ class LabelChoice:
 
 
 def key(side: str, label: str, name: str) -> str:
-    """How a tally calls entities of ``gold`` or ``predicted`` whose label became ``name``, or was left out."""
+    """How a changes calls entities of ``gold`` or ``predicted`` whose label became ``name``, or was left out."""
     return f"{side}.{'mapped' if name else 'left_out'}.{label}"
 
 
-def nested(tally: Mapping[str, int]) -> dict[str, dict[str, dict[str, int]]]:
-    """A tally as the report has it: side, then what was done, then label."""
+def nested(changes: Mapping[str, int]) -> dict[str, dict[str, dict[str, int]]]:
+    """A changes as the report has it: side, then what was done, then label."""
     found: dict[str, dict[str, dict[str, int]]] = {
         side: {"mapped": {}, "left_out": {}} for side in ("gold", "predicted")
     }
-    for name, count in sorted(tally.items()):
+    for name, count in sorted(changes.items()):
         side, what, label = name.split(".", 2)
         found[side].setdefault(what, {})[label] = count
     return found

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import BinaryIO
 
-from nermill.worker.contracts.store import Disk, Store, open_store, telling
+from nermill.worker.contracts.store import Disk, Store, open_store, store_errors
 
 PLAN_FILE = "_plan.json"
 SUCCESS_FILE = "_SUCCESS"
@@ -36,11 +36,11 @@ REJECT_FILE = f"{REJECT_FOLDER}/rejects.parquet"
 DATASETS_FILE = ".huggingface.yaml"
 FIRST_LAYOUT = "plan.json"  # the plan of a run that was made before the names began with _
 
-ASIDE_SECONDS = 3600.0  # no file is written for so long: one aside that is older has lost its writer
+TEMPORARY_SECONDS = 3600.0  # no file is written for so long: one aside that is older has lost its writer
 
 _PART = re.compile(r"part-(\d{5,})\.parquet")
 _SHARD = re.compile(r"shard-(\d{5,})\.arrow")
-_ASIDE = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}")  # where the disk's files are written before they are renamed
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}")  # where the disk's files are written before they are renamed
 
 
 def part_name(shard: int) -> str:
@@ -77,7 +77,7 @@ class RunFolder:
     def read(self, name: str) -> bytes:
         """A whole file."""
         path = self.path(name)
-        with telling("read", path):
+        with store_errors("read", path):
             return self._place[0].read(path)
 
     def source(self, name: str) -> str | BinaryIO:
@@ -96,7 +96,7 @@ class RunFolder:
             Whether this call's content is what the file now holds.
         """
         path = self.path(name)
-        with telling("write", path):
+        with store_errors("write", path):
             if exclusive:
                 return self._place[0].create(path, data)
             self._place[0].replace(path, data)
@@ -104,22 +104,22 @@ class RunFolder:
 
     def exists(self, name: str) -> bool:
         path = self.path(name)
-        with telling("look at", path):
+        with store_errors("look at", path):
             return self._place[0].exists(path)
 
     def remove(self, name: str) -> None:
         """Removes a file; one that is not there is fine."""
         path = self.path(name)
-        with telling("remove", path):
+        with store_errors("remove", path):
             self._place[0].remove(path)
 
     def list(self, folder: str = "") -> list[str]:
         """Names of the files in the run's folder or one below it, sorted; none where there is no folder."""
         path = self.path(folder).rstrip("/")
-        with telling("list", path):
+        with store_errors("list", path):
             return sorted(self._place[0].list(path))
 
-    def sweep(self) -> int:
+    def remove_stale_files(self) -> int:
         """Removes what killed writers left aside on a local disk (a store's put leaves nothing); returns how many.
 
         What lies aside of a committed part goes at once, for nobody can commit it any more; anything else goes
@@ -127,15 +127,15 @@ class RunFolder:
         """
         if not self.is_local:
             return 0
-        committed, swept = self.committed(), 0
+        committed, removed = self.committed(), 0
         for folder in ("", REJECT_FOLDER, SHARD_FOLDER):
             for name in self.list(folder):
-                aside = _ASIDE.fullmatch(name)
+                aside = _TEMPORARY.fullmatch(name)
                 path = self.path(f"{folder}/{name}")
-                if aside and (_numbers(_PART, [aside["name"]]) & committed or _age(path) > ASIDE_SECONDS):
+                if aside and (_numbers(_PART, [aside["name"]]) & committed or _age(path) > TEMPORARY_SECONDS):
                     self.remove(f"{folder}/{name}")
-                    swept += 1
-        return swept
+                    removed += 1
+        return removed
 
     def committed(self) -> set[int]:
         """Shards whose part is there."""

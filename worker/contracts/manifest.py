@@ -23,7 +23,7 @@ Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 
 @dataclass(frozen=True, slots=True)
-class Input:
+class GraphInput:
     """One input of the compiled graph, bound by name; the artifact's order is the graph's order."""
 
     name: str
@@ -62,7 +62,7 @@ class Manifest:
     model_file: str
     layout: Layout
     precision: Precision
-    inputs: tuple[Input, ...]
+    inputs: tuple[GraphInput, ...]
     shapes: tuple[tuple[int, int], ...]
     token_budget: int
     max_length: int
@@ -157,14 +157,14 @@ def _parse(body: dict[str, Any], sha256: str) -> Manifest:
     known = {f.name for f in fields(Manifest)}
     if unknown := body.keys() - known:
         raise ValueError(f"unknown {', '.join(sorted(unknown))}")
-    body["inputs"] = tuple(Input(**entry) for entry in body["inputs"])
+    body["inputs"] = tuple(GraphInput(**entry) for entry in body["inputs"])
     body["shapes"] = tuple((int(rows), int(length)) for rows, length in body["shapes"])
     body["labels"] = tuple(body["labels"])
     for name in body["files"]:
         if not _is_plain(name):
             raise ValueError(f"file name {name!r}: files lie in the artifact's own folder")
-    if unsworn := {body["model_file"], TOKENIZER_FILE} - body["files"].keys():
-        raise ValueError(f"no sha256 of {', '.join(sorted(unsworn))}")
+    if unhashed := {body["model_file"], TOKENIZER_FILE} - body["files"].keys():
+        raise ValueError(f"no sha256 of {', '.join(sorted(unhashed))}")
     if not (isinstance(body["token_budget"], int) and body["token_budget"] > 0):
         raise ValueError(f"token_budget {body['token_budget']!r}: at least 1")
     return Manifest(**body, sha256=sha256)

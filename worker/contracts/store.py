@@ -81,13 +81,13 @@ class Disk:
         return path
 
     def replace(self, path: str, data: bytes) -> None:
-        with _aside(path, data) as aside:
-            os.replace(aside, path)
+        with _temporary_file(path, data) as temporary:
+            os.replace(temporary, path)
 
     def create(self, path: str, data: bytes) -> bool:
-        with _aside(path, data) as aside:
+        with _temporary_file(path, data) as temporary:
             try:
-                os.link(aside, path)
+                os.link(temporary, path)
             except FileExistsError:
                 return False
             except OSError as error:
@@ -95,7 +95,7 @@ class Disk:
                     raise
                 if os.path.exists(path):
                     return False
-                os.replace(aside, path)
+                os.replace(temporary, path)
         return True
 
     def exists(self, path: str) -> bool:
@@ -123,13 +123,13 @@ class ObjectStore:
         self._fs = fs
 
     def read(self, path: str) -> bytes:
-        return self._ask(lambda: bytes(self._fs.cat_file(path)))
+        return self._call(lambda: bytes(self._fs.cat_file(path)))
 
     def source(self, path: str) -> BinaryIO:
-        return self._ask(lambda: cast(BinaryIO, self._fs.open(path, "rb")))
+        return self._call(lambda: cast(BinaryIO, self._fs.open(path, "rb")))
 
     def replace(self, path: str, data: bytes) -> None:
-        self._ask(lambda: self._fs.pipe_file(path, data), len(data))
+        self._call(lambda: self._fs.pipe_file(path, data), len(data))
 
     def create(self, path: str, data: bytes) -> bool:
         """One conditional put where the store has it (S3, Google Cloud Storage).
@@ -139,7 +139,7 @@ class ObjectStore:
         if self.exists(path):
             return False
         try:
-            self._ask(lambda: self._fs.pipe_file(path, data, mode="create"), len(data))
+            self._call(lambda: self._fs.pipe_file(path, data, mode="create"), len(data))
         except FileExistsError:
             return False
         except (TypeError, NotImplementedError):
@@ -148,21 +148,21 @@ class ObjectStore:
 
     def exists(self, path: str) -> bool:
         self._fs.invalidate_cache(path)
-        return self._ask(lambda: bool(self._fs.exists(path)))
+        return self._call(lambda: bool(self._fs.exists(path)))
 
     def remove(self, path: str) -> None:
         with suppress(FileNotFoundError):
-            self._ask(lambda: self._fs.rm_file(path))
+            self._call(lambda: self._fs.rm_file(path))
 
     def list(self, path: str) -> list[str]:
         self._fs.invalidate_cache(path)
         try:
-            entries = self._ask(lambda: self._fs.ls(path, detail=False))
+            entries = self._call(lambda: self._fs.ls(path, detail=False))
         except FileNotFoundError:
             return []
         return [str(entry).rsplit("/", 1)[-1] for entry in entries]
 
-    def _ask(self, call: Callable[[], T], size: int = 0) -> T:
+    def _call(self, call: Callable[[], T], size: int = 0) -> T:
         return deadline.within(deadline.SECONDS + size / _BYTES_PER_SECOND, call)
 
 
@@ -171,7 +171,7 @@ _UNREACHABLE = (FileNotFoundError, NotADirectoryError, PermissionError)
 
 
 @contextmanager
-def telling(verb: str, path: str) -> Iterator[None]:
+def store_errors(verb: str, path: str) -> Iterator[None]:
     """Turns whatever a store raises inside into a StoreError that names the file, the reason and the remedy."""
     try:
         yield
@@ -185,20 +185,20 @@ def telling(verb: str, path: str) -> Iterator[None]:
 
 
 @contextmanager
-def _aside(path: str, data: bytes) -> Iterator[str]:
+def _temporary_file(path: str, data: bytes) -> Iterator[str]:
     """The data in a file beside ``path``, synced; what is done with it inside is synced as well."""
     folder, base = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
-    aside = f"{folder}/.{base}.{uuid.uuid4().hex}"
+    temporary = f"{folder}/.{base}.{uuid.uuid4().hex}"
     try:
-        with open(aside, "xb") as stream:
+        with open(temporary, "xb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        yield aside
+        yield temporary
     finally:
         with suppress(FileNotFoundError):
-            os.unlink(aside)
+            os.unlink(temporary)
     _sync_folder(folder)
 
 

@@ -20,7 +20,7 @@ def main(uri: str) -> None:
     try:
         write_report(run, evaluate(run))
     except NermillError as error:
-        logs.complain(error)
+        logs.report_error(error)
         sys.exit(error.exit_code)
 
 

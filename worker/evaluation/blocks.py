@@ -15,7 +15,7 @@ from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.layout import RunFolder, part_name
 from nermill.worker.contracts.part import measurements, open_part
 from nermill.worker.contracts.schema import SCHEMA_VERSION, metadata_of
-from nermill.worker.evaluation.chunks import Bools, Ints, Labels, Tags, read_tags
+from nermill.worker.evaluation.chunks import Bools, Ints, LabelIndex, Tags, read_tags
 from nermill.worker.evaluation.gold import GoldFile
 from nermill.worker.evaluation.selection import choose_entities
 
@@ -71,7 +71,7 @@ class Parts:
 
     run: RunFolder
     shards: list[int]
-    labels: Labels
+    labels: LabelIndex
     documents: int
     gold: GoldFile | None = None
     seen: list[Part] = field(default_factory=list)
@@ -119,7 +119,7 @@ class Parts:
             self.gold.finish(self.documents)
 
 
-def _make_block(rows: pa.RecordBatch, gold: pa.Array, labels: Labels) -> Block:
+def _make_block(rows: pa.RecordBatch, gold: pa.Array, labels: LabelIndex) -> Block:
     if not labels.choice.is_all:
         rows = choose_entities(rows, labels)
     has_gold = gold.is_valid()

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nermill.worker.evaluation.blocks import Block
-from nermill.worker.evaluation.chunks import Bools, Chunks, Ints, Labels
+from nermill.worker.evaluation.chunks import Bools, Chunks, Ints, LabelIndex
 from nermill.worker.evaluation.scores import Floats
 
 BINS = 10
@@ -23,7 +23,7 @@ class Calibration:
     An entity is right where gold has one with the same code points and the same label.
     """
 
-    labels: Labels
+    labels: LabelIndex
     _entities: Ints = field(default_factory=lambda: np.zeros(BINS, np.int64))
     _right: Ints = field(default_factory=lambda: np.zeros(BINS, np.int64))
     _scores: Floats = field(default_factory=lambda: np.zeros(BINS))

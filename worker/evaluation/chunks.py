@@ -20,21 +20,21 @@ _PREFIXES = {"B": B, "I": I, "E": E, "L": E, "S": S, "U": S}
 NO_LABEL = -1
 
 
-class Labels:
+class LabelIndex:
     """Labels and tags by number, in the order in which they were met.
 
     Args:
         choice: Under which names they count, and which do not.
 
     Attributes:
-        names: Labels, by number, under the names that they count by.
-        tally: Entities whose label was mapped or left out: see ``contracts.labels``.
+        names: LabelIndex, by number, under the names that they count by.
+        changes: Entities whose label was mapped or left out: see ``contracts.labels``.
     """
 
     def __init__(self, choice: LabelChoice | None = None) -> None:
         self.choice = choice or LabelChoice()
         self.names: list[str] = []
-        self.tally: Counter[str] = Counter()
+        self.changes: Counter[str] = Counter()
         self._labels: dict[str, int] = {"": NO_LABEL}
         self._tags: dict[str, tuple[int, int]] = {"O": (O, NO_LABEL)}
 
@@ -68,7 +68,7 @@ class Labels:
         prefix, _, label = tag.partition("-")
         name = self.choice.target(label)
         if times and prefix == "B" and name != label:
-            self.tally[key(side, label, name)] += times
+            self.changes[key(side, label, name)] += times
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ class Chunks:
         return Chunks(self.start[which], self.end[which], self.label[which], self.document[which], self.strict[which])
 
 
-def read_tags(flat: pa.Array, offsets: Ints, labels: Labels, *, normalise: bool) -> Tags:
+def read_tags(flat: pa.Array, offsets: Ints, labels: LabelIndex, *, normalise: bool) -> Tags:
     """Tags of a block as arrays.
 
     Args:

@@ -14,14 +14,14 @@ from nermill.worker.contracts.manifest import Manifest
 from nermill.worker.contracts.plan import Plan, read_plan
 from nermill.worker.evaluation.blocks import Parts
 from nermill.worker.evaluation.calibration import Calibration
-from nermill.worker.evaluation.chunks import Labels, find_chunks
+from nermill.worker.evaluation.chunks import LabelIndex, find_chunks
 from nermill.worker.evaluation.comparison import Comparison
 from nermill.worker.evaluation.gold import GoldFile
 from nermill.worker.evaluation.headline import Headline
 from nermill.worker.evaluation.lengths import Lengths
 from nermill.worker.evaluation.mistakes import Mistakes
 from nermill.worker.evaluation.provenance import describe_origin, find_manifest
-from nermill.worker.evaluation.scores import REPLICATES, Tally
+from nermill.worker.evaluation.scores import REPLICATES, ChunkCounts
 from nermill.worker.evaluation.selection import describe_choice, explain_labels
 from nermill.worker.evaluation.throughput import measure_throughput
 
@@ -67,15 +67,15 @@ def evaluate(
     """
     choice = choice or LabelChoice()
     gold = GoldOptions(gold) if isinstance(gold, Path) else gold
-    parts, plan, warnings = _open_run(run, Labels(choice), gold, partial)
-    tally, mistakes = Tally(parts.labels), Mistakes(parts.labels)
+    parts, plan, warnings = _open_run(run, LabelIndex(choice), gold, partial)
+    counts, mistakes = ChunkCounts(parts.labels), Mistakes(parts.labels)
     headline = Headline(parts.labels, unlimited=seqeval)
     calibration, lengths = Calibration(parts.labels), Lengths()
     for block in parts.blocks():
         lengths.add(block.rows)
         if len(block.scored):
             true, predicted = find_chunks(block.gold), find_chunks(block.predicted)
-            tally.add(block, true, predicted)
+            counts.add(block, true, predicted)
             headline.add(block)
             mistakes.add(block, true, predicted)
             calibration.add(block, true)
@@ -87,16 +87,16 @@ def evaluate(
         "unit": plan.unit,
         "documents": sum(part.rows for part in parts.seen),
     }
-    if tally.documents:
-        scores = headline.apply(tally.scores())
-        warnings += _unknown_labels(run, plan, tally, manifest, gold, scores["f1"])
+    if counts.documents:
+        scores = headline.apply(counts.scores())
+        warnings += _unknown_labels(run, plan, counts, manifest, gold, scores["f1"])
         report |= _describe_gold(parts) | scores
         report |= mistakes.summary() | {"calibration": calibration.summary()}
     else:
         warnings.append("no gold tags in the run, so there are no scores; name them with --gold FILE")
     run_choice = choice_of(plan.options)
     if not (run_choice.is_all and choice.is_all):
-        report["labels"], told = describe_choice((run_choice, choice), _label_tally(parts))
+        report["labels"], told = describe_choice((run_choice, choice), _label_changes(parts))
         warnings += told
     if compare is not None:
         report["compare"] = _compare(run, compare, gold, partial, choice)
@@ -108,7 +108,9 @@ def evaluate(
     }
 
 
-def _open_run(run: RunFolder, labels: Labels, gold: GoldOptions | None, partial: bool) -> tuple[Parts, Plan, list[str]]:
+def _open_run(
+    run: RunFolder, labels: LabelIndex, gold: GoldOptions | None, partial: bool
+) -> tuple[Parts, Plan, list[str]]:
     plan = read_plan(run)
     shards, warnings = _shards_to_read(run, plan, partial)
     file = None
@@ -117,15 +119,15 @@ def _open_run(run: RunFolder, labels: Labels, gold: GoldOptions | None, partial:
     return Parts(run, shards, labels, plan.documents, file), plan, warnings
 
 
-def _label_tally(parts: Parts) -> Counter[str]:
+def _label_changes(parts: Parts) -> Counter[str]:
     """Entities that the run's worker and this evaluation mapped or left out; gold's of a gold file are its own."""
-    tally = Counter(parts.labels.tally)
+    changes = Counter(parts.labels.changes)
     for entry in (entry for part in parts.seen for entry in part.stats):
-        counts = entry.get("labels", {})
-        tally.update({k: n for k, n in counts.items() if parts.gold is None or not k.startswith("gold.")})
+        counted = entry.get("labels", {})
+        changes.update({k: n for k, n in counted.items() if parts.gold is None or not k.startswith("gold.")})
     if parts.gold is not None:
-        tally.update(parts.gold.tally)
-    return tally
+        changes.update(parts.gold.changes)
+    return changes
 
 
 def _shards_to_read(run: RunFolder, plan: Plan, partial: bool) -> tuple[list[int], list[str]]:
@@ -160,13 +162,13 @@ def _describe_gold(parts: Parts) -> dict[str, Any]:
 
 
 def _unknown_labels(
-    run: RunFolder, plan: Plan, tally: Tally, manifest: Manifest | None, gold: GoldOptions | None, f1: float
+    run: RunFolder, plan: Plan, counts: ChunkCounts, manifest: Manifest | None, gold: GoldOptions | None, f1: float
 ) -> list[str]:
     """Gold labels that the model cannot answer: an error where the person at the terminal named the gold file."""
-    rows = dict(zip(tally.labels.names, tally.conlleval.tolist(), strict=True))
+    rows = dict(zip(counts.labels.names, counts.conlleval.tolist(), strict=True))
     if manifest is not None:
         named = (choice_of(plan.options).target(label) for label in bare_labels(manifest.labels))
-        known = sorted({tally.labels.choice.target(name) for name in named if name} - {""})
+        known = sorted({counts.labels.choice.target(name) for name in named if name} - {""})
     elif not f1:  # all that is known of the model is what it answered
         known = sorted(name for name, row in rows.items() if row[1])
     else:
@@ -180,7 +182,7 @@ def _unknown_labels(
 def _compare(
     run: RunFolder, other: RunFolder, gold: GoldOptions | None, partial: bool, choice: LabelChoice
 ) -> dict[str, Any]:
-    labels = Labels(choice)
+    labels = LabelIndex(choice)
     mine, _, _ = _open_run(run, labels, gold, partial)
     theirs, plan, warnings = _open_run(other, labels, None, partial)
     found = Comparison(mine, theirs).run()

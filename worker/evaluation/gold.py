@@ -27,7 +27,7 @@ class GoldFile:
         choice: What becomes of its labels.
 
     Attributes:
-        tally: Entities whose label was mapped or left out: see ``contracts.labels``.
+        changes: Entities whose label was mapped or left out: see ``contracts.labels``.
         scheme: What the tags were written in, as far as they have been read.
 
     Raises:
@@ -42,7 +42,7 @@ class GoldFile:
         tag_column: int | None = None,
         choice: LabelChoice | None = None,
     ) -> None:
-        self.path, self.tally = path, Counter[str]()
+        self.path, self.changes = path, Counter[str]()
         self._choice = choice or LabelChoice()
         self.scheme: Scheme = "IOB2"
         head = [(raw or b"").decode(errors="replace") for _, raw in islice(self._lines(), LAYOUT_LINES)]
@@ -69,7 +69,7 @@ class GoldFile:
         for index, name, status, words in zip(*columns, strict=True):
             sentence = self._advance(index, name)
             if words is None and status == "rejected":
-                tags.append(None if sentence.fault else self._choice.tags(sentence.tags, self.tally))
+                tags.append(None if sentence.fault else self._choice.tags(sentence.tags, self.changes))
                 continue
             if words is None:
                 raise UsageError(
@@ -89,7 +89,7 @@ class GoldFile:
                     f"{self.path}:{sentence.lines[at]}: the word {sentence.words[at]!r:.60} stands where document"
                     f" {name!r} has {words[at]!r:.60}; gold and run must hold the same documents in the same order"
                 )
-            tags.append(self._choice.tags(sentence.tags, self.tally))
+            tags.append(self._choice.tags(sentence.tags, self.changes))
         return pa.array(tags, pa.list_(pa.string()))
 
     def finish(self, documents: int) -> None:

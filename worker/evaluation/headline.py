@@ -12,7 +12,7 @@ import numpy as np
 
 from nermill.worker.contracts.errors import EvaluationError
 from nermill.worker.evaluation.blocks import Block
-from nermill.worker.evaluation.chunks import B, Labels, O, Tags
+from nermill.worker.evaluation.chunks import B, LabelIndex, O, Tags
 
 SENTENCES = 20_000  # scored by seqeval unless all are asked for; 3,453 are in CoNLL-2003 test
 # The same for long documents. seqeval took 4.3 s for 5,000 sentences of 20 words, in both modes together, on one core
@@ -30,10 +30,10 @@ class Headline:
         unlimited: Whether seqeval scores all documents, whatever time and memory that takes (about 16 bytes a word).
     """
 
-    def __init__(self, labels: Labels, *, unlimited: bool = False) -> None:
+    def __init__(self, labels: LabelIndex, *, unlimited: bool = False) -> None:
         self._labels = labels
         self._unlimited = unlimited
-        self._is_beyond = False
+        self._is_over_limit = False
         self._words = 0
         self._gold: list[list[str]] = []
         self._predicted: list[list[str]] = []
@@ -42,23 +42,23 @@ class Headline:
         """Takes in a block's scored documents; all are given up once there are more than seqeval shall score."""
         self._words += len(block.gold.prefix)
         documents = len(self._gold) + len(block.scored)
-        if not self._unlimited and (self._is_beyond or documents > SENTENCES or self._words > WORDS):
-            self._is_beyond = True
+        if not self._unlimited and (self._is_over_limit or documents > SENTENCES or self._words > WORDS):
+            self._is_over_limit = True
             self._gold, self._predicted = [], []
             return
-        self._gold += _spelled(block.gold)
-        self._predicted += _spelled(block.predicted)
+        self._gold += _tag_lists(block.gold)
+        self._predicted += _tag_lists(block.predicted)
 
     def apply(self, scores: dict[str, Any]) -> dict[str, Any]:
         """The scores with seqeval's figures in the place of ours, and ``headline``, which says whose they are.
 
         Args:
-            scores: What ``Tally.scores`` returned.
+            scores: What ``ChunkCounts.scores`` returned.
 
         Raises:
             EvaluationError: a figure of ours differs from seqeval's by more than ``TOLERANCE``.
         """
-        if self._is_beyond:
+        if self._is_over_limit:
             reason = f"more than {SENTENCES:,} documents or {WORDS:,} words; score them with --seqeval"
             return {**scores, "headline": {"by": "nermill", "reason": reason}}
         if not self._words:
@@ -100,7 +100,7 @@ class Headline:
         return {**rows["micro avg"], "per_label": per_label}
 
 
-def _spelled(tags: Tags) -> list[list[str]]:
+def _tag_lists(tags: Tags) -> list[list[str]]:
     """The documents' tags as seqeval reads them; labels by number, since it strips dashes from names."""
     label = np.where(tags.prefix == O, 0, tags.label)
     code = np.where(tags.prefix == O, 0, 1 + 2 * label + (tags.prefix != B))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nermill.worker.evaluation.blocks import Block
-from nermill.worker.evaluation.chunks import Bools, Chunks, Ints, Labels, find_correct
+from nermill.worker.evaluation.chunks import Bools, Chunks, Ints, LabelIndex, find_correct
 
 WORST = 50
 _CONTEXT = 15  # words kept on both sides of a mistake
@@ -49,7 +49,7 @@ class Mistakes:
     A predicted entity that shares a word with no gold entity is *invented*.
     """
 
-    labels: Labels
+    labels: LabelIndex
     kinds: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("correct", *GOLD_KINDS, "invented"), 0))
     _confusion: dict[tuple[int, int], int] = field(default_factory=dict)  # -1: no entity there
     _worst: list[tuple[int, int, dict[str, Any]]] = field(default_factory=list)

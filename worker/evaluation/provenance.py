@@ -34,7 +34,7 @@ def describe_origin(plan: Plan, parts: list[Part], manifest: Manifest | None) ->
         "model": _values(parts, "model"),
         "artifact_sha256": _values(parts, "artifact_sha256"),
         "aggregation": _values(parts, "aggregation"),
-        "artifact": None if manifest is None else _shown(manifest),
+        "artifact": None if manifest is None else _public_fields(manifest),
         "hosts": sorted({str(entry["host"]) for entry in stats if "host" in entry}),
         "devices": sorted({str(entry["device"]) for entry in stats if "device" in entry}),
         "evaluated_with": {
@@ -44,7 +44,7 @@ def describe_origin(plan: Plan, parts: list[Part], manifest: Manifest | None) ->
     }
 
 
-def _shown(manifest: Manifest) -> dict[str, Any]:
+def _public_fields(manifest: Manifest) -> dict[str, Any]:
     hidden = {"files", "inputs", "cls_id", "sep_id", "pad_id", "position_offset"}
     return {name: value for name, value in asdict(manifest).items() if name not in hidden}
 

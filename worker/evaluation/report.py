@@ -13,7 +13,7 @@ from nermill.worker.evaluation.charts import draw_charts, stage_name
 
 _TEMPLATE = "report.html.jinja"
 # Control characters and those that turn the direction of writing: they would show something other than the text.
-_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+_INVISIBLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 
 
 def write_report(run: RunFolder, report: dict[str, Any]) -> None:
@@ -55,7 +55,7 @@ def _number(value: float) -> str:
 
 def _visible(text: str) -> str:
     """Text whose unseen characters are named."""
-    return _UNSEEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
+    return _INVISIBLE.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
 
 
 def _json(value: object) -> str:

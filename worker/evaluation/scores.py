@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nermill.worker.evaluation.blocks import Block
-from nermill.worker.evaluation.chunks import NO_LABEL, Chunks, Ints, Labels, O, find_correct
+from nermill.worker.evaluation.chunks import NO_LABEL, Chunks, Ints, LabelIndex, O, find_correct
 
 Floats = NDArray[np.float64]
 
@@ -79,7 +79,7 @@ def interval(values: Floats) -> list[float]:
 
 
 @dataclass
-class Tally:
+class ChunkCounts:
     """Counts of true, predicted and correct chunks, block by block.
 
     Attributes:
@@ -87,7 +87,7 @@ class Tally:
         conlleval, strict: True, predicted and correct chunks of each label; (labels, 3), grown as labels appear.
     """
 
-    labels: Labels
+    labels: LabelIndex
     conlleval: Ints = field(default_factory=lambda: np.zeros((0, 3), np.int64))
     strict: Ints = field(default_factory=lambda: np.zeros((0, 3), np.int64))
     documents: int = 0

@@ -12,16 +12,16 @@ import pyarrow.compute as pc
 
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.labels import LabelChoice, nested, suggest_map
-from nermill.worker.evaluation.chunks import Labels, find_chunks, read_tags
+from nermill.worker.evaluation.chunks import LabelIndex, find_chunks, read_tags
 
 
-def choose_entities(rows: pa.RecordBatch, labels: Labels) -> pa.RecordBatch:
+def choose_entities(rows: pa.RecordBatch, labels: LabelIndex) -> pa.RecordBatch:
     """Rows without the entities that are left out; their tags become ``O`` where the score is too low.
 
     Args:
         rows: Documents with ``doc_id``, ``entities`` and ``tags``.
-        labels: Whose ``choice`` says what stays; its tally counts what is below the score. Tags whose label is left out
-            stay, since ``read_tags`` passes over them.
+        labels: Whose ``choice`` says what stays; its ``changes`` counts what is below the score. Tags whose label is
+            left out stay, since ``read_tags`` passes over them.
 
     Raises:
         UsageError: a document's entities are not its tags' (aggregation none or simple), so that scores fit no tag.
@@ -31,7 +31,7 @@ def choose_entities(rows: pa.RecordBatch, labels: Labels) -> pa.RecordBatch:
     names = entities.field("label").to_pylist()
     named = np.fromiter((bool(choice.target(name)) for name in names), np.bool_, len(names))
     sure = entities.field("score").to_numpy(zero_copy_only=False) >= np.float32(choice.min_score)
-    labels.tally.update(f"predicted.below_min_score.{names[at]}" for at in np.flatnonzero(named & ~sure))
+    labels.changes.update(f"predicted.below_min_score.{names[at]}" for at in np.flatnonzero(named & ~sure))
     kept = named & sure
     document = np.repeat(np.arange(len(lists)), counts)
     offsets = np.concatenate([[0], np.cumsum(np.bincount(document[kept], minlength=len(lists)))])
@@ -48,7 +48,7 @@ def _sure_tags(rows: pa.RecordBatch, counts: np.ndarray[Any, Any], sure: np.ndar
         if tags[row] is None:
             continue
         flat = pa.array(tags[row], pa.string())
-        chunks = find_chunks(read_tags(flat, np.array([0, len(flat)]), Labels(), normalise=False))
+        chunks = find_chunks(read_tags(flat, np.array([0, len(flat)]), LabelIndex(), normalise=False))
         if len(chunks) != counts[row]:
             raise UsageError(
                 f"document {rows['doc_id'][row].as_py()!r} has {counts[row]} entities for {len(chunks)} tagged spans; "
@@ -64,15 +64,15 @@ def _replaced(rows: pa.RecordBatch, name: str, column: pa.Array) -> pa.RecordBat
     return rows.set_column(rows.schema.get_field_index(name), name, column)
 
 
-def describe_choice(choices: Iterable[LabelChoice], tally: Counter[str]) -> tuple[dict[str, Any], list[str]]:
+def describe_choice(choices: Iterable[LabelChoice], changes: Counter[str]) -> tuple[dict[str, Any], list[str]]:
     """What the report says of labels that were mapped or left out, and a warning of what is left out.
 
     Args:
         choices: The run's choice, then the evaluation's.
-        tally: Entities by what was done to them, of both.
+        changes: Entities by what was done to them, of both.
     """
     run, here = choices
-    found = nested(tally)
+    found = nested(changes)
     shown = {"map": dict(run.map), "only": list(run.only), "min_score": run.min_score}
     if not here.is_all:
         shown["evaluation"] = {"map": dict(here.map), "only": list(here.only), "min_score": here.min_score}

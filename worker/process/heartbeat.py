@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 VARIABLE = "NERMILL_HEARTBEAT_FD"
-BEAT_SECONDS = 1.0
+HEARTBEAT_SECONDS = 1.0
 
 
 class Heartbeat:
@@ -17,17 +17,17 @@ class Heartbeat:
 
     Attributes:
         writer: File descriptor for the process, which finds its number in VARIABLE.
-        heard: Whether there was ever a beat.
+        received: Whether there was ever a beat.
     """
 
     def __init__(self) -> None:
         self._reader, self.writer = os.pipe()
         os.set_blocking(self._reader, False)
         os.set_blocking(self.writer, False)
-        self.heard = False
+        self.received = False
         self._last = time.monotonic()
 
-    def given(self) -> None:
+    def close_writer(self) -> None:
         """The process has its end: ours is closed."""
         os.close(self.writer)
 
@@ -35,7 +35,7 @@ class Heartbeat:
         """Since the last beat, or since the start before the first."""
         with suppress(BlockingIOError):
             if os.read(self._reader, 4096):
-                self.heard = True
+                self.received = True
                 self._last = time.monotonic()
         return time.monotonic() - self._last
 
@@ -44,13 +44,13 @@ class Heartbeat:
         os.close(self._reader)
 
 
-def beat(environ: Mapping[str, str], complaint: Callable[[], str | None], stop: threading.Event) -> None:
-    """The process's end: beats while there is no complaint, until ``stop`` or until nobody listens."""
+def send_heartbeats(environ: Mapping[str, str], problem: Callable[[], str | None], stop: threading.Event) -> None:
+    """The process's end: beats while there is no problem, until ``stop`` or until nobody listens."""
     if VARIABLE not in environ:
         return
     with suppress(BrokenPipeError), open(int(environ[VARIABLE]), "wb", buffering=0) as pipe:
         while True:
-            if not complaint():
+            if not problem():
                 pipe.write(b".")  # writes nothing where the pipe is full
-            if stop.wait(BEAT_SECONDS):
+            if stop.wait(HEARTBEAT_SECONDS):
                 return

@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         sys.exit(run(options))
     except NermillError as error:
-        logs.complain(error)
+        logs.report_error(error)
         sys.exit(error.exit_code)
 
 
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
         if (value := getattr(options, name)) is not None:
             os.environ[f"NERMILL_{name.upper()}"] = str(value)
     if "@" in (options.broker_url or ""):
-        _leave_the_process_list(options)
+        _restart_without_flags(options)
     settings = read_settings(os.environ)
     check_url(settings.broker_url)
     artifact = resolve_artifact(settings.model)
@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
     return Supervisor(devices, settings).run()
 
 
-def _leave_the_process_list(options: argparse.Namespace) -> None:
+def _restart_without_flags(options: argparse.Namespace) -> None:
     """Everybody may read a command line, a password in it included: goes on as the same process without its flags."""
     os.environ["NERMILL_DEVICES"] = options.devices  # all others are in the environment already
     dry_run = ["--dry-run"] if options.dry_run else []

@@ -77,7 +77,7 @@ def configure(log_format: str, **facts: object) -> None:
     logging.captureWarnings(True)
 
 
-def complain(error: NermillError) -> None:
+def report_error(error: NermillError) -> None:
     """Says the error's one line before the process ends: as a record where machines read the log."""
     if any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers):
         log.critical("%s", error)

@@ -138,14 +138,14 @@ class Metrics:
         return metered
 
     def observe(
-        self, pipeline: Pipeline, held: Callable[[], int], complaint: Callable[[], str | None], device: str
+        self, pipeline: Pipeline, held: Callable[[], int], problem: Callable[[], str | None], device: str
     ) -> None:
         """Shows a pipeline's state, which is read when Prometheus asks."""
         for name, text, read in (
             ("pool_tokens", "Tokens that wait for the device", pipeline.waiting_tokens),
             ("leased_shards", "Shards that this process holds", held),
             ("device_call_seconds", "How long the call of the device under way has taken", pipeline.busy_seconds),
-            ("healthy", "1 while /healthz says ok", lambda: float(complaint() is None)),
+            ("healthy", "1 while /healthz says ok", lambda: float(problem() is None)),
         ):
             self._gauge(name, text).set_function(read)
         manifest = pipeline.manifest
@@ -202,13 +202,13 @@ class _BusySeconds(Collector):
         yield CounterMetricFamily("nermill_device_busy_seconds", text, value=self._engine.busy_seconds())
 
 
-def serve(metrics: Metrics, port: int, complaint: Callable[[], str | None]) -> None:
+def serve(metrics: Metrics, port: int, problem: Callable[[], str | None]) -> None:
     """Serves ``/metrics`` and ``/healthz``, each request on a thread of its own.
 
     Args:
         metrics: What to show.
         port: TCP port.
-        complaint: Returns what is wrong, or None.
+        problem: Returns what is wrong, or None.
 
     Raises:
         UsageError: the port cannot be had.
@@ -218,7 +218,7 @@ def serve(metrics: Metrics, port: int, complaint: Callable[[], str | None]) -> N
     def answer(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
         if environ.get("PATH_INFO") != "/healthz":
             return show(environ, start)  # type: ignore[no-any-return]
-        wrong = complaint()
+        wrong = problem()
         start("503 Service Unavailable" if wrong else "200 OK", [("Content-Type", "text/plain; charset=utf-8")])
         return [(wrong or "ok").encode() + b"\n"]
 

@@ -1,4 +1,4 @@
-"""Keeps one worker process a device alive: starts it, listens to its heart, ends it when that stops, starts it anew."""
+"""Keeps one worker process a device alive: starts it, ends it when its heartbeat stops, starts it anew."""
 
 from __future__ import annotations
 
@@ -64,30 +64,34 @@ class Supervised:
     def __init__(self, device: Device, index: int, settings: Settings, cores: frozenset[int]) -> None:
         self.device = device
         self.started = time.monotonic()
-        self.is_given_up = False
-        self.heart = Heartbeat()
-        environment = {**os.environ, **device.environment(index, settings), heartbeat.VARIABLE: str(self.heart.writer)}
+        self.is_killed = False
+        self.heartbeat = Heartbeat()
+        environment = {
+            **os.environ,
+            **device.environment(index, settings),
+            heartbeat.VARIABLE: str(self.heartbeat.writer),
+        }
         self.process = subprocess.Popen(
             _command(device),
             env=environment,
             # Logs go to stderr; Celery's farewell, which goes to stdout, is no JSON.
             stdout=subprocess.DEVNULL if settings.log_format == "json" else None,
-            preexec_fn=partial(_begin, cores),
-            pass_fds=[self.heart.writer],
+            preexec_fn=partial(_prepare_child, cores),
+            pass_fds=[self.heartbeat.writer],
         )
-        self.heart.given()
+        self.heartbeat.close_writer()
 
     @property
-    def is_well(self) -> bool:
+    def is_healthy(self) -> bool:
         """Whether it was heard of lately, or may still be loading its model."""
-        return not self.is_given_up and (not self.heart.heard or self.heart.silent_seconds() < SILENT_SECONDS)
+        return not self.is_killed and (not self.heartbeat.received or self.heartbeat.silent_seconds() < SILENT_SECONDS)
 
     def end_if_silent(self, hang_seconds: float) -> None:
         """Kills a process that hangs so hard that it cannot end itself: its threads stand still, or it never loads."""
-        silent = self.heart.silent_seconds()
-        limit = hang_seconds + SILENT_SECONDS if self.heart.heard else START_SECONDS
-        if silent > limit and not self.is_given_up:
-            self.is_given_up = True
+        silent = self.heartbeat.silent_seconds()
+        limit = hang_seconds + SILENT_SECONDS if self.heartbeat.received else START_SECONDS
+        if silent > limit and not self.is_killed:
+            self.is_killed = True
             with about(device=self.device.name):
                 log.critical("%s: nothing was heard of the worker for %.0f s; it is killed", self.device.name, silent)
             self.process.kill()
@@ -128,17 +132,17 @@ class Supervisor:
                     supervised.end_if_silent(self._settings.hang_seconds)
                     continue
                 del self._processes[index]
-                supervised.heart.close()
+                supervised.heartbeat.close()
                 if not self._stopping:
-                    self._failed_starts[index] += not supervised.heart.heard
+                    self._failed_starts[index] += not supervised.heartbeat.received
                     if status == UsageError.exit_code or self._has_failed_to_start(index):
                         code = status
                         self._stop()
                     elif status == 0:
-                        self._leave_stopped(supervised)
+                        self._note_shutdown(supervised)
                     else:
                         self._plan_restart(index, supervised, status)
-            self._tell_systemd()
+            self._notify_systemd()
         return code
 
     def _start_due(self) -> None:
@@ -154,7 +158,7 @@ class Supervisor:
     def _has_failed_to_start(self, index: int) -> bool:
         return 0 < self._settings.start_attempts <= self._failed_starts[index]
 
-    def _leave_stopped(self, supervised: Supervised) -> None:
+    def _note_shutdown(self, supervised: Supervised) -> None:
         self._stopped += 1
         with about(device=supervised.device.name):
             log.info("%s: the worker was told to shut down, and stays down", supervised.device.name)
@@ -169,22 +173,22 @@ class Supervisor:
         with about(device=name):
             log.error("%s: the worker ended with %d; starting it again in %.1f s", name, status, pause)
 
-    def _tell_systemd(self) -> None:
+    def _notify_systemd(self) -> None:
         """Ready when every device was heard of once; alive while all that run are well."""
         processes = self._processes.values()
         if (
             not self._ready
             and len(processes) + self._stopped == len(self._devices)
-            and all(p.heart.heard for p in processes)
+            and all(p.heartbeat.received for p in processes)
         ):
             self._ready = True
-            self._systemd.tell("READY=1")
-        if all(supervised.is_well for supervised in processes):
-            self._systemd.alive()
+            self._systemd.notify("READY=1")
+        if all(supervised.is_healthy for supervised in processes):
+            self._systemd.feed_watchdog()
 
     def _stop(self, *_: object) -> None:
         self._stopping = True
-        self._systemd.tell("STOPPING=1")
+        self._systemd.notify("STOPPING=1")
         for supervised in self._processes.values():
             supervised.process.send_signal(signal.SIGTERM)
 
@@ -217,7 +221,7 @@ def _socket_of(core: int) -> int:
         return 0
 
 
-def _begin(cores: frozenset[int]) -> None:
+def _prepare_child(cores: frozenset[int]) -> None:
     """In the new process: it keeps to its cores, and follows its supervisor, whatever kills that one."""
     os.sched_setaffinity(0, cores)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -23,14 +23,14 @@ class Notifier:
         self._interval = int(environ.get("WATCHDOG_USEC", "0")) / 2e6 if is_ours else 0.0
         self._due = 0.0
 
-    def tell(self, state: str) -> None:
+    def notify(self, state: str) -> None:
         """Sends a state such as ``READY=1``; a socket that is gone is no reason to stop."""
         if self._address:
             with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
                 sender.sendto(state.encode(), self._address)
 
-    def alive(self) -> None:
+    def feed_watchdog(self) -> None:
         """Feeds the watchdog, twice as often as it wants; call it while all is well."""
         if self._interval and time.monotonic() >= self._due:
             self._due = time.monotonic() + self._interval
-            self.tell("WATCHDOG=1")
+            self.notify("WATCHDOG=1")

@@ -27,9 +27,9 @@ ROUND_LENGTHS = (64, 128, 256, 512)
 LOOK_AHEAD = 512  # windows, and two batches, that a packed batch is chosen from: CoNLL's fill rows to 99.4 %
 # A token of a BERT of width H costs 24 H² FLOP a layer in matrix products, and 4 H FLOP times its row's length in
 # attention: a share of length ÷ 6 H, taken for H = 768.
-ATTENTION = 1 / (6 * 768)
-ACCELERATOR_LEAST = 350  # tokens of a batch under which an accelerator waits for its memory
-CPU_LEAST = 128  # the same for a CPU, which keeps busy with few
+ATTENTION_SHARE = 1 / (6 * 768)
+ACCELERATOR_MIN_TOKENS = 350  # tokens of a batch under which an accelerator waits for its memory
+CPU_MIN_TOKENS = 128  # the same for a CPU, which keeps busy with few
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +58,10 @@ class Placement:
 def cost(shape: Shape) -> float:
     """Relative time of one call of a shape: its tokens, plus attention, which grows with the square of a row.
 
-    No batch counts for less than ACCELERATOR_LEAST tokens.
+    No batch counts for less than ACCELERATOR_MIN_TOKENS tokens.
     """
     rows, length = shape
-    return max(rows * length, ACCELERATOR_LEAST) * (1 + length * ATTENTION)
+    return max(rows * length, ACCELERATOR_MIN_TOKENS) * (1 + length * ATTENTION_SHARE)
 
 
 def place(lengths: Int, manifest: Manifest, cost: Callable[[Shape], float] = cost) -> Placement:
@@ -79,18 +79,18 @@ def place(lengths: Int, manifest: Manifest, cost: Callable[[Shape], float] = cos
     else:
         return place_similar(lengths, manifest.token_budget)
     if manifest.layout == "packed":
-        packer = _Packer(_ahead(lengths, manifest.batch_tokens), is_free=not manifest.shapes)
-        return _cheapest(shapes, packer.pack, cost)
-    return _cheapest(shapes, partial(place_one_a_row, lengths), cost)
+        packer = _Packer(_candidates(lengths, manifest.batch_tokens), is_free=not manifest.shapes)
+        return _best_placement(shapes, packer.pack, cost)
+    return _best_placement(shapes, partial(place_one_a_row, lengths), cost)
 
 
-def _ahead(lengths: Int, batch_tokens: int) -> Int:
+def _candidates(lengths: Int, batch_tokens: int) -> Int:
     """The oldest waiting windows: LOOK_AHEAD of them, or two batches."""
     two_batches = int(np.searchsorted(lengths.cumsum(), 2 * batch_tokens)) + 1
     return lengths[: max(LOOK_AHEAD, two_batches)]
 
 
-def _cheapest(
+def _best_placement(
     shapes: Sequence[Shape], choose: Callable[[Shape], Placement], cost: Callable[[Shape], float]
 ) -> Placement:
     """The placement with the most real tokens for its cost; of equals, the smallest.
@@ -129,16 +129,16 @@ def place_similar(lengths: Int, budget: int) -> Placement:
     tokens for its cost is taken.
     """
     order = np.argsort(-lengths, kind="stable")
-    falling = lengths[order]
+    descending = lengths[order]
     oldest = int(np.flatnonzero(order == 0)[0])
     begin = np.arange(oldest + 1)
-    end = np.minimum(begin + np.maximum(1, budget // falling[begin]), len(order))
-    alike = np.minimum(end, np.searchsorted(-falling, -0.95 * falling[begin], side="right"))
-    begin, end = np.tile(begin, 2), np.concatenate([end, alike])
+    end = np.minimum(begin + np.maximum(1, budget // descending[begin]), len(order))
+    similar_end = np.minimum(end, np.searchsorted(-descending, -0.95 * descending[begin], side="right"))
+    begin, end = np.tile(begin, 2), np.concatenate([end, similar_end])
     begin, end = begin[end > oldest], end[end > oldest]
-    tokens = np.concatenate([np.zeros(1, np.int64), np.cumsum(falling)])
-    longest = falling[begin]
-    costs = np.maximum((end - begin) * longest, CPU_LEAST) * (1 + longest * ATTENTION)
+    tokens = np.concatenate([np.zeros(1, np.int64), np.cumsum(descending)])
+    longest = descending[begin]
+    costs = np.maximum((end - begin) * longest, CPU_MIN_TOKENS) * (1 + longest * ATTENTION_SHARE)
     best = int(((tokens[end] - tokens[begin]) / costs).argmax())
     window = order[begin[best] : end[best]]
     row = np.arange(len(window))

@@ -18,7 +18,7 @@ Int = NDArray[np.int64]
 Float = NDArray[np.float32]
 
 
-class Labels:
+class ModelLabels:
     """A model's labels as arrays: the type of each label and whether it begins a span.
 
     Args:
@@ -32,7 +32,7 @@ class Labels:
         self.begins = np.array([label[:2] in ("B-", "S-", "U-") for label in labels])
         self.tags = _tags_of(names)
 
-    def renamed(self, names: Sequence[str]) -> Labels:
+    def renamed(self, names: Sequence[str]) -> ModelLabels:
         """The same labels under other names, one for each of ``names``; an empty one is never written."""
         labels = copy(self)
         labels.names, labels.tags = tuple(names), _tags_of(names)
@@ -57,7 +57,7 @@ class Units:
         document: Document of each unit, int64, shape (units,).
         word: Word number within its document, int64, shape (units,).
         first, last: First and last token of each unit, int64, shape (units,).
-        type: 0 for no entity, else 1 + index into ``Labels.names``, int64, shape (units,).
+        type: 0 for no entity, else 1 + index into ``ModelLabels.names``, int64, shape (units,).
         begins: Whether the predicted label begins a span of its own, bool, shape (units,).
         score: Probability of the predicted label, float32, shape (units,).
     """
@@ -95,7 +95,7 @@ def softmax(logits: Float) -> Float:
     return np.asarray(shifted / shifted.sum(-1, keepdims=True), np.float32)
 
 
-def units(logits: Float, document: Int, words: Int, labels: Labels, aggregation: Aggregation) -> Units:
+def units(logits: Float, document: Int, words: Int, labels: ModelLabels, aggregation: Aggregation) -> Units:
     """Predicts one label a unit.
 
     The strategies are those of transformers' token classification: ``first`` takes a word's first token,
@@ -120,10 +120,10 @@ def units(logits: Float, document: Int, words: Int, labels: Labels, aggregation:
         chosen = np.asarray(sums / (last - first + 1)[:, None], np.float32)
     elif aggregation == "max" and count:
         probabilities = softmax(logits)
-        sureness = probabilities.max(-1)
+        confidence = probabilities.max(-1)
         unit = np.repeat(np.arange(len(first)), last - first + 1)
-        by_unit_then_sureness = np.lexsort((-sureness, unit))
-        chosen = probabilities[by_unit_then_sureness[first]]
+        by_unit_then_confidence = np.lexsort((-confidence, unit))
+        chosen = probabilities[by_unit_then_confidence[first]]
     else:
         chosen = softmax(logits[first]) if count else logits
     label = chosen.argmax(-1) if count else np.zeros(0, np.int64)
@@ -157,7 +157,7 @@ def spans(units: Units, *, join: bool = True) -> Spans:
     return Spans(where[begin], inside[begin], inside[end - 1], kind[begin], score.astype(np.float32))
 
 
-def choose(spans: Spans, labels: Labels, choice: LabelChoice) -> tuple[Spans, Labels, Counter[str]]:
+def choose(spans: Spans, labels: ModelLabels, choice: LabelChoice) -> tuple[Spans, ModelLabels, Counter[str]]:
     """Leaves entities out and renames labels.
 
     Returns:
@@ -168,16 +168,16 @@ def choose(spans: Spans, labels: Labels, choice: LabelChoice) -> tuple[Spans, La
     names = [choice.target(name) for name in labels.names]
     sure = spans.score >= np.float32(choice.min_score)
     named = np.array([True, *map(bool, names)])[spans.type]
-    tally: Counter[str] = Counter()
+    changes: Counter[str] = Counter()
     for number, (label, name) in enumerate(zip(labels.names, names, strict=True), 1):
         of_label = spans.type == number
-        tally[key("predicted", label, name)] += int((of_label & (sure | (not name))).sum()) if name != label else 0
-        tally[f"predicted.below_min_score.{label}"] += int((of_label & ~sure & named).sum())
-    return spans.where(sure & named), labels.renamed(names), +tally
+        changes[key("predicted", label, name)] += int((of_label & (sure | (not name))).sum()) if name != label else 0
+        changes[f"predicted.below_min_score.{label}"] += int((of_label & ~sure & named).sum())
+    return spans.where(sure & named), labels.renamed(names), +changes
 
 
 def tag_numbers(units: Units, spans: Spans) -> Int:
-    """The IOB2 tag of each unit as an index into ``Labels.tags``: exactly what the spans say, int64, shape (units,)."""
+    """The IOB2 tag of each unit as an index into ``ModelLabels.tags``: as the spans say; int64, shape (units,)."""
     tags = np.zeros(len(units.type), np.int64)
     length = spans.last - spans.first + 1
     inside = spread(spans.first, length)

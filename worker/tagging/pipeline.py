@@ -28,9 +28,15 @@ from nermill.worker.contracts.shard import shard_table
 from nermill.worker.engine import Batch, Engine, load_engine
 from nermill.worker.engine.warmup import blank_batch, token_budget
 from nermill.worker.tagging import decode
-from nermill.worker.tagging.pool import Job, Pool, Work, give_up, halves, hand_out, lay_out
-from nermill.worker.tagging.table import Prediction, Spelling, chosen_gold, part_table, spell
-from nermill.worker.tagging.windows import Tokens, cut, tokenize
+from nermill.worker.tagging.pool import Job, Pool, Work, build_batch, distribute_logits, mark_failed, split_work
+from nermill.worker.tagging.table import (
+    Prediction,
+    TaggableDocuments,
+    part_table,
+    rename_gold_labels,
+    taggable_documents,
+)
+from nermill.worker.tagging.windows import Tokens, split_into_windows, tokenize
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -87,11 +93,11 @@ class Pipeline:
     def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
         self.engine = engine
         self.manifest: Manifest = engine.manifest
-        self.labels = decode.Labels(self.manifest.labels)
+        self.labels = decode.ModelLabels(self.manifest.labels)
         self._tokenizer = tokenizer
         self._pool = Pool(self.manifest)
         self._busy_since: dict[int, float] = {}
-        self._answered = 0.0  # when the device last did
+        self._last_done = 0.0  # when the device last did
         self._clock = threading.Lock()  # over the line above: calls that end together count their time once
         self.broken: EngineError | None = None
         self._device = threading.Semaphore(engine.in_flight)
@@ -118,9 +124,9 @@ class Pipeline:
         for shape in self.manifest.shapes or ((WARM_ROWS, min(64, self.manifest.window)),):
             batch = blank_batch(shape, self.manifest)
             self.engine.run(batch)
-            begun = time.monotonic()
+            started = time.monotonic()
             self.engine.run(batch)
-            self._pool.learn(shape, shape[0] * shape[1], time.monotonic() - begun)
+            self._pool.record_duration(shape, shape[0] * shape[1], time.monotonic() - started)
 
     def busy_seconds(self) -> float:
         """How long the oldest call of the engine has been under way; 0.0 when idle."""
@@ -158,9 +164,9 @@ class Pipeline:
             EngineError: the device failed for good; no document is to blame.
         """
         self.manifest.check_overlap(options.overlap)
-        spelling, faults = spell(table, options)
-        begun = time.monotonic()
-        tokens = tokenize(self._tokenizer, spelling.tokenizable, split=spelling.split)
+        documents, faults = taggable_documents(table, options)
+        started = time.monotonic()
+        tokens = tokenize(self._tokenizer, documents.tokenizable, split=documents.split)
         job = self._job(tokens, options)
         tokenized = time.monotonic()
         self._pool.put(job, first=urgent or len(job.windows) <= FEW_WINDOWS)
@@ -169,50 +175,58 @@ class Pipeline:
         computed = time.monotonic()
         if job.error:
             raise EngineError(f"{self.engine.device}: {job.error}") from job.error
-        faults |= {spelling.rows[document]: Fault("model_failure", message) for document, message in job.failed.items()}
-        part, tally = self._decode(table, spelling, job, faults, options, first)
+        faults |= {
+            documents.rows[document]: Fault("model_failure", message) for document, message in job.failed.items()
+        }
+        part, changes = self._decode(table, documents, job, faults, options, first)
         lengths = job.windows.lengths
         stats = Stats(
             windows=len(lengths),
             tokens=int(lengths.sum()),
             computed_tokens=round(job.computed_tokens),
-            tokenize_seconds=tokenized - begun,
+            tokenize_seconds=tokenized - started,
             wait_seconds=max(0.0, computed - tokenized - job.seconds),
             compute_seconds=job.seconds,
             decode_seconds=time.monotonic() - computed,
-            labels=dict(tally),
+            labels=dict(changes),
         )
         return Annotated(part, faults, stats)
 
     def _job(self, tokens: Tokens, options: Options) -> Job:
-        windows = cut(tokens.bounds, self.manifest.window, options.overlap)
+        windows = split_into_windows(tokens.bounds, self.manifest.window, options.overlap)
         return Job(tokens, windows, np.empty((len(tokens.ids), len(self.manifest.labels)), np.float32))
 
     def _decode(
-        self, table: pa.Table, spelling: Spelling, job: Job, faults: dict[int, Fault], options: Options, first: int
+        self,
+        table: pa.Table,
+        documents: TaggableDocuments,
+        job: Job,
+        faults: dict[int, Fault],
+        options: Options,
+        first: int,
     ) -> tuple[pa.Table, Counter[str]]:
         tokens, choice = job.tokens, choice_of(options)
         document = np.repeat(np.arange(len(tokens.counts)), tokens.counts)
         whole = np.flatnonzero(~np.isin(document, list(job.failed)))  # a failed document's logits were never written
         units = decode.units(job.logits[whole], document[whole], tokens.words[whole], self.labels, options.aggregation)
         units = replace(units, first=whole[units.first], last=whole[units.last])
-        spans, labels, tally = decode.choose(
+        spans, labels, changes = decode.choose(
             decode.spans(units, join=options.aggregation != "none"), self.labels, choice
         )
         windows = np.bincount(job.windows.document, minlength=len(tokens.counts))
         prediction = Prediction(tokens, windows, units, spans, labels)
-        part = part_table(chosen_gold(table, choice, tally), spelling, prediction, faults, options, first)
-        return part, tally
+        part = part_table(rename_gold_labels(table, choice, changes), documents, prediction, faults, options, first)
+        return part, changes
 
     def _compute(self) -> None:
         """Prepares a batch while others are on the device, so that the device goes from one to the next."""
         try:
             while work := self._pool.take():
-                batch = lay_out(work, self.manifest)
+                batch = build_batch(work, self.manifest)
                 with self._device:
                     done = self._run(work, batch)
                 if done:
-                    hand_out(work, *done)
+                    distribute_logits(work, *done)
                 self._pool.finished()
         except Exception as error:
             self._fail(EngineError(f"{type(error).__name__}: {error}"))
@@ -220,22 +234,22 @@ class Pipeline:
     def _run(self, work: Work, batch: Batch) -> tuple[NDArray[np.float32], float] | None:
         """A batch's logits and seconds; None where it failed, and was run again in parts."""
         me = threading.get_ident()
-        begun = self._busy_since[me] = time.monotonic()
+        started = self._busy_since[me] = time.monotonic()
         try:
             logits = self.engine.run(batch)
             with self._clock:
                 done = time.monotonic()
-                seconds = max(0.0, done - max(begun, self._answered))  # it waited for the batch before it
-                self._answered = done
-            self._pool.learn(batch.input_ids.shape, work.placement.tokens, seconds)
+                seconds = max(0.0, done - max(started, self._last_done))  # it waited for the batch before it
+                self._last_done = done
+            self._pool.record_duration(batch.input_ids.shape, work.placement.tokens, seconds)
             return logits, seconds
         except EngineError as error:
-            self._find_culprit(work, error)
+            self._retry_in_halves(work, error)
             return None
         finally:
             del self._busy_since[me]
 
-    def _find_culprit(self, work: Work, error: EngineError) -> None:
+    def _retry_in_halves(self, work: Work, error: EngineError) -> None:
         """Runs a failed batch again, and what fails again in halves: a bad document costs that document alone.
 
         A batch that was only too large for the device's memory costs none.
@@ -245,17 +259,17 @@ class Pipeline:
         except EngineError:
             self._fail(error)
             return
-        suspected = [work]
-        while suspected:
-            part = suspected.pop()
-            begun = self._busy_since[threading.get_ident()] = time.monotonic()
+        pending = [work]
+        while pending:
+            part = pending.pop()
+            started = self._busy_since[threading.get_ident()] = time.monotonic()
             try:
-                hand_out(part, self.engine.run(lay_out(part, self.manifest)), time.monotonic() - begun)
+                distribute_logits(part, self.engine.run(build_batch(part, self.manifest)), time.monotonic() - started)
             except EngineError as reason:
                 if len(part.windows) > 1:
-                    suspected += halves(part, self.manifest)
+                    pending += split_work(part, self.manifest)
                 else:
-                    give_up(part, str(reason))
+                    mark_failed(part, str(reason))
 
     def _fail(self, error: EngineError) -> None:
         self.broken = error

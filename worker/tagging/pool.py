@@ -22,7 +22,7 @@ from nermill.worker.tagging.windows import Tokens, Windows, concatenate
 
 Int = NDArray[np.int64]
 
-LEARNING_RATE = 0.1  # of the device's times, with each batch
+SMOOTHING = 0.1  # of the device's times, with each batch
 AHEAD_SECONDS = 0.5  # of the device's work that waits for it: longer than a claim, a store and the tokenizer take
 AHEAD_BATCHES = (2, 64)  # the least and the most of it
 
@@ -130,7 +130,7 @@ class Pool:
     def take(self) -> Work | None:
         """The next batch: at once where the device is idle, else when it is full; None when the pool is closed."""
         with self._lock:
-            self._batch.wait_for(self._ready)
+            self._batch.wait_for(self._is_batch_due)
             if self._closed:
                 return None
             placement = place(self._windows.lengths, self._manifest, self._cost)
@@ -138,7 +138,7 @@ class Pool:
             kept = np.ones(len(self._windows), bool)
             kept[placement.window] = False
             self._owner, self._windows = self._owner[kept], self._windows.of(kept)
-            self._forget_empty_jobs()
+            self._drop_finished_jobs()
             self._tokens -= placement.tokens
             self._running += 1
             if self._has_spare_capacity():
@@ -146,14 +146,14 @@ class Pool:
             self._batch.notify()
             return work
 
-    def learn(self, shape: Shape, tokens: int, seconds: float) -> None:
+    def record_duration(self, shape: Shape, tokens: int, seconds: float) -> None:
         """Takes in how long the device had a batch of that shape, with so many tokens that are not padding."""
         with self._lock:
             known = self._seconds_a_token or seconds / tokens
-            self._seconds_a_token = known + LEARNING_RATE * (seconds / tokens - known)
+            self._seconds_a_token = known + SMOOTHING * (seconds / tokens - known)
             if shape in self._manifest.shapes:
                 known = self._seconds.get(shape, seconds)
-                self._seconds[shape] = known + LEARNING_RATE * (seconds - known)
+                self._seconds[shape] = known + SMOOTHING * (seconds - known)
 
     def _cost(self, shape: Shape) -> float:
         """What a shape costs here, once every compiled one was measured; until then, and of free ones, an estimate."""
@@ -190,16 +190,16 @@ class Pool:
         has_time = self._tokens * self._seconds_a_token < AHEAD_SECONDS
         return self._tokens < (most if has_time else least)
 
-    def _ready(self) -> bool:
+    def _is_batch_due(self) -> bool:
         if self._closed:
             return True
         return self._tokens > 0 and (not self._running or self._tokens >= self._manifest.batch_tokens)
 
     def _work(self, placement: Placement) -> Work:
         placement = placement.reordered(self._owner[placement.window].argsort(kind="stable"))
-        return _owned(self._jobs, self._owner[placement.window], self._windows.of(placement.window), placement)
+        return _group_by_job(self._jobs, self._owner[placement.window], self._windows.of(placement.window), placement)
 
-    def _forget_empty_jobs(self) -> None:
+    def _drop_finished_jobs(self) -> None:
         if not len(self._owner):
             self._jobs = []
             return
@@ -209,7 +209,7 @@ class Pool:
             self._owner = self._owner - oldest
 
 
-def lay_out(work: Work, manifest: Manifest) -> Batch:
+def build_batch(work: Work, manifest: Manifest) -> Batch:
     """The batch's arrays: each window as [CLS] tokens [SEP] at its place, numbered within its row."""
     placement, windows = work.placement, work.windows
     shape = (placement.rows, placement.length)
@@ -237,7 +237,7 @@ def _number_in_row(placement: Placement) -> Int:
     return number
 
 
-def hand_out(work: Work, logits: NDArray[np.float32], seconds: float) -> None:
+def distribute_logits(work: Work, logits: NDArray[np.float32], seconds: float) -> None:
     """Gives every job its tokens' logits and its share of the batch's cost.
 
     Args:
@@ -258,25 +258,25 @@ def hand_out(work: Work, logits: NDArray[np.float32], seconds: float) -> None:
         with job.lock:
             job.computed_tokens += share * placement.rows * placement.length
             job.seconds += share * seconds
-        _settle(job, windows_of_job)
+        _count_done(job, windows_of_job)
 
 
-def give_up(work: Work, message: str) -> None:
+def mark_failed(work: Work, message: str) -> None:
     """Marks the documents of a batch as those that made the model fail."""
     for job, mine in work.by_job(np.ones(len(work.windows), np.int64)):
         documents = work.windows.document[mine].tolist()
         job.failed.update(dict.fromkeys(documents, message))
-        _settle(job, len(documents))
+        _count_done(job, len(documents))
 
 
-def _settle(job: Job, windows: int) -> None:
+def _count_done(job: Job, windows: int) -> None:
     with job.lock:
         job.remaining -= windows
         if not job.remaining:
             job.done.set()
 
 
-def halves(work: Work, manifest: Manifest) -> list[Work]:
+def split_work(work: Work, manifest: Manifest) -> list[Work]:
     """The batch's windows as two batches: of its shape where shapes are compiled, else of fewer rows."""
     placement = work.placement
     owner = np.repeat(np.arange(len(work.jobs)), np.diff(work.bounds))
@@ -288,11 +288,11 @@ def halves(work: Work, manifest: Manifest) -> list[Work]:
             row, rows = row - row.min(), int(np.ptp(row)) + 1
         tokens = int(windows.lengths.sum())
         lying = Placement(rows, placement.length, tokens, placement.window[chosen], row, placement.column[chosen])
-        made.append(_owned(work.jobs, owner[chosen], windows, lying))
+        made.append(_group_by_job(work.jobs, owner[chosen], windows, lying))
     return made
 
 
-def _owned(jobs: Sequence[Job], owner: Int, windows: Windows, placement: Placement) -> Work:
+def _group_by_job(jobs: Sequence[Job], owner: Int, windows: Windows, placement: Placement) -> Work:
     """Windows as work; ``owner`` is the job of each, as a position in ``jobs``, ascending."""
     first = np.flatnonzero(np.diff(owner, prepend=-1))
     return Work([jobs[index] for index in owner[first].tolist()], np.append(first, len(owner)), windows, placement)

@@ -15,14 +15,14 @@ from nermill.worker.contracts.document import Fault
 from nermill.worker.contracts.labels import LabelChoice
 from nermill.worker.contracts.plan import Options
 from nermill.worker.contracts.schema import ENTITY, part_schema
-from nermill.worker.tagging.decode import Labels, Spans, Units, tag_numbers
+from nermill.worker.tagging.decode import ModelLabels, Spans, Units, tag_numbers
 from nermill.worker.tagging.windows import Tokens
 
 Int = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Spelling:
+class TaggableDocuments:
     """The documents of a shard that can be tagged.
 
     Attributes:
@@ -40,7 +40,7 @@ class Spelling:
     split: bool
 
 
-def spell(table: pa.Table, options: Options) -> tuple[Spelling, dict[int, Fault]]:
+def taggable_documents(table: pa.Table, options: Options) -> tuple[TaggableDocuments, dict[int, Fault]]:
     """The documents of a shard, and the faults of those that cannot be tagged, by row.
 
     Args:
@@ -71,7 +71,7 @@ def spell(table: pa.Table, options: Options) -> tuple[Spelling, dict[int, Fault]
     rows = [row for row in range(len(texts)) if row not in faults]
     whole = [text for row in rows if (text := texts[row]) is not None]
     pieces = [words[row] or [] for row in rows] if split else whole
-    return Spelling(rows, pieces, whole, chars, split), faults
+    return TaggableDocuments(rows, pieces, whole, chars, split), faults
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,22 +89,22 @@ class Prediction:
     windows: Int
     units: Units
     spans: Spans
-    labels: Labels
+    labels: ModelLabels
 
 
-def chosen_gold(table: pa.Table, choice: LabelChoice, tally: Counter[str]) -> pa.Table:
-    """A shard whose gold tags have the names that the output's have; ``tally`` counts what was changed."""
+def rename_gold_labels(table: pa.Table, choice: LabelChoice, changes: Counter[str]) -> pa.Table:
+    """A shard whose gold tags have the names that the output's have; ``changes`` counts what was changed."""
     if not choice.map and not choice.only:
         return table
     gold: list[list[str] | None] = table["gold_tags"].to_pylist()
-    chosen = [None if tags is None else choice.tags(tags, tally) for tags in gold]
+    chosen = [None if tags is None else choice.tags(tags, changes) for tags in gold]
     at = table.schema.get_field_index("gold_tags")
     return table.set_column(at, table.schema.field(at), pa.array(chosen, pa.list_(pa.string())))
 
 
 def part_table(
     table: pa.Table,
-    spelling: Spelling,
+    documents: TaggableDocuments,
     prediction: Prediction,
     faults: dict[int, Fault],
     options: Options,
@@ -114,33 +114,33 @@ def part_table(
 
     Args:
         table: The shard.
-        spelling: Its documents.
+        documents: Its documents.
         prediction: What the model says of them.
         faults: Of the rejected rows.
         options: The run's options.
         first: ``doc_index`` of the first row.
     """
     count = table.num_rows
-    row_of = np.array(spelling.rows, np.int64)
+    row_of = np.array(documents.rows, np.int64)
     healthy = np.ones(count, bool)
     healthy[list(faults)] = False
     spans = prediction.spans  # of healthy rows alone: what failed is not decoded
     columns = {
         "doc_index": pa.array(np.arange(first, first + count)),
         "doc_id": table["doc_id"],
-        "n_chars": pa.array(spelling.chars, pa.int32()),
+        "n_chars": pa.array(documents.chars, pa.int32()),
         "n_tokens": pa.array(_by_row(prediction.tokens.counts, row_of, count), pa.int32()),
         "n_windows": pa.array(np.minimum(_by_row(prediction.windows, row_of, count), 32767), pa.int16()),
         "status": pa.array(np.where(healthy, "ok", "rejected"), pa.string()),
-        "entities": _entities(spelling, prediction, spans, row_of, count),
+        "entities": _entities(documents, prediction, spans, row_of, count),
         "words": table["words"],
-        "tags": _tags(spelling, prediction, spans, healthy),
+        "tags": _tags(documents, prediction, spans, healthy),
         "gold_tags": table["gold_tags"],
         "reject_reason": pa.array([faults[row].reason if row in faults else None for row in range(count)], pa.string()),
         "reject_message": pa.array(
             [faults[row].message if row in faults else None for row in range(count)], pa.string()
         ),
-        "text": _text(table, spelling),
+        "text": _text(table, documents),
         "fields": table["fields"],
     }
     schema = part_schema(keep_text=options.keep_text, keep_fields=options.keep_fields)
@@ -153,12 +153,12 @@ def _by_row(values: Int, row_of: Int, count: int) -> Int:
     return spread
 
 
-def _entities(spelling: Spelling, prediction: Prediction, spans: Spans, row_of: Int, count: int) -> pa.Array:
+def _entities(documents: TaggableDocuments, prediction: Prediction, spans: Spans, row_of: Int, count: int) -> pa.Array:
     units, labels = prediction.units, prediction.labels
     start, end = (
-        _word_extents(spelling, units, spans) if spelling.split else _token_extents(prediction.tokens, units, spans)
+        _word_extents(documents, units, spans) if documents.split else _token_extents(prediction.tokens, units, spans)
     )
-    texts = [spelling.texts[document][s:e] for document, s, e in zip(spans.document.tolist(), start, end, strict=True)]
+    texts = [documents.texts[document][s:e] for document, s, e in zip(spans.document.tolist(), start, end, strict=True)]
     values = pa.StructArray.from_arrays(
         [
             pa.array(start, pa.int32()),
@@ -184,7 +184,7 @@ def _token_extents(tokens: Tokens, units: Units, spans: Spans) -> tuple[list[int
     return start, end
 
 
-def _word_extents(spelling: Spelling, units: Units, spans: Spans) -> tuple[list[int], list[int]]:
+def _word_extents(documents: TaggableDocuments, units: Units, spans: Spans) -> tuple[list[int], list[int]]:
     """Code points of each span in the words' join."""
     start, end = [], []
     previous, begins = -1, [0]
@@ -192,23 +192,23 @@ def _word_extents(spelling: Spelling, units: Units, spans: Spans) -> tuple[list[
     for document, a, b in zip(spans.document.tolist(), first, last, strict=True):
         if document != previous:
             previous = document
-            begins = list(accumulate((len(word) + 1 for word in spelling.tokenizable[document]), initial=0))
+            begins = list(accumulate((len(word) + 1 for word in documents.tokenizable[document]), initial=0))
         start.append(begins[a])
         end.append(begins[b + 1] - 1)
     return start, end
 
 
-def _tags(spelling: Spelling, prediction: Prediction, spans: Spans, healthy: NDArray[np.bool_]) -> pa.Array:
+def _tags(documents: TaggableDocuments, prediction: Prediction, spans: Spans, healthy: NDArray[np.bool_]) -> pa.Array:
     """One IOB2 tag a word, null for rejected rows and for documents that came as text; a word without tokens is O."""
     count, units = len(healthy), prediction.units
-    if not spelling.split:
+    if not documents.split:
         return pa.nulls(count, pa.list_(pa.string()))
-    sizes = np.fromiter(map(len, spelling.tokenizable), np.int64, len(spelling.rows))
+    sizes = np.fromiter(map(len, documents.tokenizable), np.int64, len(documents.rows))
     begins = np.cumsum(sizes) - sizes
     numbers = np.zeros(int(sizes.sum()), np.int64)
     order = np.arange(len(units.word))[::-1]  # a word's first unit is written last, and stays
     numbers[(begins[units.document] + units.word)[order]] = tag_numbers(units, spans)[order]
-    row_of = np.array(spelling.rows, np.int64)
+    row_of = np.array(documents.rows, np.int64)
     kept = np.repeat(healthy[row_of], sizes)
     by_row = _by_row(sizes, row_of, count) * healthy
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(by_row)])
@@ -216,10 +216,10 @@ def _tags(spelling: Spelling, prediction: Prediction, spans: Spans, healthy: NDA
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values, mask=pa.array(~healthy))
 
 
-def _text(table: pa.Table, spelling: Spelling) -> pa.Array | pa.ChunkedArray:
-    if not spelling.split:
+def _text(table: pa.Table, documents: TaggableDocuments) -> pa.Array | pa.ChunkedArray:
+    if not documents.split:
         return table["text"]
     texts: list[str | None] = [None] * table.num_rows
-    for row, text in zip(spelling.rows, spelling.texts, strict=True):
+    for row, text in zip(documents.rows, documents.texts, strict=True):
         texts[row] = text
     return pa.array(texts, pa.string())

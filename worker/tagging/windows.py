@@ -93,7 +93,7 @@ def tokenize(tokenizer: Tokenizer, documents: Sequence[str] | Sequence[Sequence[
     return Tokens(ids, bounds, words, encodings)
 
 
-def cut(bounds: Int, max_length: int, overlap: int) -> Windows:
+def split_into_windows(bounds: Int, max_length: int, overlap: int) -> Windows:
     """Cuts documents into windows of at most ``max_length`` tokens, special tokens included.
 
     A document that fits is one window. A longer one is covered by full windows that share at least ``overlap``

@@ -118,10 +118,10 @@ def test_evaluate_scores_and_holds_floors(nermill, broker, serving, tmp_path):
     assert body["scores"]["precision"] == pytest.approx(0.5)
     code, out, _ = nermill("evaluate", body["run"], "--json")
     assert (code, json.loads(out)["recall"]) == (0, 1.0)
-    for floor in ("--min-f1", "--min-accuracy"):
-        code, _, err = nermill("evaluate", body["run"], floor, "0.9")
+    for threshold in ("--min-f1", "--min-accuracy"):
+        code, _, err = nermill("evaluate", body["run"], threshold, "0.9")
         assert code == 4
-        assert "below the floor" in err
+        assert "below the threshold" in err
     code, out, _ = nermill("evaluate", body["run"], "--compare", body["run"])
     assert code == 0
     assert "+0.0000" in out

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from nermill.worker.contracts.layout import RunFolder, part_name
 from nermill.worker.contracts.plan import Options, Plan, Shard
 from nermill.worker.contracts.schema import part_schema, with_metadata
-from nermill.worker.evaluation.chunks import Labels, find_chunks, read_tags
+from nermill.worker.evaluation.chunks import LabelIndex, find_chunks, read_tags
 
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 
@@ -33,7 +33,7 @@ class Doc:
 
 def entities_of(words: Sequence[str], tags: Sequence[str], scores: Sequence[float]) -> list[dict[str, Any]]:
     """The entities that a worker writes for these tags."""
-    labels = Labels()
+    labels = LabelIndex()
     import numpy as np
 
     chunks = find_chunks(read_tags(pa.array(tags, pa.string()), np.array([0, len(tags)]), labels, normalise=False))

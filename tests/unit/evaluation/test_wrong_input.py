@@ -12,9 +12,9 @@ import zstandard
 
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.layout import RunFolder, part_name
-from nermill.worker.contracts.manifest import TOKENIZER_FILE, Input, Manifest, file_sha256, load_manifest
+from nermill.worker.contracts.manifest import TOKENIZER_FILE, GraphInput, Manifest, file_sha256, load_manifest
 from nermill.worker.contracts.schema import SCHEMA_VERSION
-from nermill.worker.evaluation import below_floors, evaluate
+from nermill.worker.evaluation import below_thresholds, evaluate
 from tests.unit.evaluation.runs import Doc, make_run, write_part
 
 WORDS = ["Anna", "flew", "to", "Rome"]
@@ -224,7 +224,7 @@ def artifact_that_knows_people(folder: Path) -> Manifest:
         model_file="model.onnx",
         layout="packed",
         precision="fp32",
-        inputs=(Input("input_ids", "int64"),),
+        inputs=(GraphInput("input_ids", "int64"),),
         shapes=((8, 64), (4, 128)),
         token_budget=512,
         max_length=128,
@@ -262,10 +262,10 @@ def test_a_changed_artifact_is_not_quoted(tmp_path: Path) -> None:
     assert report["warnings"] == []
 
 
-def test_floors(tmp_path: Path) -> None:
+def test_thresholds(tmp_path: Path) -> None:
     report = evaluate(make_run(tmp_path, [Doc(WORDS, ["B-PER", "O", "O", "O"], TAGS)] * 10))
-    assert below_floors(report, f1=0.6, accuracy=0.7, documents_per_second=9.0) == []
-    lines = below_floors(report, f1=0.7, accuracy=0.8, documents_per_second=11.0)
+    assert below_thresholds(report, f1=0.6, accuracy=0.7, documents_per_second=9.0) == []
+    lines = below_thresholds(report, f1=0.7, accuracy=0.8, documents_per_second=11.0)
     assert [line.split(" is below")[0] for line in lines] == [
         "f1 0.666667",
         "accuracy 0.75",
@@ -273,8 +273,8 @@ def test_floors(tmp_path: Path) -> None:
     ]
 
 
-def test_a_floor_without_gold(run: RunFolder) -> None:
+def test_a_threshold_without_gold(run: RunFolder) -> None:
     report = evaluate(run)
-    assert below_floors(report, documents_per_second=0.1) == []
+    assert below_thresholds(report, documents_per_second=0.1) == []
     with pytest.raises(UsageError, match="no gold tags"):
-        below_floors(report, f1=0.5)
+        below_thresholds(report, f1=0.5)

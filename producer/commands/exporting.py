@@ -50,14 +50,14 @@ def redact(
     """
     from dataclasses import asdict
 
-    from nermill.producer.entities.redact import HOWS
+    from nermill.producer.entities.redact import METHODS
     from nermill.producer.entities.redacted import redact_run
     from nermill.producer.entities.view import print_json
     from nermill.producer.runs.progress import say
     from nermill.producer.runs.result import open_complete
 
-    if with_ not in HOWS:
-        raise UsageError(f"--with {with_!r}: one of {', '.join(HOWS)}")
+    if with_ not in METHODS:
+        raise UsageError(f"--with {with_!r}: one of {', '.join(METHODS)}")
     labels = frozenset(label_list(only))
     folder, plan = open_complete(run)
     done = redact_run(folder, plan, to, with_, key, labels, min_score)
@@ -153,7 +153,7 @@ def export(
     from nermill.producer.entities.redacted import new_file
     from nermill.producer.entities.view import print_json
     from nermill.producer.runs.result import open_complete
-    from nermill.worker.contracts.store import telling
+    from nermill.worker.contracts.store import store_errors
 
     if format_ not in FORMATS:
         raise UsageError(f"--format {format_!r}: one of {', '.join(FORMATS)}")
@@ -169,9 +169,9 @@ def export(
     with new_file(to) as aside, open(aside, "w", encoding="utf-8", newline="\n") as stream:
         for line in lines:
             count += 1
-            with telling("write", to):
+            with store_errors("write", to):
                 stream.write(line + "\n")
-        with telling("write", to):
+        with store_errors("write", to):
             stream.flush()
     if json:
         print_json({"run": folder.uri, "run_id": plan.run_id, "to": to, "format": format_, "lines": count})

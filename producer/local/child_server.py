@@ -1,6 +1,6 @@
 """Keeps one server beside its owner: whatever ends the owner, the server stops and its folder is swept.
 
-Run by path, as ``python -I -S keeper.py FOLDER SERVER ARGUMENT...``, so that nothing but the standard library
+Run by path, as ``python -I -S child_server.py FOLDER SERVER ARGUMENT...``, so that nothing but the standard library
 is loaded. The owner holds the other end of standard input; the kernel closes it even after ``kill -9``.
 """
 

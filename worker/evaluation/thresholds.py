@@ -7,14 +7,14 @@ from typing import Any
 from nermill.worker.contracts.errors import UsageError
 
 
-def below_floors(
+def below_thresholds(
     report: dict[str, Any],
     *,
     f1: float | None = None,
     accuracy: float | None = None,
     documents_per_second: float | None = None,
 ) -> list[str]:
-    """The floors that a report does not reach, one line each; none where all are held.
+    """The thresholds that a report does not reach, one line each; none where all are held.
 
     Args:
         report: What ``evaluate`` returned.
@@ -23,20 +23,22 @@ def below_floors(
         documents_per_second: Least throughput.
 
     Raises:
-        UsageError: a floor for a score, and the run has no gold.
+        UsageError: a threshold for a score, and the run has no gold.
     """
-    floors = {"f1": f1, "accuracy": accuracy}
-    for name, floor in floors.items():
-        if floor is not None and name not in report:
-            raise UsageError(f"{report['run']}: no gold tags, so no {name} to hold against a floor; add --gold FILE")
+    thresholds = {"f1": f1, "accuracy": accuracy}
+    for name, threshold in thresholds.items():
+        if threshold is not None and name not in report:
+            raise UsageError(
+                f"{report['run']}: no gold tags, so no {name} to hold against a threshold; add --gold FILE"
+            )
     reached = {
         "f1": report.get("f1", 0.0),
         "accuracy": report.get("accuracy", 0.0),
         "documents per second": report["throughput"]["documents_per_second"],
     }
-    asked = {**floors, "documents per second": documents_per_second}
+    asked = {**thresholds, "documents per second": documents_per_second}
     return [
-        f"{name} {reached[name]:.6g} is below the floor of {floor:.6g}"
-        for name, floor in asked.items()
-        if floor is not None and reached[name] < floor
+        f"{name} {reached[name]:.6g} is below the threshold of {threshold:.6g}"
+        for name, threshold in asked.items()
+        if threshold is not None and reached[name] < threshold
     ]
