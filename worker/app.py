@@ -42,7 +42,7 @@ from nermill.worker.contracts.ledger import Ledger
 from nermill.worker.contracts.manifest import resolve_artifact
 from nermill.worker.contracts.message import FINISH_RUN, QUEUE, TAG_DOCUMENTS, TAG_SHARD
 from nermill.worker.process import logs, tracing
-from nermill.worker.process.heartbeat import send_heartbeats
+from nermill.worker.process.health import send_heartbeats
 from nermill.worker.process.metrics import Metrics, serve
 from nermill.worker.process.settings import Settings, read_settings
 from nermill.worker.queue import requests

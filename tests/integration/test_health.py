@@ -17,7 +17,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from nermill.worker.process import heartbeat, supervisor
+from nermill.worker.process import health, supervisor
 from nermill.worker.process.settings import Settings
 from nermill.worker.process.supervisor import SILENT_SECONDS
 from tests.harness import Harness, free_port, rows, texts
@@ -202,12 +202,12 @@ def test_a_process_that_never_loads_its_model_is_killed(monkeypatch: pytest.Monk
 
 
 def test_heartbeats_are_sent_while_there_is_no_problem_and_somebody_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(health, "HEARTBEAT_SECONDS", 0.05)
     problem: list[str] = ["the device has not answered"]
-    pipe = heartbeat.Heartbeat()
-    environment = {heartbeat.VARIABLE: str(pipe.writer)}
+    pipe = health.Heartbeat()
+    environment = {health.VARIABLE: str(pipe.writer)}
     process = threading.Thread(
-        target=heartbeat.send_heartbeats, args=(environment, lambda: "".join(problem) or None, threading.Event())
+        target=health.send_heartbeats, args=(environment, lambda: "".join(problem) or None, threading.Event())
     )
     process.start()
     time.sleep(0.2)

@@ -15,11 +15,10 @@ from pathlib import Path
 
 from nermill.worker.contracts.command import python_command
 from nermill.worker.contracts.errors import UsageError
-from nermill.worker.process import heartbeat
-from nermill.worker.process.heartbeat import Heartbeat
+from nermill.worker.process import health
+from nermill.worker.process.health import Heartbeat, Notifier
 from nermill.worker.process.logs import about
 from nermill.worker.process.settings import Settings
-from nermill.worker.process.systemd import Notifier
 
 log = logging.getLogger("nermill.worker")
 
@@ -69,7 +68,7 @@ class Supervised:
         environment = {
             **os.environ,
             **device.environment(index, settings),
-            heartbeat.VARIABLE: str(self.heartbeat.writer),
+            health.VARIABLE: str(self.heartbeat.writer),
         }
         self.process = subprocess.Popen(
             _command(device),
