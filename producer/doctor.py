@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -16,7 +15,9 @@ from nermill.producer.runs.planning import check_writable, normalised
 from nermill.producer.runs.queue import Queue
 from nermill.producer.sources.files import is_remote
 from nermill.worker.contracts.broker import redacted
+from nermill.worker.contracts.device import find_device
 from nermill.worker.contracts.errors import BrokerError, NermillError
+from nermill.worker.contracts.labels import bare_labels
 from nermill.worker.contracts.layout import RunFolder
 from nermill.worker.contracts.manifest import Manifest, load_manifest, resolve_artifact
 
@@ -31,7 +32,6 @@ _WHEELS = {
     "om": "the wheels ais_bench and aclruntime of Ascend's tools, for this Python",
 }
 _DEVICE_FILES = {"cuda": "/dev/nvidia{}", "npu": "/dev/davinci{}"}
-_DEVICE = re.compile(r"(cuda|npu):(\d+)")
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ def _model(model: str) -> tuple[Manifest | None, Finding]:
     except NermillError as error:
         what, _, mend = str(error).partition("; ")
         return None, Finding("model", False, what, mend or "nermill-build compile CHECKPOINT --out ART")
-    labels = sorted({label.partition("-")[2] for label in manifest.labels if "-" in label})
-    detail = f"{model}: {manifest.backend}, {manifest.precision}, {', '.join(labels)}; every file's hash is right"
+    labels = ", ".join(bare_labels(manifest.labels))
+    detail = f"{model}: {manifest.backend}, {manifest.precision}, {labels}; every file's hash is right"
     return manifest, Finding("model", True, detail)
 
 
@@ -162,25 +162,23 @@ def _compiler() -> Finding:
     return Finding("atc", True, f"{atc} builds for backend om" if atc else "not here; only building with om needs it")
 
 
-def _device(device: str) -> Finding:
-    if device in ("auto", "cpu"):
-        return Finding("device", True, f"{device}: {len(os.sched_getaffinity(0))} cores")
-    match = _DEVICE.fullmatch(device)
-    if match is None:
-        return Finding("device", False, f"{device!r} is no device", "say auto, cpu, cuda:N or npu:N")
-    path = _DEVICE_FILES[match[1]].format(match[2])
+def _device(name: str) -> Finding:
+    device = find_device(name)
+    if name == "auto" or (device and device.kind == "cpu"):
+        return Finding("device", True, f"{name}: {len(os.sched_getaffinity(0))} cores")
+    if device is None:
+        return Finding("device", False, f"{name!r} is no device", "say auto, cpu, cuda:N or npu:N")
+    path = _DEVICE_FILES[device.kind].format(device.number)
     if not os.path.exists(path):
         mend = (
             "npu-smi info; start the container with --device "
-            if match[1] == "npu"
+            if device.kind == "npu"
             else "nvidia-smi; give the container the GPU: "
         )
-        return Finding("device", False, f"{device} is not visible ({path} is missing)", mend + path)
+        return Finding("device", False, f"{name} is not visible ({path} is missing)", mend + path)
     if not os.access(path, os.R_OK | os.W_OK):
-        return Finding(
-            "device", False, f"{device}: no access to {path}", f"add this user to the group that owns {path}"
-        )
-    return Finding("device", True, f"{device} is visible")
+        return Finding("device", False, f"{name}: no access to {path}", f"add this user to the group that owns {path}")
+    return Finding("device", True, f"{name} is visible")
 
 
 def _output(out: str) -> Finding:

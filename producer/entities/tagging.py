@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from nermill.worker.contracts.command import python_command
+from nermill.worker.contracts.device import find_device
 from nermill.worker.contracts.document import Annotation, Entity, Fault
 from nermill.worker.contracts.errors import EngineError, UsageError
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:  # each costs time before the child with the model starts
     from nermill.worker.contracts.plan import Options
 
 REQUEST_SECONDS = 60.0
-_DEVICE = re.compile(r"cpu|cuda:\d+|npu:\d+")
 
 
 class LocalTagger:
@@ -57,7 +56,7 @@ def local_tagger(model: str = "demo", device: str = "cpu") -> Iterator[LocalTagg
     Raises:
         UsageError: ``device`` names no device.
     """
-    if not _DEVICE.fullmatch(device):
+    if find_device(device) is None:
         raise UsageError(f"--device {device!r}: say cpu, cuda:N or npu:N")
     process = subprocess.Popen(
         python_command("nermill.worker.process.tag_lines", model, device),

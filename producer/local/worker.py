@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import re
 import signal
 import subprocess
 import tempfile
@@ -13,7 +11,7 @@ from contextlib import contextmanager
 from typing import IO
 
 from nermill.producer.runs.queue import Queue
-from nermill.worker.contracts.command import python_command
+from nermill.worker.contracts.command import end_with_parent, python_command
 from nermill.worker.contracts.errors import EngineError, UsageError
 
 STOP_SECONDS = 35.0
@@ -21,8 +19,6 @@ START_ATTEMPTS = 2  # a worker process that ends this often before it is ready w
 _LOG_LINES = 12
 _BLOCK = 1 << 16
 _OWN_WORDS = "nermill-worker: "  # before what a worker says of its own end; libraries log around it
-_DEVICES = re.compile(r"auto|(cpu|cuda:\d+|npu:\d+)(,(cpu|cuda:\d+|npu:\d+))*")
-_PR_SET_PDEATHSIG = 1
 
 
 class LocalWorker:
@@ -49,7 +45,7 @@ class LocalWorker:
             stdout=self._log,
             stderr=self._log,
             start_new_session=True,  # Ctrl-C is for us, who then stop it in order
-            preexec_fn=_die_with_parent,
+            preexec_fn=end_with_parent,
         )
 
     def check(self) -> None:
@@ -87,16 +83,6 @@ class LocalWorker:
         return block.decode(errors="replace").splitlines()[-_LOG_LINES:]
 
 
-def check_devices(devices: str) -> None:
-    """Looks at ``--devices`` before anything is written.
-
-    Raises:
-        UsageError: it names no devices.
-    """
-    if not _DEVICES.fullmatch(devices.replace(" ", "")):
-        raise UsageError(f"--devices {devices!r}: say auto, or a list such as cpu, cuda:0,cuda:1 or npu:0")
-
-
 @contextmanager
 def local_worker(model: str, devices: str, root: str) -> Iterator[tuple[Queue, LocalWorker]]:
     """Starts broker and worker for the time of the ``with`` block.
@@ -114,7 +100,3 @@ def local_worker(model: str, devices: str, root: str) -> Iterator[tuple[Queue, L
             yield queue, worker
         finally:
             worker.stop()
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -17,6 +17,7 @@ from urllib.request import urlopen
 
 import pytest
 
+from nermill.worker.contracts.device import Device
 from nermill.worker.process import health, supervisor
 from nermill.worker.process.settings import Settings
 from nermill.worker.process.supervisor import SILENT_SECONDS
@@ -189,7 +190,7 @@ def test_a_process_that_stands_still_is_killed_and_replaced_and_systemd_is_not_t
 def test_a_process_that_never_loads_its_model_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "START_SECONDS", 0.3)
     monkeypatch.setattr(supervisor, "_command", lambda device: ["sleep", "60"])
-    device = supervisor.Device("cpu", 0)
+    device = Device("cpu")
     supervised = supervisor.Supervised(device, 0, Settings(), *supervisor.cores_of([device]))
     supervised.end_if_silent(HANG_SECONDS)
     assert supervised.is_healthy

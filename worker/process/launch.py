@@ -11,11 +11,12 @@ from pathlib import Path
 
 from nermill.worker.contracts.broker import check_url
 from nermill.worker.contracts.command import python_command
-from nermill.worker.contracts.errors import NermillError, UsageError
+from nermill.worker.contracts.device import Device, parse_devices
+from nermill.worker.contracts.errors import NermillError
 from nermill.worker.contracts.manifest import Manifest, load_manifest, resolve_artifact
 from nermill.worker.process import logs
 from nermill.worker.process.settings import Settings, read_settings
-from nermill.worker.process.supervisor import PIN_VARIABLES, Device, Supervisor
+from nermill.worker.process.supervisor import Supervisor, environment_of
 
 # Options that become NERMILL_* variables, for the processes to read.
 SETTINGS = (
@@ -30,28 +31,6 @@ SETTINGS = (
 )
 
 
-def parse_devices(text: str, manifest: Manifest) -> list[Device]:
-    """Devices from ``auto`` or a list such as ``npu:0,npu:1``.
-
-    Raises:
-        UsageError: a device that does not parse, or is named twice.
-    """
-    if text == "auto":
-        return visible_devices(manifest)
-    devices: list[Device] = []
-    for name in text.split(","):
-        kind, colon, number = name.strip().partition(":")
-        if kind == "cpu" and not colon:
-            devices.append(Device("cpu", len(devices)))
-        elif kind in PIN_VARIABLES and number.isdecimal():
-            devices.append(Device(kind, int(number)))
-        else:
-            raise UsageError(f"--devices {text!r}: {name!r} is no device; say auto, cpu, cuda:N or npu:N")
-    if len({(d.kind, d.number) for d in devices}) < len(devices):
-        raise UsageError(f"--devices {text!r}: a device is named twice")
-    return devices
-
-
 def visible_devices(manifest: Manifest) -> list[Device]:
     """The devices of this machine that the artifact's backend can use, without importing its runtime."""
     npus = sorted(int(p.name[7:]) for p in Path("/dev").glob("davinci[0-9]*"))
@@ -60,7 +39,7 @@ def visible_devices(manifest: Manifest) -> list[Device]:
     cards = sorted(Path("/proc/driver/nvidia/gpus").glob("*"))
     if manifest.backend == "torch" and cards and manifest.precision != "int8":
         return [Device("cuda", n) for n in range(len(cards))]
-    return [Device("cpu", 0)]
+    return [Device("cpu")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -88,7 +67,8 @@ def run(options: argparse.Namespace) -> int:
     settings = read_settings(os.environ)
     check_url(settings.broker_url)
     artifact = resolve_artifact(settings.model)
-    devices = parse_devices(options.devices, load_manifest(artifact))
+    manifest = load_manifest(artifact)
+    devices = parse_devices(options.devices) or visible_devices(manifest)
     if options.dry_run:
         return _dry_run(artifact, devices, settings)
     return Supervisor(devices, settings).run()
@@ -104,7 +84,7 @@ def _restart_without_flags(options: argparse.Namespace) -> None:
 def _dry_run(artifact: Path, devices: list[Device], settings: Settings) -> int:
     """Loads, warms every shape and tags one example on each device, in a process of its own."""
     for index, device in enumerate(devices):
-        environment = {**os.environ, **device.environment(index, settings)}
+        environment = {**os.environ, **environment_of(device, index, settings)}
         code = subprocess.run(
             python_command("nermill.worker.process.dry_run", str(artifact)), env=environment, check=False
         )

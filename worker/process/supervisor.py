@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from nermill.worker.contracts.command import python_command
+from nermill.worker.contracts.command import end_with_parent, python_command
+from nermill.worker.contracts.device import Device
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.process import health
 from nermill.worker.process.health import Heartbeat, Notifier
@@ -29,32 +28,26 @@ STEADY_SECONDS = 60.0  # a process that lived this long starts anew after the fi
 START_SECONDS = 600.0  # how long loading and warming a model may take
 SILENT_SECONDS = 5.0  # without a beat: not well; that long beyond NERMILL_HANG_SECONDS: killed
 TICK_SECONDS = 0.1
-PR_SET_PDEATHSIG = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Device:
-    """One device as the operator names it: ``cpu``, ``cuda:0``, ``npu:3``."""
+def environment_of(device: Device, index: int, settings: Settings) -> dict[str, str]:
+    """Environment variables of the process that uses a device, which then sees this device alone, with number 0.
 
-    kind: str
-    number: int
-
-    @property
-    def name(self) -> str:
-        return self.kind if self.kind == "cpu" else f"{self.kind}:{self.number}"
-
-    def environment(self, index: int, settings: Settings) -> dict[str, str]:
-        """Variables of the process that owns this device; after pinning it is the process's only one, number 0."""
-        variables = {
-            "NERMILL_DEVICE": "cpu" if self.kind == "cpu" else f"{self.kind}:0",
-            "NERMILL_DEVICE_NAME": self.name,
-            "TOKENIZERS_PARALLELISM": "true",
-        }
-        if self.kind in PIN_VARIABLES:
-            variables[PIN_VARIABLES[self.kind]] = str(self.number)
-        if settings.metrics_port:
-            variables["NERMILL_METRICS_PORT"] = str(settings.metrics_port + index)
-        return variables
+    Args:
+        device: The device as the operator names it.
+        index: Position in ``--devices``; added to the metrics port.
+        settings: For the metrics port.
+    """
+    variables = {
+        "NERMILL_DEVICE": Device(device.kind).name,
+        "NERMILL_DEVICE_NAME": device.name,
+        "TOKENIZERS_PARALLELISM": "true",
+    }
+    if device.kind in PIN_VARIABLES:
+        variables[PIN_VARIABLES[device.kind]] = str(device.number)
+    if settings.metrics_port:
+        variables["NERMILL_METRICS_PORT"] = str(settings.metrics_port + index)
+    return variables
 
 
 class Supervised:
@@ -67,7 +60,7 @@ class Supervised:
         self.heartbeat = Heartbeat()
         environment = {
             **os.environ,
-            **device.environment(index, settings),
+            **environment_of(device, index, settings),
             health.VARIABLE: str(self.heartbeat.writer),
         }
         self.process = subprocess.Popen(
@@ -223,4 +216,4 @@ def _socket_of(core: int) -> int:
 def _prepare_child(cores: frozenset[int]) -> None:
     """In the new process: it keeps to its cores, and follows its supervisor, whatever kills that one."""
     os.sched_setaffinity(0, cores)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_parent()

@@ -442,7 +442,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(nermill, broker, corpus, tmp_pa
         r"bad.conll:2: 3 columns": ["submit", mixed / "bad.conll", "--out", out, *good],
         r"a run's folder itself": ["submit", corpus, "--out", planned, *good],
         r"nobody://in: Protocol not known": ["submit", "nobody://in", "--out", out, *good],
-        r"--devices 'gpu': say auto": ["run", corpus, "--out", out, "--devices", "gpu"],
+        r"--devices 'gpu': 'gpu' is no device; say auto": ["run", corpus, "--out", out, "--devices", "gpu"],
         r"a folder of runs, not a run; name one: .*/run=one": ["status", runs, *good],
         r"no run here": ["status", tmp_path, *good],
         r"--follow tails one file": ["submit", corpus, corpus, "--follow", "--out", out, *good],
