@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, cast
 
 from nermill.worker.contracts.content import BLOCK, numbered_lines, open_content, unreadable
 from nermill.worker.contracts.errors import UsageError
+from nermill.worker.contracts.store import without_local_scheme
 
 STDIN = "-"
 
@@ -117,7 +118,7 @@ def find_files(inputs: Sequence[str]) -> list[SourceFile]:
 
 def absolute(place: str) -> str:
     """A place as processes in other folders understand it too: a URI, or an absolute path."""
-    place = place.removeprefix("file://")
+    place = without_local_scheme(place)
     return place.rstrip("/") if is_remote(place) else os.path.abspath(place)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nermill.worker.contracts.errors import UsageError
-from nermill.worker.contracts.tags import OUTSIDE, is_tag
+from nermill.worker.contracts.tags import OUTSIDE, split_tag
 
 # How other corpora and models call what most call PER, ORG, LOC and MISC; only for suggestions.
 _USUAL = {
@@ -100,7 +100,13 @@ def nested(changes: Mapping[str, int]) -> dict[str, dict[str, dict[str, int]]]:
 
 def bare_labels(labels: Iterable[str]) -> list[str]:
     """A model's labels without their prefixes, sorted, each once."""
-    return sorted({label[2:] if is_tag(label) and label != OUTSIDE else label for label in labels} - {OUTSIDE})
+    return sorted({bare_label(label) for label in labels} - {""})
+
+
+def bare_label(label: str) -> str:
+    """A model's label without its prefix: empty for ``O``; one without a prefix as it is."""
+    parsed = split_tag(label)
+    return label if parsed is None else parsed[1]
 
 
 def suggest_map(gold: Sequence[str], known: Sequence[str]) -> str:

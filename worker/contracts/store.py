@@ -49,13 +49,18 @@ class Store(Protocol):
         """Names in a folder; none where there is no folder."""
 
 
+def without_local_scheme(uri: str) -> str:
+    """The path that a ``file://`` or ``local://`` URI stands for; any other URI or path as it is."""
+    return next((uri.removeprefix(scheme) for scheme in _LOCAL_SCHEMES if uri.startswith(scheme)), uri)
+
+
 def open_store(uri: str) -> tuple[Store, str]:
     """The store that serves a URI or path, and the path there.
 
     Raises:
         StoreError: nobody serves the scheme, or its package is not installed.
     """
-    path = next((uri.removeprefix(scheme) for scheme in _LOCAL_SCHEMES if uri.startswith(scheme)), uri)
+    path = without_local_scheme(uri)
     if "://" not in path:
         return Disk(), os.path.abspath(path)
     import fsspec

@@ -11,7 +11,7 @@ SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 OUTSIDE = "O"
 
 _BIOES_ONLY = "ESLU"  # L and U are BILOU's names for E and S
-_STARTING = "BSU"
+STARTING = "BSU"  # prefixes that begin a chunk, whatever stands before them
 _CLOSING = "ESLU"
 
 
@@ -74,17 +74,17 @@ def merge_schemes(one: Scheme, other: Scheme) -> Scheme:
 
 def is_tag(tag: str) -> bool:
     """Whether a tag is of any scheme: ``O``, or a known prefix, a dash and a label."""
-    return _parse(tag) is not None
+    return split_tag(tag) is not None
 
 
 def _starts_chunk(before: str, label_before: str, prefix: str, label: str) -> bool:
     if prefix == OUTSIDE:
         return False
-    return prefix in _STARTING or before == OUTSIDE or before in _CLOSING or label != label_before
+    return prefix in STARTING or before == OUTSIDE or before in _CLOSING or label != label_before
 
 
 def _split(tag: str, index: int) -> tuple[str, str]:
-    parsed = _parse(tag)
+    parsed = split_tag(tag)
     if parsed is None:
         raise ValueError(
             f"tag {tag!r} at index {index} fits none of {', '.join(SCHEMES)}; tags are 'O' or like 'B-PER'"
@@ -93,7 +93,11 @@ def _split(tag: str, index: int) -> tuple[str, str]:
 
 
 @lru_cache(maxsize=4096)
-def _parse(tag: str) -> tuple[str, str] | None:
+def split_tag(tag: str) -> tuple[str, str] | None:
+    """Prefix and label of a tag, ``("O", "")`` for ``O``; None for a tag of no scheme.
+
+    The prefix is one of ``B I E S`` or of BILOU's ``L U``.
+    """
     if tag == OUTSIDE:
         return OUTSIDE, ""
     prefix, dash, label = tag.partition("-")

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.labels import LabelChoice, key
+from nermill.worker.contracts.tags import split_tag
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -56,9 +57,10 @@ class LabelIndex:
             UsageError: no tag of any scheme.
         """
         if tag not in self._tags:
-            prefix, dash, name = tag.partition("-")
-            if prefix not in _PREFIXES or not dash or not name:
+            parsed = split_tag(tag)
+            if parsed is None:
                 raise UsageError(f"tag {tag!r} fits no scheme; tags are 'O' or like 'B-PER'")
+            prefix, name = parsed
             label = self.label(name)
             self._tags[tag] = O if label == NO_LABEL else _PREFIXES[prefix], label
         return self._tags[tag]

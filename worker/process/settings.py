@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from nermill.worker.contracts.errors import UsageError
+from nermill.worker.contracts.store import without_local_scheme
 from nermill.worker.process.logs import FORMATS
 
 _URI = re.compile(r"(?:^|:)([A-Za-z][A-Za-z0-9+.-]*://.*)", re.DOTALL)  # at the start, or behind local paths
@@ -145,7 +146,7 @@ def _check_uri(uri: str) -> None:
 
 def resolve(uri: str) -> str:
     """A path without symlinks and ``..``, or a URI without ``..``; what roots are compared by."""
-    path = uri.removeprefix("file://").removeprefix("local://")
+    path = without_local_scheme(uri)
     if "://" not in path:
         return os.path.realpath(path)
     scheme, _, path = uri.partition("://")

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nermill.worker.contracts.labels import LabelChoice, key
+from nermill.worker.contracts.labels import LabelChoice, bare_label, bare_labels, key
 from nermill.worker.contracts.plan import Aggregation
+from nermill.worker.contracts.tags import STARTING, split_tag
 from nermill.worker.tagging.batching import spread
 
 Int = NDArray[np.int64]
@@ -26,10 +27,11 @@ class ModelLabels:
     """
 
     def __init__(self, labels: tuple[str, ...]) -> None:
-        names = sorted({_type_of(label) for label in labels} - {""})
+        names = bare_labels(labels)
+        bare = [bare_label(label) for label in labels]
         self.names = tuple(names)
-        self.type = np.array([names.index(_type_of(label)) + 1 if _type_of(label) else 0 for label in labels])
-        self.begins = np.array([label[:2] in ("B-", "S-", "U-") for label in labels])
+        self.type = np.array([names.index(name) + 1 if name else 0 for name in bare])
+        self.begins = np.array([(split_tag(label) or "O")[0] in STARTING for label in labels])
         self.tags = _tags_of(names)
 
     def renamed(self, names: Sequence[str]) -> ModelLabels:
@@ -41,12 +43,6 @@ class ModelLabels:
 
 def _tags_of(names: Sequence[str]) -> tuple[str, ...]:
     return ("O", *(prefix + name for name in names for prefix in ("B-", "I-")))
-
-
-def _type_of(label: str) -> str:
-    if label == "O":
-        return ""
-    return label[2:] if label[1:2] == "-" and label[0] in "BIESLU" else label
 
 
 @dataclass(frozen=True, slots=True)

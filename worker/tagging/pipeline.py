@@ -88,11 +88,12 @@ class Pipeline:
     Args:
         engine: The model; closed with the pipeline.
         tokenizer: The artifact's tokenizer.
+        manifest: Says how windows become batches; None takes the engine's.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, manifest: Manifest | None = None) -> None:
         self.engine = engine
-        self.manifest: Manifest = engine.manifest
+        self.manifest = manifest or engine.manifest
         self.labels = decode.ModelLabels(self.manifest.labels)
         self._tokenizer = tokenizer
         self._pool = Pool(self.manifest)
@@ -294,11 +295,11 @@ def load_pipeline(
     from tokenizers import Tokenizer
 
     engine = load_engine(artifact, device, threads)
-    engine.manifest = replace(engine.manifest, token_budget=token_budget(engine))
+    manifest = replace(engine.manifest, token_budget=token_budget(engine))
     tokenizer = Tokenizer.from_file(str(artifact / TOKENIZER_FILE))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    pipeline = Pipeline(wrap(engine), tokenizer)
+    pipeline = Pipeline(wrap(engine), tokenizer, manifest)
     pipeline.warm_up()
     pipeline.annotate(shard_table([Document("warm", "up")]), Options())  # loads what libraries load on first use
     return pipeline
