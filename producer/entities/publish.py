@@ -170,7 +170,8 @@ def _schema_mode(table: DeltaTable, uri: str, ours: pa.Schema, merge_schema: boo
     Raises:
         UsageError: the table has a column of another type, or none of that name.
     """
-    theirs = _nullable(pa.schema(table.schema().to_arrow()))
+    arrow: Any = table.schema().to_arrow()
+    theirs = _nullable(pa.schema(arrow))
     for field in ours:
         if field.name in theirs.names and theirs.field(field.name).type != field.type:
             told = f"its column {field.name} is {theirs.field(field.name).type}, the run's is {field.type}"
@@ -222,10 +223,10 @@ class _Rows:
                 )
 
 
-def _entity_columns(batch: pa.RecordBatch) -> dict[str, pa.Array]:
+def _entity_columns(batch: pa.RecordBatch) -> dict[str, pa.Array[Any]]:
     entities = batch["entities"]
     of_document = batch.select(["doc_index", "doc_id"]).take(pc.list_parent_indices(entities))
-    values = pc.list_flatten(entities)
+    values: Any = pc.list_flatten(entities)
     return {
         **{name: of_document[name] for name in of_document.schema.names},
         **{field.name: values.field(field.name) for field in ENTITY},

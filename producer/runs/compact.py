@@ -157,7 +157,7 @@ def _measure(run: RunFolder, shard: int) -> tuple[int, int, bool]:
     """Bytes and characters of a part, and whether its documents came as words: texts and words never share a shard."""
     with _intact(run, shard), open_part(run, shard) as part:
         table = read_columns(run, part, ["n_chars", "words"])
-        characters = sum(table["n_chars"].to_pylist())
+        characters = sum(int(count or 0) for count in table["n_chars"].to_pylist())
         return file_bytes(part), characters, table["words"].null_count < len(table)
 
 

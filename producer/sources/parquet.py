@@ -61,7 +61,7 @@ def _columns(schema: pa.Schema, uri: str, options: ReadOptions) -> list[str]:
         raise no_text_field(uri, names, options)
     if options.id_column not in names and options.id_column != ReadOptions.id_column:
         raise no_id_field(uri, names, options)
-    kind = _plain(schema.field(content).type)
+    kind: Any = _plain(schema.field(content).type)
     if not _is_text(kind) and not (_is_list(kind) and _is_text(_plain(kind.value_type))):
         raise UsageError(f"{uri}: column {content!r} is {kind}, not a string or a list of words; mend --text-column")
     tags = tags_field(names) if _is_list(kind) else None
@@ -90,7 +90,7 @@ def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
             yield {name: _value(batch.column(name)[at]) for name in batch.schema.names}
 
 
-def _value(scalar: pa.Scalar) -> Any:
+def _value(scalar: pa.Scalar[Any]) -> Any:
     try:
         return scalar.as_py()
     except UnicodeDecodeError as error:

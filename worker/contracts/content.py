@@ -107,7 +107,7 @@ def _decompressor(raw: BinaryIO, magic: bytes) -> Any:
     if magic.startswith(_ZSTD):
         import pyarrow as pa
 
-        return pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
+        return pa.CompressedInputStream(pa.PythonFile(cast(io.IOBase, raw), mode="r"), "zstd")
     if magic.startswith(_BZIP2):
         return bz2.BZ2File(raw)
     if magic.startswith(_XZ):

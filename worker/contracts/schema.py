@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pyarrow as pa
 
 SCHEMA_VERSION = "2"
@@ -18,47 +20,46 @@ ENTITY = pa.struct(
     ]
 )
 
+
+def _schema(*columns: pa.Field[Any]) -> pa.Schema:
+    return pa.schema(columns)
+
+
 # One row a document, in input order; exactly one of text, words and fault is set.
-SHARD = pa.schema(
-    [
-        pa.field("doc_id", pa.string(), nullable=False),
-        pa.field("text", pa.string()),
-        pa.field("words", pa.list_(pa.string())),
-        pa.field("gold_tags", pa.list_(pa.string())),
-        pa.field("fields", pa.string()),
-        pa.field("fault_reason", pa.string()),
-        pa.field("fault_message", pa.string()),
-    ]
+SHARD = _schema(
+    pa.field("doc_id", pa.string(), nullable=False),
+    pa.field("text", pa.string()),
+    pa.field("words", pa.list_(pa.string())),
+    pa.field("gold_tags", pa.list_(pa.string())),
+    pa.field("fields", pa.string()),
+    pa.field("fault_reason", pa.string()),
+    pa.field("fault_message", pa.string()),
 )
 
-PART = pa.schema(
-    [
-        pa.field("doc_index", pa.int64(), nullable=False),
-        pa.field("doc_id", pa.string(), nullable=False),
-        pa.field("n_chars", pa.int32(), nullable=False),
-        pa.field("n_tokens", pa.int32(), nullable=False),
-        pa.field("n_windows", pa.int16(), nullable=False),
-        pa.field("status", pa.string(), nullable=False),
-        pa.field("entities", pa.list_(ENTITY), nullable=False),
-        pa.field("words", pa.list_(pa.string())),
-        pa.field("tags", pa.list_(pa.string())),
-        pa.field("gold_tags", pa.list_(pa.string())),
-        pa.field("reject_reason", pa.string()),  # null where tagged
-        pa.field("reject_message", pa.string()),
-        pa.field("text", pa.string()),
-        pa.field("fields", pa.string()),
-    ]
+PART = _schema(
+    pa.field("doc_index", pa.int64(), nullable=False),
+    pa.field("doc_id", pa.string(), nullable=False),
+    pa.field("n_chars", pa.int32(), nullable=False),
+    pa.field("n_tokens", pa.int32(), nullable=False),
+    pa.field("n_windows", pa.int16(), nullable=False),
+    pa.field("status", pa.string(), nullable=False),
+    pa.field("entities", pa.list_(ENTITY), nullable=False),
+    pa.field("words", pa.list_(pa.string())),
+    pa.field("tags", pa.list_(pa.string())),
+    pa.field("gold_tags", pa.list_(pa.string())),
+    pa.field("reject_reason", pa.string()),  # null where tagged
+    pa.field("reject_message", pa.string()),
+    pa.field("text", pa.string()),
+    pa.field("fields", pa.string()),
 )
 OPTIONAL_COLUMNS = ("text", "fields")  # present where --keep-text and --keep-fields ask for them
 
-REJECTS = pa.schema(
-    [
-        pa.field("doc_index", pa.int64(), nullable=False),
-        pa.field("doc_id", pa.string(), nullable=False),
-        pa.field("reason", pa.string(), nullable=False),
-        pa.field("message", pa.string(), nullable=False),
-        pa.field("attempts", pa.int32(), nullable=False),
-    ]
+REJECTS = _schema(
+    pa.field("doc_index", pa.int64(), nullable=False),
+    pa.field("doc_id", pa.string(), nullable=False),
+    pa.field("reason", pa.string(), nullable=False),
+    pa.field("message", pa.string(), nullable=False),
+    pa.field("attempts", pa.int32(), nullable=False),
 )
 
 

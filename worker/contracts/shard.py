@@ -21,7 +21,7 @@ _WRITE = ipc.IpcWriteOptions(compression="zstd")
 def shard_table(documents: Sequence[Document]) -> pa.Table:
     """Documents as one table with the SHARD schema."""
     faults = [document.fault for document in documents]
-    columns = [
+    columns: list[list[Any]] = [
         [document.id for document in documents],
         [document.text for document in documents],
         [document.words for document in documents],

@@ -85,7 +85,7 @@ class Parts:
         for rows in self.rows():
             yield self.block(rows, self.take_gold(rows))
 
-    def block(self, rows: pa.RecordBatch, gold: pa.Array) -> Block:
+    def block(self, rows: pa.RecordBatch, gold: pa.Array[Any]) -> Block:
         """Rows that were just read, and their gold tags, as a block.
 
         Raises:
@@ -96,7 +96,7 @@ class Parts:
         except UsageError as error:
             raise UsageError(f"{self.seen[-1].file}: {error}") from None
 
-    def take_gold(self, rows: pa.RecordBatch) -> pa.Array:
+    def take_gold(self, rows: pa.RecordBatch) -> pa.Array[Any]:
         """Gold tags of the next rows, from the file where there is one."""
         return rows["gold_tags"] if self.gold is None else self.gold.take(rows)
 
@@ -119,12 +119,13 @@ class Parts:
             self.gold.finish(self.documents)
 
 
-def _make_block(rows: pa.RecordBatch, gold: pa.Array, labels: LabelIndex) -> Block:
+def _make_block(rows: pa.RecordBatch, gold: Any, labels: LabelIndex) -> Block:
     if not labels.choice.is_all:
         rows = choose_entities(rows, labels)
     has_gold = gold.is_valid()
     scored = np.flatnonzero(has_gold.to_numpy(zero_copy_only=False))
-    gold, tags = gold.filter(has_gold), rows["tags"].filter(has_gold)
+    gold = gold.filter(has_gold)
+    tags: Any = rows["tags"].filter(has_gold)
     lengths = _lengths(gold)
     tagged: Bools = tags.is_valid().to_numpy(zero_copy_only=False)
     if (wrong := np.flatnonzero(tagged & (_lengths(tags) != lengths))).size:
@@ -144,7 +145,7 @@ def _make_block(rows: pa.RecordBatch, gold: pa.Array, labels: LabelIndex) -> Blo
     )
 
 
-def _lengths(lists: pa.Array) -> Ints:
+def _lengths(lists: pa.Array[Any]) -> Ints:
     lengths: Ints = pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
     return lengths
 

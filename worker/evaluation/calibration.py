@@ -30,7 +30,7 @@ class Calibration:
 
     def add(self, block: Block, gold: Chunks) -> None:
         """Takes in the entities of a block's scored documents."""
-        lists = block.rows["entities"].take(pa.array(block.scored))
+        lists: Any = block.rows["entities"].take(block.scored)
         entities = lists.flatten()
         if not len(entities):
             return
@@ -49,7 +49,7 @@ class Calibration:
         gold_start, gold_end = begin[gold.start], end[gold.end - 1]
         start, stop = (base[document] + entities.field(name).to_numpy() for name in ("start", "end"))
         names = entities.field("label").dictionary_encode()
-        numbers = np.array([self.labels.label(name) for name in names.dictionary.to_pylist()], np.int64)
+        numbers = np.array([self.labels.label(str(name)) for name in names.dictionary.to_pylist()], np.int64)
         at = np.minimum(np.searchsorted(gold_start, start), len(gold) - 1)
         right: Bools = (gold_start[at] == start) & (gold_end[at] == stop)
         right &= gold.label[at] == numbers[names.indices.to_numpy()]
@@ -80,10 +80,11 @@ def _word_positions(block: Block) -> tuple[Ints, Ints, Ints]:
     A rejected document has no entities, so what stands for its words does not matter.
     """
     offsets = block.gold.offsets
-    lists = block.rows["words"].take(pa.array(block.scored))
+    lists: Any = block.rows["words"].take(block.scored)
     lengths = np.ones(int(offsets[-1]), np.int64)
     given = np.repeat(lists.is_valid().to_numpy(zero_copy_only=False), np.diff(offsets))
-    lengths[given] = pc.utf8_length(lists.flatten()).to_numpy(zero_copy_only=False)
+    words: Any = pc.utf8_length(lists.flatten())
+    lengths[given] = words.to_numpy(zero_copy_only=False)
     end = np.cumsum(lengths + 1)
     begin = end - lengths - 1
     base = np.append(begin, end[-1:])[offsets[:-1]] if len(begin) else np.zeros(len(offsets) - 1, np.int64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -114,7 +115,7 @@ class Chunks:
         return Chunks(self.start[which], self.end[which], self.label[which], self.document[which], self.strict[which])
 
 
-def read_tags(flat: pa.Array, offsets: Ints, labels: LabelIndex, *, normalise: bool) -> Tags:
+def read_tags(flat: pa.Array[Any], offsets: Ints, labels: LabelIndex, *, normalise: bool) -> Tags:
     """Tags of a block as arrays.
 
     Args:
@@ -128,7 +129,7 @@ def read_tags(flat: pa.Array, offsets: Ints, labels: LabelIndex, *, normalise: b
     Raises:
         UsageError: a tag of no scheme.
     """
-    encoded = flat if pa.types.is_dictionary(flat.type) else flat.dictionary_encode()
+    encoded: Any = flat if pa.types.is_dictionary(flat.type) else flat.dictionary_encode()
     tags = encoded.dictionary.to_pylist()
     table = np.array([labels.tag(tag) for tag in tags], np.int64).reshape(-1, 2)
     codes = encoded.indices.to_numpy(zero_copy_only=False)

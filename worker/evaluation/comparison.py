@@ -73,7 +73,7 @@ class Comparison:
         other_tags = _find_different(mine, theirs)
         self.different += int(other_tags.sum())
         rows = np.flatnonzero(other_tags)[: _EXAMPLES - len(self.examples)]
-        self.examples += mine["doc_id"].take(pa.array(rows)).to_pylist()
+        self.examples += map(str, mine["doc_id"].take(rows).to_pylist())
         self._score(mine, theirs)
 
     def _score(self, mine: pa.RecordBatch, theirs: pa.RecordBatch) -> None:
@@ -122,7 +122,7 @@ def _find_different(mine: pa.RecordBatch, theirs: pa.RecordBatch) -> Bools:
         equal = lengths == others
         different |= ~equal
         document = np.repeat(np.flatnonzero(equal), np.maximum(lengths[equal], 0))
-        flat = [c.filter(pa.array(equal)).flatten() for c in (a, b)]
+        flat: list[Any] = [pc.list_flatten(c.filter(pa.array(equal))) for c in (a, b)]
         pairs = [flat] if name == "tags" else [[f.field(key) for f in flat] for key in ("start", "end", "label")]
         for left, right in pairs:
             different[document[pc.not_equal(left, right).to_numpy(zero_copy_only=False)]] = True

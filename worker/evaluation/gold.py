@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -53,7 +54,7 @@ class GoldFile:
         self._documents = enumerate(join_documents(sentences, str(path)) if unit == "document" else sentences)
         self._taken = 0
 
-    def take(self, rows: pa.RecordBatch) -> pa.Array:
+    def take(self, rows: pa.RecordBatch) -> pa.Array[Any]:
         """Gold tags of a block's documents, null where the file's own are damaged, as the document then is too.
 
         Documents between blocks are passed over.

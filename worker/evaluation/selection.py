@@ -26,7 +26,8 @@ def choose_entities(rows: pa.RecordBatch, labels: LabelIndex) -> pa.RecordBatch:
     Raises:
         UsageError: a document's entities are not its tags' (aggregation none or simple), so that scores fit no tag.
     """
-    choice, lists = labels.choice, rows["entities"]
+    choice = labels.choice
+    lists: Any = rows["entities"]
     entities, counts = lists.flatten(), pc.list_value_length(lists).to_numpy(zero_copy_only=False)
     names = entities.field("label").to_pylist()
     named = np.fromiter((bool(choice.target(name)) for name in names), np.bool_, len(names))
@@ -41,7 +42,7 @@ def choose_entities(rows: pa.RecordBatch, labels: LabelIndex) -> pa.RecordBatch:
     return _replaced(rows, "entities", chosen)
 
 
-def _sure_tags(rows: pa.RecordBatch, counts: np.ndarray[Any, Any], sure: np.ndarray[Any, Any]) -> pa.Array:
+def _sure_tags(rows: pa.RecordBatch, counts: np.ndarray[Any, Any], sure: np.ndarray[Any, Any]) -> pa.Array[Any]:
     tags = rows["tags"].to_pylist()
     first = np.cumsum(counts) - counts
     for row in sorted(set(np.repeat(np.arange(len(tags)), counts)[~sure].tolist())):
@@ -60,7 +61,7 @@ def _sure_tags(rows: pa.RecordBatch, counts: np.ndarray[Any, Any], sure: np.ndar
     return pa.array(tags, pa.list_(pa.string()))
 
 
-def _replaced(rows: pa.RecordBatch, name: str, column: pa.Array) -> pa.RecordBatch:
+def _replaced(rows: pa.RecordBatch, name: str, column: pa.Array[Any]) -> pa.RecordBatch:
     return rows.set_column(rows.schema.get_field_index(name), name, column)
 
 

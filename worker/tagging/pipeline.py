@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -351,7 +351,8 @@ class Tagger:
             Options(**options),  # type: ignore[arg-type]
             urgent=urgent,
         )
-        entities, tags = annotated.part["entities"].to_pylist(), annotated.part["tags"].to_pylist()
+        entities: list[Any] = annotated.part["entities"].to_pylist()
+        tags: list[Any] = annotated.part["tags"].to_pylist()
         return [
             Annotation(tuple(Entity(**e) for e in found), row_tags and tuple(row_tags), annotated.faults.get(row))
             for row, (found, row_tags) in enumerate(zip(entities, tags, strict=True))

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -153,7 +154,9 @@ def _by_row(values: Int, row_of: Int, count: int) -> Int:
     return spread
 
 
-def _entities(documents: TaggableDocuments, prediction: Prediction, spans: Spans, row_of: Int, count: int) -> pa.Array:
+def _entities(
+    documents: TaggableDocuments, prediction: Prediction, spans: Spans, row_of: Int, count: int
+) -> pa.Array[Any]:
     units, labels = prediction.units, prediction.labels
     start, end = (
         _word_extents(documents, units, spans) if documents.split else _token_extents(prediction.tokens, units, spans)
@@ -163,7 +166,7 @@ def _entities(documents: TaggableDocuments, prediction: Prediction, spans: Spans
         [
             pa.array(start, pa.int32()),
             pa.array(end, pa.int32()),
-            pa.array(labels.names, pa.string()).take(pa.array(spans.type - 1)),
+            pa.array(labels.names, pa.string()).take(spans.type - 1),
             pa.array(texts, pa.string()),
             pa.array(spans.score, pa.float32()),
         ],
@@ -198,7 +201,9 @@ def _word_extents(documents: TaggableDocuments, units: Units, spans: Spans) -> t
     return start, end
 
 
-def _tags(documents: TaggableDocuments, prediction: Prediction, spans: Spans, healthy: NDArray[np.bool_]) -> pa.Array:
+def _tags(
+    documents: TaggableDocuments, prediction: Prediction, spans: Spans, healthy: NDArray[np.bool_]
+) -> pa.Array[Any]:
     """One IOB2 tag a word, null for rejected rows and for documents that came as text; a word without tokens is O."""
     count, units = len(healthy), prediction.units
     if not documents.split:
@@ -212,11 +217,11 @@ def _tags(documents: TaggableDocuments, prediction: Prediction, spans: Spans, he
     kept = np.repeat(healthy[row_of], sizes)
     by_row = _by_row(sizes, row_of, count) * healthy
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(by_row)])
-    values = pa.array(prediction.labels.tags, pa.string()).take(pa.array(numbers[kept]))
+    values = pa.array(prediction.labels.tags, pa.string()).take(numbers[kept])
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values, mask=pa.array(~healthy))
 
 
-def _text(table: pa.Table, documents: TaggableDocuments) -> pa.Array | pa.ChunkedArray:
+def _text(table: pa.Table, documents: TaggableDocuments) -> pa.Array[Any] | pa.ChunkedArray[Any]:
     if not documents.split:
         return table["text"]
     texts: list[str | None] = [None] * table.num_rows
