@@ -76,7 +76,7 @@ def _rows(run: RunFolder, shard: Shard) -> Iterator[TaggedDocument]:
     except (pa.ArrowException, FileNotFoundError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise StoreError(
-            f"{run.path(part_name(shard.index))}: damaged part ({reason}); remove it and nermill resume"
+            f"{run.path(part_name(shard.index))}: damaged part ({reason}); remove it and run nermill resume"
         ) from None
 
 

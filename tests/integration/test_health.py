@@ -175,7 +175,7 @@ def test_a_process_that_stands_still_is_killed_and_replaced_and_systemd_is_not_t
         made.until(lambda: listen() or made.worker() != first)
         killed = time.monotonic()
         assert killed - stopped < HANG_SECONDS + SILENT_SECONDS + 3
-        assert f"nothing was heard of the worker for {HANG_SECONDS + SILENT_SECONDS:.0f} s" in made.log.read_text()
+        assert f"no heartbeat from the worker for {HANG_SECONDS + SILENT_SECONDS:.0f} s" in made.log.read_text()
         fed = [moment for moment, state in told if state == "WATCHDOG=1"]
         assert any(moment < stopped for moment in fed)
         assert not [moment for moment in fed if stopped + SILENT_SECONDS + 0.5 < moment < killed - 0.2]

@@ -97,5 +97,5 @@ def test_a_damaged_part_is_named(tmp_path: Path, data: bytes | None) -> None:
     run = RunFolder(str(tmp_path))
     write(run, 0, part("empty"))
     run.write(part_name(0), run.read(part_name(0))[:-30] if data is None else data)
-    with pytest.raises(StoreError, match=r"part-00000\.parquet: damaged part .*; remove it and nermill resume"):
+    with pytest.raises(StoreError, match=r"part-00000\.parquet: damaged part .*; remove it and run nermill resume"):
         rejects(run, [0])

@@ -121,7 +121,7 @@ def _rejects(run: RunFolder, shard: int) -> pa.Table:
         return pa.table(columns, schema=_UNFILTERED).filter(is_rejected).cast(REJECTS)
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise StoreError(f"{run.path(name)}: damaged part ({reason}); remove it and nermill resume") from None
+        raise StoreError(f"{run.path(name)}: damaged part ({reason}); remove it and run nermill resume") from None
 
 
 _UNFILTERED = pa.schema([field.with_nullable(True) for field in REJECTS])

@@ -1,4 +1,7 @@
-"""``nermill-worker``: one supervised Celery process a device, pinned before anything heavy is imported."""
+"""``nermill-worker``: starts and supervises one Celery process for each device.
+
+A process gets the environment variable that limits it to its device before it imports an accelerator's library.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from nermill.worker.process import logs
 from nermill.worker.process.settings import Settings, read_settings
 from nermill.worker.process.supervisor import Supervisor, environment_of
 
-# Options that become NERMILL_* variables, for the processes to read.
+# Options that are passed to the processes as NERMILL_* environment variables.
 SETTINGS = (
     "broker_url",
     "model",
@@ -32,7 +35,10 @@ SETTINGS = (
 
 
 def visible_devices(manifest: Manifest) -> list[Device]:
-    """The devices of this machine that the artifact's backend can use, without importing its runtime."""
+    """The devices of this machine that the artifact's backend can use, for ``--devices auto``.
+
+    They are found by their files in /dev and /proc; no accelerator's library is imported.
+    """
     npus = sorted(int(p.name[7:]) for p in Path("/dev").glob("davinci[0-9]*"))
     if manifest.backend in ("aie", "om") and npus:
         return [Device("npu", n) for n in npus]
@@ -57,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     """Starts and supervises the processes until SIGTERM or SIGINT; returns the exit code.
 
     Raises:
-        UsageError: an option, setting or artifact that does not serve.
+        UsageError: an option, setting or artifact is invalid.
     """
     for name in SETTINGS:
         if (value := getattr(options, name)) is not None:
@@ -75,14 +81,14 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _restart_without_flags(options: argparse.Namespace) -> None:
-    """Everybody may read a command line, a password in it included: goes on as the same process without its flags."""
-    os.environ["NERMILL_DEVICES"] = options.devices  # all others are in the environment already
+    """Executes this program again without its flags, since every user may read a command line and a password in it."""
+    os.environ["NERMILL_DEVICES"] = options.devices  # all other options are in the environment already
     dry_run = ["--dry-run"] if options.dry_run else []
     os.execv(sys.executable, python_command("nermill.worker.process.launch", *dry_run))
 
 
 def _dry_run(artifact: Path, devices: list[Device], settings: Settings) -> int:
-    """Loads, warms every shape and tags one example on each device, in a process of its own."""
+    """Runs ``worker.process.dry_run`` for each device in turn; returns the first exit code that is not 0."""
     for index, device in enumerate(devices):
         environment = {**os.environ, **environment_of(device, index, settings)}
         code = subprocess.run(
@@ -106,7 +112,9 @@ def _parser() -> argparse.ArgumentParser:
         help="auto, or a list such as cpu | cuda:0,cuda:1 | npu:0 (NERMILL_DEVICES; default: auto)",
     )
     parser.add_argument("--broker", dest="broker_url", help="broker URL (NERMILL_BROKER_URL)")
-    parser.add_argument("--lease-seconds", type=float, help="how long a silent worker keeps a shard (default: 60)")
+    parser.add_argument(
+        "--lease-seconds", type=float, help="how long a worker that stopped keeps a shard (default: 60)"
+    )
     parser.add_argument(
         "--allowed-roots", help="folders and URIs below which runs may lie, separated by commas (default: this folder)"
     )

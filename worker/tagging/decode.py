@@ -1,4 +1,4 @@
-"""Logits to tags to spans with scores, vectorised over all documents of a shard."""
+"""Turns logits into tags, and tags into entity spans with scores; vectorised over all documents of a shard."""
 
 from __future__ import annotations
 
@@ -20,10 +20,16 @@ Float = NDArray[np.float32]
 
 
 class ModelLabels:
-    """A model's labels as arrays: the type of each label and whether it begins a span.
+    """A model's labels as arrays.
 
     Args:
-        labels: ``O``, ``B-PER``, ``I-PER`` …, by index of the logit. A label without a prefix is its own type.
+        labels: Label of each logit: ``O``, ``B-PER``, ``I-PER`` … A label without a prefix is its own type.
+
+    Attributes:
+        names: Names of the types, sorted.
+        type: Type of each label: 0 for ``O``, else 1 + index into ``names``; int64, shape (labels,).
+        begins: Whether the label begins a span; bool, shape (labels,).
+        tags: IOB2 tags by number: ``O``, then ``B-`` and ``I-`` of each name.
     """
 
     def __init__(self, labels: tuple[str, ...]) -> None:
@@ -35,7 +41,11 @@ class ModelLabels:
         self.tags = _tags_of(names)
 
     def renamed(self, names: Sequence[str]) -> ModelLabels:
-        """The same labels under other names, one for each of ``names``; an empty one is never written."""
+        """The same labels under other names.
+
+        Args:
+            names: New name of each type; several may be equal. An empty name is for a type that is not written.
+        """
         labels = copy(self)
         labels.names, labels.tags = tuple(names), _tags_of(names)
         return labels
@@ -47,14 +57,14 @@ def _tags_of(names: Sequence[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Units:
-    """What gets one tag each: words, or single tokens where nothing is aggregated.
+    """The units that get one tag each: words, or single tokens where the aggregation is ``none`` or ``simple``.
 
     Attributes:
         document: Document of each unit, int64, shape (units,).
         word: Word number within its document, int64, shape (units,).
         first, last: First and last token of each unit, int64, shape (units,).
         type: 0 for no entity, else 1 + index into ``ModelLabels.names``, int64, shape (units,).
-        begins: Whether the predicted label begins a span of its own, bool, shape (units,).
+        begins: Whether the predicted label begins a span, bool, shape (units,).
         score: Probability of the predicted label, float32, shape (units,).
     """
 
@@ -69,9 +79,13 @@ class Units:
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """Entities of all documents, in order; each covers the units ``first`` to ``last`` (inclusive).
+    """Entities of all documents, in order.
 
-    Arrays of shape (spans,): int64, and float32 for ``score``, the mean over the span's units.
+    Attributes:
+        document: Document of each span, int64, shape (spans,).
+        first, last: First and last unit of each span, inclusive, int64, shape (spans,).
+        type: 1 + index into ``ModelLabels.names``, int64, shape (spans,).
+        score: Mean of the scores of the span's units, float32, shape (spans,).
     """
 
     document: Int
@@ -92,16 +106,18 @@ def softmax(logits: Float) -> Float:
 
 
 def units(logits: Float, document: Int, words: Int, labels: ModelLabels, aggregation: Aggregation) -> Units:
-    """Predicts one label a unit.
+    """Predicts one label for each unit.
 
-    The strategies are those of transformers' token classification: ``first`` takes a word's first token,
-    ``average`` the mean of its tokens' probabilities, ``max`` the token that is surest; ``none`` and ``simple``
-    leave tokens alone.
+    The strategies are those of transformers' ``TokenClassificationPipeline``: ``first`` takes a word's first token,
+    ``average`` the mean of its tokens' probabilities, ``max`` the token with the highest probability; with ``none``
+    and ``simple`` each token is a unit.
 
     Args:
         logits: float32, shape (tokens, labels).
         document: Document of each token, int64, shape (tokens,).
         words: Word of each token within its document, int64, shape (tokens,).
+        labels: The model's labels.
+        aggregation: The strategy.
     """
     count = len(document)
     if aggregation in ("none", "simple"):
@@ -128,11 +144,11 @@ def units(logits: Float, document: Int, words: Int, labels: ModelLabels, aggrega
 
 
 def spans(units: Units, *, join: bool = True) -> Spans:
-    """Groups units into entities as conlleval does: a span ends where the type or the document changes, or at a B-.
+    """Groups units into entities as conlleval does: a span ends before another type, another document or a ``B-``.
 
     Args:
         units: The predictions.
-        join: False makes every unit with a label an entity of its own (aggregation ``none``).
+        join: False makes each unit with a label an entity (aggregation ``none``).
     """
     inside = np.flatnonzero(units.type)
     kind, where = units.type[inside], units.document[inside]
@@ -154,10 +170,11 @@ def spans(units: Units, *, join: bool = True) -> Spans:
 
 
 def choose(spans: Spans, labels: ModelLabels, choice: LabelChoice) -> tuple[Spans, ModelLabels, Counter[str]]:
-    """Leaves entities out and renames labels.
+    """Applies ``--map``, ``--only`` and ``--min-score`` to entities.
 
     Returns:
-        The spans that stay, the labels under their new names, and how many spans were mapped or left out, by key.
+        The spans that stay, the labels under their new names, and how many spans were mapped or left out by
+        ``contracts.labels.key``.
     """
     if choice.is_all:
         return spans, labels, Counter()
@@ -173,7 +190,11 @@ def choose(spans: Spans, labels: ModelLabels, choice: LabelChoice) -> tuple[Span
 
 
 def tag_numbers(units: Units, spans: Spans) -> Int:
-    """The IOB2 tag of each unit as an index into ``ModelLabels.tags``: as the spans say; int64, shape (units,)."""
+    """The IOB2 tag of each unit that corresponds to the spans, as an index into ``ModelLabels.tags``.
+
+    Returns:
+        int64, shape (units,).
+    """
     tags = np.zeros(len(units.type), np.int64)
     length = spans.last - spans.first + 1
     inside = spread(spans.first, length)

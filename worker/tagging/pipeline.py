@@ -1,8 +1,8 @@
-"""Documents in, annotations out: tokenize ∥ compute ∥ decode.
+"""Tags documents: tokenization, inference and decoding run in parallel.
 
-Any number of threads call ``Pipeline.annotate``; each tokenizes and decodes its own shard while the compute
-threads keep the device busy with batches mixed from all of them. How much waits between them is the callers' to
-bound: they may ask ``await_spare_capacity`` before they begin.
+Any number of threads call ``Pipeline.annotate``. Each tokenizes and decodes its own shard; the compute threads run the
+model on batches that mix windows of all shards. The pipeline does not limit how many windows wait: callers may call
+``await_spare_capacity`` before they begin a shard.
 """
 
 from __future__ import annotations
@@ -47,9 +47,14 @@ WARM_ROWS = 1  # rows of the batch that warms an engine whose shapes are free
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What one shard cost. Tokens include special tokens; ``computed_tokens`` padding as well; times in seconds.
+    """Measurements of one shard.
 
-    ``labels`` counts the entities that were mapped or left out: see ``contracts.labels``.
+    Attributes:
+        windows: Number of windows.
+        tokens: Number of tokens, special tokens included.
+        computed_tokens: The same with padding.
+        tokenize_seconds, wait_seconds, compute_seconds, decode_seconds: Seconds of each stage.
+        labels: Number of entities that were mapped or left out; see ``contracts.labels``.
     """
 
     windows: int
@@ -62,19 +67,19 @@ class Stats:
     labels: dict[str, int]
 
     def __add__(self, other: Stats) -> Stats:
-        """What two shards, or two pieces of one, cost together."""
+        """The sum of two measurements, of two shards or of two pieces of one."""
         numbers = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "labels"}
         return Stats(**numbers, labels=dict(Counter(self.labels) + Counter(other.labels)))
 
 
 @dataclass(frozen=True)
 class Annotated:
-    """A shard after the mill.
+    """A tagged shard.
 
     Attributes:
-        part: Rows of the part, in input order, without the run's own columns' metadata.
+        part: Rows of the part, in input order, without file metadata.
         faults: Fault of each rejected row, by row number.
-        stats: What it cost.
+        stats: Measurements.
     """
 
     part: pa.Table
@@ -83,12 +88,15 @@ class Annotated:
 
 
 class Pipeline:
-    """A loaded engine, its tokenizer, and the threads between them.
+    """A loaded engine, its tokenizer, and the threads that run the engine.
 
     Args:
         engine: The model; closed with the pipeline.
         tokenizer: The artifact's tokenizer.
-        manifest: Says how windows become batches; None takes the engine's.
+        manifest: Shapes, layout and token budget of batches; None takes the engine's manifest.
+
+    Attributes:
+        broken: Set when the device failed for good; nothing is tagged from then on.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, manifest: Manifest | None = None) -> None:
@@ -98,11 +106,11 @@ class Pipeline:
         self._tokenizer = tokenizer
         self._pool = Pool(self.manifest)
         self._busy_since: dict[int, float] = {}
-        self._last_done = 0.0  # when the device last did
-        self._clock = threading.Lock()  # over the line above: calls that end together count their time once
+        self._last_done = 0.0  # time.monotonic() when a call of the engine last ended
+        self._clock = threading.Lock()  # guards the line above
         self.broken: EngineError | None = None
         self._device = threading.Semaphore(engine.in_flight)
-        self._threads = [  # one more than the device takes: it prepares the next batch
+        self._threads = [  # one more than calls may be under way: it prepares the next batch
             threading.Thread(target=self._compute, name=f"compute-{n}", daemon=True)
             for n in range(engine.in_flight + 1)
         ]
@@ -110,17 +118,17 @@ class Pipeline:
             thread.start()
 
     def close(self) -> None:
-        """Stops the compute threads and gives the device back."""
+        """Stops the compute threads and releases the device; shards that are being tagged raise EngineError."""
         self._pool.close()
         for thread in self._threads:
             thread.join()
         self.engine.close()
 
     def warm_up(self) -> None:
-        """Runs every compiled shape: once to warm it up, once more to see what it costs.
+        """Runs every compiled shape twice: once to load kernels, once to measure its time.
 
         Raises:
-            EngineError: the device does not take a shape.
+            EngineError: the device refuses a shape.
         """
         for shape in self.manifest.shapes or ((WARM_ROWS, min(64, self.manifest.window)),):
             batch = blank_batch(shape, self.manifest)
@@ -130,15 +138,22 @@ class Pipeline:
             self._pool.record_duration(shape, shape[0] * shape[1], time.monotonic() - started)
 
     def busy_seconds(self) -> float:
-        """How long the oldest call of the engine has been under way; 0.0 when idle."""
+        """Seconds for which the oldest call of the engine has been under way; 0.0 where there is none."""
         return max((time.monotonic() - since for since in list(self._busy_since.values())), default=0.0)
 
     def waiting_tokens(self) -> int:
-        """Tokens that wait for the device."""
+        """Number of tokens that wait for the device."""
         return self._pool.waiting_tokens()
 
     def await_spare_capacity(self, timeout: float) -> bool:
-        """Waits until the device will soon have nothing to do, or broke; False where it has enough for ``timeout``."""
+        """Waits until the device will soon be idle, or has failed.
+
+        Args:
+            timeout: Most seconds to wait.
+
+        Returns:
+            False where the device still had enough work after ``timeout``.
+        """
         return self._pool.await_spare_capacity(timeout)
 
     def annotate(
@@ -156,13 +171,13 @@ class Pipeline:
             table: Documents, with the SHARD schema.
             options: The run's options.
             first: ``doc_index`` of the first row.
-            on_fed: Called when the shard's windows wait for the device.
-            urgent: Whether its windows go before those that wait; so do those of a table with few windows, which hardly
-                delay the others.
+            on_fed: Called once the shard is tokenized and its windows wait for the device.
+            urgent: Whether the windows go before all that wait. The windows of a table that has at most FEW_WINDOWS
+                always do, since they hardly delay the others.
 
         Raises:
-            UsageError: the model's windows cannot overlap so much.
-            EngineError: the device failed for good; no document is to blame.
+            UsageError: ``options.overlap`` is too large for the model's windows.
+            EngineError: the device failed for good; no document is the cause.
         """
         self.manifest.check_overlap(options.overlap)
         documents, faults = taggable_documents(table, options)
@@ -208,7 +223,7 @@ class Pipeline:
     ) -> tuple[pa.Table, Counter[str]]:
         tokens, choice = job.tokens, choice_of(options)
         document = np.repeat(np.arange(len(tokens.counts)), tokens.counts)
-        whole = np.flatnonzero(~np.isin(document, list(job.failed)))  # a failed document's logits were never written
+        whole = np.flatnonzero(~np.isin(document, list(job.failed)))  # a failed document has no logits
         units = decode.units(job.logits[whole], document[whole], tokens.words[whole], self.labels, options.aggregation)
         units = replace(units, first=whole[units.first], last=whole[units.last])
         spans, labels, changes = decode.choose(
@@ -220,7 +235,10 @@ class Pipeline:
         return part, changes
 
     def _compute(self) -> None:
-        """Prepares a batch while others are on the device, so that the device goes from one to the next."""
+        """Body of a compute thread: takes a batch, runs it and distributes its logits, until the pool is closed.
+
+        A batch is prepared while the device computes others, so that the device does not wait for it.
+        """
         try:
             while work := self._pool.take():
                 batch = build_batch(work, self.manifest)
@@ -233,14 +251,18 @@ class Pipeline:
             self._fail(EngineError(f"{type(error).__name__}: {error}"))
 
     def _run(self, work: Work, batch: Batch) -> tuple[NDArray[np.float32], float] | None:
-        """A batch's logits and seconds; None where it failed, and was run again in parts."""
+        """Runs a batch.
+
+        Returns:
+            Logits and seconds of the device; None where the batch failed and was run again in parts.
+        """
         me = threading.get_ident()
         started = self._busy_since[me] = time.monotonic()
         try:
             logits = self.engine.run(batch)
             with self._clock:
                 done = time.monotonic()
-                seconds = max(0.0, done - max(started, self._last_done))  # it waited for the batch before it
+                seconds = max(0.0, done - max(started, self._last_done))  # not the time behind the batch before it
                 self._last_done = done
             self._pool.record_duration(batch.input_ids.shape, work.placement.tokens, seconds)
             return logits, seconds
@@ -251,9 +273,10 @@ class Pipeline:
             del self._busy_since[me]
 
     def _retry_in_halves(self, work: Work, error: EngineError) -> None:
-        """Runs a failed batch again, and what fails again in halves: a bad document costs that document alone.
+        """Runs a failed batch again, and what fails again in halves, down to single windows.
 
-        A batch that was only too large for the device's memory costs none.
+        So a document on which the model fails costs that document alone, and a batch that was only too large for the
+        device's memory costs none. Where the device fails on blank batches too, it is taken to be broken.
         """
         try:
             self.warm_up()
@@ -285,12 +308,12 @@ def load_pipeline(
     Args:
         artifact: Its folder.
         device: ``cpu``, ``cuda:N`` or ``npu:N``.
-        threads: Compute threads on a CPU; 0 takes as many as this process may use.
+        threads: Compute threads on a CPU; 0 takes as many as this process has cores.
         wrap: Returns the engine that the pipeline calls, such as one that measures.
 
     Raises:
-        ArtifactError: the artifact cannot be served here.
-        EngineError: the device does not take a compiled shape.
+        ArtifactError: the artifact cannot be loaded on this machine.
+        EngineError: the device refuses a compiled shape.
     """
     from tokenizers import Tokenizer
 
@@ -301,12 +324,14 @@ def load_pipeline(
     tokenizer.no_padding()
     pipeline = Pipeline(wrap(engine), tokenizer, manifest)
     pipeline.warm_up()
-    pipeline.annotate(shard_table([Document("warm", "up")]), Options())  # loads what libraries load on first use
+    pipeline.annotate(
+        shard_table([Document("warm", "up")]), Options()
+    )  # libraries load parts of themselves on first use
     return pipeline
 
 
 class Tagger:
-    """The engine without a queue: texts in, entities out.
+    """Tags documents in this process, without a queue.
 
     ::
 
@@ -319,17 +344,22 @@ class Tagger:
 
     @classmethod
     def load(cls, model: str | Path = "demo", *, device: str = "cpu", threads: int = 0) -> Tagger:
-        """Loads an artifact: ``demo`` for the bundled model, or its folder.
+        """Loads an artifact.
+
+        Args:
+            model: ``demo`` for the bundled model, or the artifact's folder.
+            device: ``cpu``, ``cuda:N`` or ``npu:N``.
+            threads: Compute threads on a CPU; 0 takes as many as this process has cores.
 
         Raises:
-            ArtifactError: the artifact cannot be served here.
+            ArtifactError: the artifact cannot be loaded on this machine.
         """
         return cls(load_pipeline(resolve_artifact(str(model)), device, threads))
 
     def tag(
         self, documents: Iterable[str] | Iterable[Sequence[str]], *, urgent: bool = False, **options: object
     ) -> list[Annotation]:
-        """Tags texts, or documents that are split into words.
+        """Tags texts, or documents that are lists of words.
 
         Args:
             documents: A list of texts, or a list of documents that are lists of words.
@@ -337,10 +367,10 @@ class Tagger:
             options: Fields of ``Options``: aggregation, overlap, max_chars.
 
         Returns:
-            One annotation a document, in order; ``fault`` is set where one could not be tagged.
+            One annotation for each document, in order; ``fault`` is set where a document could not be tagged.
 
         Raises:
-            TypeError: documents that are a single text, or hold something else than texts or lists of words.
+            TypeError: ``documents`` is a single text, or has elements that are neither texts nor lists of words.
             EngineError: the device failed for good.
         """
         records = [_record(n, document) for n, document in enumerate(_listed(documents))]
@@ -359,7 +389,7 @@ class Tagger:
         ]
 
     def close(self) -> None:
-        """Gives the device back."""
+        """Releases the device."""
         self.pipeline.close()
 
     def __enter__(self) -> Tagger:

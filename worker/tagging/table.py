@@ -1,4 +1,4 @@
-"""Between Arrow and the mill: a shard's rows as tokenizable documents, and its annotations as rows of a part."""
+"""Conversion between Arrow tables and the pipeline: a shard's rows to documents, and predictions to rows of a part."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class TaggableDocuments:
 
     Attributes:
         rows: Row of each document in the shard.
-        tokenizable: Their texts, or their words where ``split``.
-        texts: Their texts; words joined by single spaces where split.
-        chars: Code points of every row of the shard, faulty ones included, int64, shape (rows,).
-        split: Whether words were given. A shard holds one kind of documents.
+        tokenizable: The documents' texts, or their lists of words where ``split``.
+        texts: The documents' texts; words joined by single spaces where ``split``.
+        chars: Number of code points of every row of the shard, rejected rows included, int64, shape (rows,).
+        split: Whether the shard's documents are lists of words. A shard holds documents of one kind.
     """
 
     rows: list[int]
@@ -42,11 +42,11 @@ class TaggableDocuments:
 
 
 def taggable_documents(table: pa.Table, options: Options) -> tuple[TaggableDocuments, dict[int, Fault]]:
-    """The documents of a shard, and the faults of those that cannot be tagged, by row.
+    """The documents of a shard that can be tagged, and the fault of each other one by row.
 
     Args:
         table: Documents, with the SHARD schema.
-        options: For the longest document.
+        options: ``max_chars`` is the length of the longest document that is tagged.
     """
     words: list[list[str] | None] = table["words"].to_pylist()
     split = any(row is not None for row in words)
@@ -77,13 +77,13 @@ def taggable_documents(table: pa.Table, options: Options) -> tuple[TaggableDocum
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What the model says of a shard's documents.
+    """The model's predictions for the taggable documents of a shard.
 
     Attributes:
-        tokens: Their tokens.
-        windows: Windows of each document, int64, shape (documents,).
-        units, spans: Its labels, and the entities they form.
-        labels: The labels' names.
+        tokens: The documents' tokens.
+        windows: Number of windows of each document, int64, shape (documents,).
+        units, spans: The predicted labels, and the entities that they form.
+        labels: The labels' names in the output.
     """
 
     tokens: Tokens
@@ -94,7 +94,13 @@ class Prediction:
 
 
 def rename_gold_labels(table: pa.Table, choice: LabelChoice, changes: Counter[str]) -> pa.Table:
-    """A shard whose gold tags have the names that the output's have; ``changes`` counts what was changed."""
+    """The shard with its gold tags mapped and left out as the run's options say.
+
+    Args:
+        table: Documents, with the SHARD schema.
+        choice: The options.
+        changes: Counts the entities that were mapped or left out; see ``contracts.labels``.
+    """
     if not choice.map and not choice.only:
         return table
     gold: list[list[str] | None] = table["gold_tags"].to_pylist()
@@ -115,9 +121,9 @@ def part_table(
 
     Args:
         table: The shard.
-        documents: Its documents.
-        prediction: What the model says of them.
-        faults: Of the rejected rows.
+        documents: Its taggable documents.
+        prediction: The model's predictions for them.
+        faults: Fault of each rejected row, by row.
         options: The run's options.
         first: ``doc_index`` of the first row.
     """
@@ -125,7 +131,7 @@ def part_table(
     row_of = np.array(documents.rows, np.int64)
     healthy = np.ones(count, bool)
     healthy[list(faults)] = False
-    spans = prediction.spans  # of healthy rows alone: what failed is not decoded
+    spans = prediction.spans  # documents on which the model failed have none
     columns = {
         "doc_index": pa.array(np.arange(first, first + count)),
         "doc_id": table["doc_id"],
@@ -178,7 +184,7 @@ def _entities(
 
 
 def _token_extents(tokens: Tokens, units: Units, spans: Spans) -> tuple[list[int], list[int]]:
-    """Code points of each span, from the tokenizer's offsets; asked for only where there is a span."""
+    """First and past-the-last code point of each span, from the tokenizer's offsets."""
     first = (units.first[spans.first] - tokens.bounds[spans.document]).tolist()
     last = (units.last[spans.last] - tokens.bounds[spans.document]).tolist()
     found = [tokens.encodings[document] for document in spans.document.tolist()]
@@ -188,7 +194,7 @@ def _token_extents(tokens: Tokens, units: Units, spans: Spans) -> tuple[list[int
 
 
 def _word_extents(documents: TaggableDocuments, units: Units, spans: Spans) -> tuple[list[int], list[int]]:
-    """Code points of each span in the words' join."""
+    """First and past-the-last code point of each span in the words joined by single spaces."""
     start, end = [], []
     previous, begins = -1, [0]
     first, last = units.word[spans.first].tolist(), units.word[spans.last].tolist()
@@ -204,14 +210,14 @@ def _word_extents(documents: TaggableDocuments, units: Units, spans: Spans) -> t
 def _tags(
     documents: TaggableDocuments, prediction: Prediction, spans: Spans, healthy: NDArray[np.bool_]
 ) -> pa.Array[Any]:
-    """One IOB2 tag a word, null for rejected rows and for documents that came as text; a word without tokens is O."""
+    """One IOB2 tag for each word; null for rejected rows and for texts. A word without tokens has the tag ``O``."""
     count, units = len(healthy), prediction.units
     if not documents.split:
         return pa.nulls(count, pa.list_(pa.string()))
     sizes = np.fromiter(map(len, documents.tokenizable), np.int64, len(documents.rows))
     begins = np.cumsum(sizes) - sizes
     numbers = np.zeros(int(sizes.sum()), np.int64)
-    order = np.arange(len(units.word))[::-1]  # a word's first unit is written last, and stays
+    order = np.arange(len(units.word))[::-1]  # a word's first unit is written last, so its tag is kept
     numbers[(begins[units.document] + units.word)[order]] = tag_numbers(units, spans)[order]
     row_of = np.array(documents.rows, np.int64)
     kept = np.repeat(healthy[row_of], sizes)
