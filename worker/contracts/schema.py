@@ -1,4 +1,4 @@
-"""The Arrow schemas of a run: shards (documents in), parts (annotations out), rejects."""
+"""The Arrow schemas of a run: shards (documents), parts (annotations) and rejects."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _schema(*columns: pa.Field[Any]) -> pa.Schema:
     return pa.schema(columns)
 
 
-# One row a document, in input order; exactly one of text, words and fault is set.
+# One row for each document, in input order; exactly one of text, words and fault_reason is set.
 SHARD = _schema(
     pa.field("doc_id", pa.string(), nullable=False),
     pa.field("text", pa.string()),
@@ -47,12 +47,12 @@ PART = _schema(
     pa.field("words", pa.list_(pa.string())),
     pa.field("tags", pa.list_(pa.string())),
     pa.field("gold_tags", pa.list_(pa.string())),
-    pa.field("reject_reason", pa.string()),  # null where tagged
+    pa.field("reject_reason", pa.string()),  # null where the document was tagged
     pa.field("reject_message", pa.string()),
     pa.field("text", pa.string()),
     pa.field("fields", pa.string()),
 )
-OPTIONAL_COLUMNS = ("text", "fields")  # present where --keep-text and --keep-fields ask for them
+OPTIONAL_COLUMNS = ("text", "fields")  # present with --keep-text and --keep-fields
 
 REJECTS = _schema(
     pa.field("doc_index", pa.int64(), nullable=False),
@@ -70,7 +70,12 @@ def part_schema(*, keep_text: bool, keep_fields: bool) -> pa.Schema:
 
 
 def with_metadata(schema: pa.Schema, **values: str) -> pa.Schema:
-    """Adds ``nermill.<key>`` file metadata, the schema's version and the unit of offsets included."""
+    """The schema with file metadata.
+
+    Args:
+        schema: A schema.
+        values: Metadata by key; each key becomes ``nermill.<key>``. ``schema_version`` and ``offset_unit`` are added.
+    """
     values = {"schema_version": SCHEMA_VERSION, "offset_unit": OFFSET_UNIT, **values}
     return schema.with_metadata({METADATA_PREFIX + key: value for key, value in values.items()})
 

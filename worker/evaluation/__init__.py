@@ -1,4 +1,4 @@
-"""What a run is worth: scores that can be believed, and throughput from what its workers measured."""
+"""Evaluates a run: scores against gold tags, and throughput from the workers' measurements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluates one run and writes its report, as the last step of a run: ``python -m nermill.worker.evaluation RUN``."""
+"""Evaluates one run and writes its report: ``python -m nermill.worker.evaluation RUN``, a run's last step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether an entity's score is the share of such entities that are right."""
+"""Calibration: whether the score of entities equals the share of them that are correct."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ BINS = 10
 
 @dataclass
 class Calibration:
-    """Entities by score in ten equal bins: how many, their mean score, how many are in gold.
+    """Counts entities in ten equal bins of their score.
 
-    An entity is right where gold has one with the same code points and the same label.
+    An entity is correct where gold has an entity with the same code points and the same label.
+
+    Args:
+        labels: Assigns numbers to labels.
     """
 
     labels: LabelIndex
@@ -29,7 +32,12 @@ class Calibration:
     _scores: Floats = field(default_factory=lambda: np.zeros(BINS))
 
     def add(self, block: Block, gold: Chunks) -> None:
-        """Takes in the entities of a block's scored documents."""
+        """Adds the entities of a block's scored documents.
+
+        Args:
+            block: The block.
+            gold: Its gold entities.
+        """
         lists: Any = block.rows["entities"].take(block.scored)
         entities = lists.flatten()
         if not len(entities):
@@ -56,7 +64,10 @@ class Calibration:
         return right
 
     def summary(self) -> dict[str, Any]:
-        """The reliability table and the expected calibration error, in the report's names."""
+        """The reliability table and the expected calibration error, with the report's names.
+
+        The error is the mean over entities of |mean score - precision| of their bin (Naeini et al., AAAI 2015).
+        """
         total = int(self._entities.sum())
         filled = np.maximum(self._entities, 1)
         score, precision = self._scores / filled, self._right / filled
@@ -74,10 +85,14 @@ class Calibration:
 
 
 def _word_positions(block: Block) -> tuple[Ints, Ints, Ints]:
-    """First and past-the-last code point of each word, and where each document begins.
+    """Positions of the words of a block's scored documents, in code points.
 
-    Documents are thought of as laid one behind another; a document's text is its words, joined by single spaces.
-    A rejected document has no entities, so what stands for its words does not matter.
+    Positions count from the begin of the block's first document, as if the documents were concatenated. The text of a
+    document is its words joined by single spaces. A rejected document has no entities, so any positions will do there.
+
+    Returns:
+        First and past-the-last code point of each word, int64, shape (words,), and the first code point of each
+        document, int64, shape (scored,).
     """
     offsets = block.gold.offsets
     lists: Any = block.rows["words"].take(block.scored)

@@ -1,4 +1,4 @@
-"""Where a run's figures come from: input, model, options, machines, versions."""
+"""What a report says about the origin of its values: input, model, options, machines, versions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LIBRARIES = ("nermill", "numpy", "pyarrow")
 
 
 def find_manifest(plan: Plan, parts: list[Part]) -> Manifest | None:
-    """The manifest of the artifact that wrote the parts, where it lies on this machine and is the same."""
+    """The manifest of the artifact that wrote the parts; None where this machine does not have that artifact."""
     try:
         manifest = load_manifest(resolve_artifact(plan.model.get("name") or "demo"))
     except ArtifactError:
@@ -25,7 +25,13 @@ def find_manifest(plan: Plan, parts: list[Part]) -> Manifest | None:
 
 
 def describe_origin(plan: Plan, parts: list[Part], manifest: Manifest | None) -> dict[str, Any]:
-    """What the report says of its origin."""
+    """The report's object ``origin``.
+
+    Args:
+        plan: The run's plan.
+        parts: The parts that were read.
+        manifest: The artifact's manifest, where it was found.
+    """
     stats = [entry for part in parts for entry in part.stats]
     return {
         "created": plan.created,

@@ -1,4 +1,4 @@
-"""What an evaluation leaves out of a run's entities, and what it says of labels that gold and model do not share."""
+"""Applies an evaluation's label options to a run's entities, and explains labels that only gold or the model has."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from nermill.worker.evaluation.chunks import LabelIndex, find_chunks, read_tags
 
 
 def choose_entities(rows: pa.RecordBatch, labels: LabelIndex) -> pa.RecordBatch:
-    """Rows without the entities that are left out; their tags become ``O`` where the score is too low.
+    """Removes the entities that are left out; their tags become ``O`` where the score is too low.
 
     Args:
         rows: Documents with ``doc_id``, ``entities`` and ``tags``.
-        labels: Whose ``choice`` says what stays; its ``changes`` counts what is below the score. Tags whose label is
-            left out stay, since ``read_tags`` passes over them.
+        labels: Its ``choice`` says which entities stay; its ``changes`` counts those below the score. Tags whose label
+            is left out stay, since ``read_tags`` ignores them.
 
     Raises:
-        UsageError: a document's entities are not its tags' (aggregation none or simple), so that scores fit no tag.
+        UsageError: a document's entities do not correspond to its tags (aggregation none or simple), so that tags have
+            no score.
     """
     choice = labels.choice
     lists: Any = rows["entities"]
@@ -66,11 +67,11 @@ def _replaced(rows: pa.RecordBatch, name: str, column: pa.Array[Any]) -> pa.Reco
 
 
 def describe_choice(choices: Iterable[LabelChoice], changes: Counter[str]) -> tuple[dict[str, Any], list[str]]:
-    """What the report says of labels that were mapped or left out, and a warning of what is left out.
+    """The report's object ``labels``, and a warning about entities that were left out.
 
     Args:
         choices: The run's choice, then the evaluation's.
-        changes: Entities by what was done to them, of both.
+        changes: Counter of label changes, of both.
     """
     run, here = choices
     found = nested(changes)
@@ -83,24 +84,24 @@ def describe_choice(choices: Iterable[LabelChoice], changes: Counter[str]) -> tu
         for what in ("left_out", "below_min_score")
         for label, count in done.get(what, {}).items()
     ]
-    return shown | found, [f"left out, as asked for: {', '.join(gone)}"] if gone else []
+    return shown | found, [f"left out by options: {', '.join(gone)}"] if gone else []
 
 
 def explain_labels(run: str, support: dict[str, int], known: list[str], f1: float) -> str:
-    """Gold labels that the model cannot answer, and the options that would mend it; empty where there are none.
+    """A message about gold labels that the model does not have, with a command that maps them; empty for none.
 
     Args:
         run: The run's folder or URI.
-        support: Gold entities by label.
+        support: Number of gold entities by label.
         known: The model's labels.
-        f1: What was scored.
+        f1: F1 of the run.
     """
     unknown = sorted(name for name, count in support.items() if count and name not in known)
     if not unknown:
         return ""
     named = ", ".join(f"{name} ({support[name]:,})" for name in unknown)
     line = f"gold has labels that the model does not know: {named}; it knows {', '.join(sorted(known))}"
-    mend = f"nermill evaluate {run} {suggest_map(unknown, sorted(known))}"
+    command = f"nermill evaluate {run} {suggest_map(unknown, sorted(known))}"
     shared = any(count for name, count in support.items() if name in known)
     why = "; they count as missed" if shared or f1 else "; no label is in both, so F1 is 0"
-    return f"{line}{why}; to compare them: {mend}"
+    return f"{line}{why}; to compare them: {command}"

@@ -1,4 +1,4 @@
-"""Floors for continuous integration: what a run must reach at least."""
+"""Thresholds for continuous integration: the values that a run must reach."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ def below_thresholds(
     accuracy: float | None = None,
     documents_per_second: float | None = None,
 ) -> list[str]:
-    """The thresholds that a report does not reach, one line each; none where all are held.
+    """The thresholds that a report does not reach, one line each; empty where it reaches all.
 
     Args:
         report: What ``evaluate`` returned.
-        f1: Least conlleval F1, micro, in [0, 1].
-        accuracy: Least word accuracy, in [0, 1].
-        documents_per_second: Least throughput.
+        f1: Lowest accepted conlleval F1, micro, in [0, 1]; None for no threshold.
+        accuracy: Lowest accepted word accuracy, in [0, 1].
+        documents_per_second: Lowest accepted throughput.
 
     Raises:
-        UsageError: a threshold for a score, and the run has no gold.
+        UsageError: there is a threshold for a score, and the run has no gold tags.
     """
     thresholds = {"f1": f1, "accuracy": accuracy}
     for name, threshold in thresholds.items():

@@ -40,7 +40,7 @@ def test_labels_that_are_left_out_do_not_count(run: RunFolder) -> None:
     assert report["calibration"]["entities"] == 2
     assert report["labels"]["gold"]["left_out"] == {"LOC": 1, "location": 1}
     assert report["labels"]["predicted"]["left_out"] == {"LOC": 2}
-    assert "left out, as asked for: gold LOC (1), gold location (1), predicted LOC (2)" in report["warnings"]
+    assert "left out by options: gold LOC (1), gold location (1), predicted LOC (2)" in report["warnings"]
 
 
 def test_entities_below_the_score_do_not_count(run: RunFolder) -> None:

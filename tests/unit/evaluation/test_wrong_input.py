@@ -58,7 +58,7 @@ def test_a_run_that_is_not_complete(run: RunFolder) -> None:
 def test_a_run_without_any_part(run: RunFolder) -> None:
     for shard in (0, 1):
         run.remove(part_name(shard))
-    assert "no part is there yet" in line_of(run, partial=True)
+    assert "it has no part yet" in line_of(run, partial=True)
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: data[::-1]])
@@ -150,7 +150,7 @@ def test_gold_by_document(tmp_path: Path) -> None:
     ("gold", "says"),
     [
         (GOLD * 3, "gold ends after 3 documents, the run has 'doc:3' as number 4"),
-        (GOLD * 5, ":21: gold goes on after the run's 4 documents"),
+        (GOLD * 5, ":21: gold has more than the run's 4 documents"),
         (GOLD * 2 + GOLD.replace("to O\n", "") + GOLD, ":11: 3 gold tags for the 4 words of document 'doc:2'"),
         (GOLD * 3 + GOLD.replace("to", "from"), ":18: the word 'from' stands where document 'doc:3' has 'to'"),
         (GOLD * 3 + GOLD.replace("B-PER", "PER"), ":16: the tag 'PER' is of no known scheme"),
