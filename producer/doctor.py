@@ -1,4 +1,4 @@
-"""What works here and how to mend what does not: broker, workers, model, devices, write access."""
+"""``nermill doctor``: checks broker, workers, model, devices and write access, and says how to correct what fails."""
 
 from __future__ import annotations
 
@@ -36,7 +36,14 @@ _DEVICE_FILES = {"cuda": "/dev/nvidia{}", "npu": "/dev/davinci{}"}
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at; ``mend`` says what to do where it does not work."""
+    """The result of one check.
+
+    Attributes:
+        name: What was checked, such as ``broker``.
+        ok: Whether it works.
+        detail: What was found.
+        mend: What to do where it does not work, else empty.
+    """
 
     name: str
     ok: bool
@@ -45,7 +52,14 @@ class Finding:
 
 
 def examine(broker: str, model: str, devices: str, out: str | None) -> Iterator[Finding]:
-    """Looks at one thing after another; what fails is a finding, not an error."""
+    """Runs all checks; a check that fails is a finding, not an error.
+
+    Args:
+        broker: Broker URL.
+        model: Artifact, by name or path.
+        devices: Value of ``--devices``.
+        out: Folder or URI to be written; None for the working directory.
+    """
     queue, finding = _broker(broker)
     yield finding
     yield _embedded_server()
@@ -59,7 +73,7 @@ def examine(broker: str, model: str, devices: str, out: str | None) -> Iterator[
         if manifest.backend == "om":
             yield _compiler()
     if devices == "auto" and manifest is not None and manifest.backend in _WHEELS:
-        devices = "npu:0"  # no other device runs it
+        devices = "npu:0"  # the backend runs on NPUs only
     for device in devices.split(","):
         yield _device(device.strip())
     yield _output(out or ".")
@@ -122,23 +136,23 @@ def _workers(queue: Queue, manifest: Manifest | None, model: str) -> Finding:
     if not workers:
         return Finding("workers", False, "no worker listens at this broker", start)
     served = {worker.artifact[:12]: f"{worker.model} ({worker.artifact[:12]})" for worker in workers}
-    told = f"{len(workers):,} on {', '.join(sorted({worker.device for worker in workers}))}"
-    told = f"{told}: {', '.join(sorted(served.values()))}"
+    found = f"{len(workers):,} on {', '.join(sorted({worker.device for worker in workers}))}"
+    found = f"{found}: {', '.join(sorted(served.values()))}"
     if manifest is not None and manifest.sha256[:12] not in served:
-        detail = f"none serves {model} ({manifest.sha256[:12]}); {told}"
+        detail = f"none serves {model} ({manifest.sha256[:12]}); {found}"
         return Finding("workers", False, detail, f"{start}; or name with --model the artifact that they serve")
     if unserved := wanted - served.keys():
         names = ", ".join(sorted(unserved))
-        detail = f"runs wait for another artifact (sha256 {names}) than the workers serve; {told}"
+        detail = f"runs wait for another artifact (sha256 {names}) than the workers serve; {found}"
         return Finding("workers", False, detail, "nermill-worker --model THAT_ARTIFACT")
     own = "" if manifest is None else manifest.sha256[:12]
     if others := sorted(served[sha] for sha in wanted & served.keys() if sha != own):
-        told = f"{told}; runs wait for {', '.join(others)}"
-    return Finding("workers", True, told)
+        found = f"{found}; runs wait for {', '.join(others)}"
+    return Finding("workers", True, found)
 
 
 def _first_version(queue: Queue) -> Iterator[Finding]:
-    with suppress(NermillError):  # the findings above say it
+    with suppress(NermillError):  # the findings above report it
         what, _, mend = queue.first_version().partition("; ")
         if what:
             yield Finding("version", False, what, mend)
@@ -156,7 +170,7 @@ def _runtime(manifest: Manifest) -> Finding:
 
 
 def _compiler() -> Finding:
-    """Where CANN's atc is; building needs it, serving does not."""
+    """Where CANN's compiler atc is; it is needed to build artifacts, not to run them."""
     home = os.environ.get("ASCEND_TOOLKIT_HOME")
     atc = shutil.which("atc") or (home and shutil.which("atc", path=os.path.join(home, "bin")))
     return Finding("atc", True, f"{atc} builds for backend om" if atc else "not here; only building with om needs it")

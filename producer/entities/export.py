@@ -1,4 +1,4 @@
-"""A complete run for annotators and other tools: CoNLL columns, JSON lines, or CSV with a row an entity."""
+"""Exports a complete run for annotation tools: as CoNLL columns, JSON lines, or CSV with one row an entity."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ CSV_COLUMNS = ("doc_index", "id", "start", "end", "label", "text", "score")
 
 _DOCSTART = "-DOCSTART-"
 _SPACE = frozenset(" \t\r\n")
-_UNREADABLE = "\N{REPLACEMENT CHARACTER}"  # the one word of a document whose words nobody knows
+_UNREADABLE = "\N{REPLACEMENT CHARACTER}"  # the word of a rejected document, whose words are not known
 
 
 def export_lines(run: RunFolder, plan: Plan, form: Format) -> Iterator[str]:
-    """The run as lines, without their ends; a document at a time is in memory.
+    """The run as lines, without line ends; one document at a time is in memory.
 
-    ``conll``: word and IOB2 tag, an empty line after each document, ``-DOCSTART-`` before it where a document is more
-    than a sentence. Texts are cut at white space, at punctuation and at the ends of entities. Rejected documents are
-    there with ``O``, so that the file, corrected, has the run's documents in their order: ``evaluate --gold`` takes it
-    where the input came as words; that of a text is an input of its own.
+    ``conll``: word and IOB2 tag, an empty line after each document, ``-DOCSTART-`` before it where documents are more
+    than a sentence. Texts are split at white space, at punctuation and at the edges of entities. Rejected documents are
+    included with ``O``, so the file has all documents of the run in their order. A corrected file is gold for
+    ``evaluate --gold`` where the input came as words; that of texts is a new input.
 
     ``jsonl``: ``id``, ``text``, ``label`` (``[start, end, label]``, as doccano reads) and ``spans`` (as spaCy and
     Prodigy read); where the input came as words, ``tokens`` and ``ner_tags`` too. ``csv``: CSV_COLUMNS, a row an
     entity. Both leave rejected documents out. Offsets are half-open code points.
 
     Raises:
-        UsageError: a word that CoNLL cannot hold, or texts that are not there.
+        UsageError: CoNLL cannot represent a word, or the run's texts do not exist any more.
         StoreError: a part cannot be read.
     """
     lines = {"conll": _conll, "jsonl": _jsonl, "csv": _csv}[form]
@@ -47,11 +47,14 @@ def export_lines(run: RunFolder, plan: Plan, form: Format) -> Iterator[str]:
 
 
 def words_of(text: str, edges: Sequence[int] = ()) -> Iterator[tuple[int, int]]:
-    """Words of a text as half-open offsets: runs of letters, digits and marks, and every other sign alone.
+    """Splits a text into words: runs of letters, digits and marks; every other sign is a word.
 
     Args:
         text: A text.
-        edges: Offsets at which a word ends whatever it is.
+        edges: Offsets at which a word ends in any case.
+
+    Yields:
+        Half-open offsets in code points.
     """
     cuts = set(edges)
     at = 0
@@ -82,7 +85,7 @@ def _conll(documents: Iterator[TaggedDocument], unit: str) -> Iterator[str]:
         for word, tag in zip(words, tags, strict=True):
             if not word or word == _DOCSTART or not _SPACE.isdisjoint(word):
                 raise UsageError(
-                    f"document {document.row['doc_id']!r:.80} has the word {word!r:.80}, which CoNLL cannot hold; "
+                    f"document {document.row['doc_id']!r:.80} has the word {word!r:.80}, which CoNLL cannot represent; "
                     "use --format jsonl"
                 )
             yield f"{word} {tag}"
@@ -90,7 +93,7 @@ def _conll(documents: Iterator[TaggedDocument], unit: str) -> Iterator[str]:
 
 
 def _words_and_tags(document: TaggedDocument) -> tuple[Sequence[str], Sequence[str]]:
-    """A document's words and their tags; of a text, those that its entities make."""
+    """A document's words and tags; for a text, they are derived from its entities."""
     row = document.row
     if row["words"] is not None:
         return row["words"], row["tags"] or [OUTSIDE] * len(row["words"])

@@ -1,4 +1,4 @@
-"""A run's redacted texts as a file, and the key that takes them back: streams, in the memory of a few documents."""
+"""Writes a run's redacted texts and the key that restores them; few documents at a time are in memory."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Redacted:
     """What was written.
 
     Attributes:
-        documents: Documents of the run, the rejected included.
-        left_out: Rejected documents: nobody looked for entities in them, so that their text is left out.
-        entities: Replacements by label.
+        documents: Documents of the run, rejected ones included.
+        left_out: Rejected documents; their text is left out, since it was not searched for entities.
+        entities: Number of replacements by label.
     """
 
     documents: int
@@ -54,24 +54,25 @@ def redact_run(
     only: frozenset[str] = frozenset(),
     min_score: float = 0.0,
 ) -> Redacted:
-    """Writes a complete run's texts with their entities replaced: a row a document, in the order of the input.
+    """Writes a complete run's texts with their entities replaced, one row a document, in the order of the input.
 
     Columns: ``doc_index``, ``id``, ``status``, ``text`` (null where rejected), ``entities`` (offsets in that text)
-    and ``key``, which names the key of pseudonyms.
+    and ``key``, the id of the key of pseudonyms.
 
     Args:
         run: The run's folder.
         plan: Its plan.
-        to: A file that is not there yet: ``.jsonl``, ``.parquet`` or ``.csv``.
+        to: A new file: ``.jsonl``, ``.parquet`` or ``.csv``.
         method: See ``replacement``.
-        key: Of ``pseudonym``: a new file that takes pseudonyms back, SQLite; of ``hash``: the secret, 64 hexadecimal
-            digits, made where the file is not there. Mode 0600, never overwritten.
-        only: Labels to replace; all where it is empty.
-        min_score: Entities below it stay.
+        key: With ``pseudonym``: a new SQLite file, which restores the texts. With ``hash``: a file with the secret, 64
+            hexadecimal digits, which is created where it does not exist. The mode is 0600; files are not overwritten.
+        only: Labels to replace; empty for all.
+        min_score: Entities with a lower score stay.
 
     Raises:
-        UsageError: a file that exists or cannot be named so, texts that are not there, a label that the run has not.
-        StoreError: a file cannot be read or written. In both cases neither file is there.
+        UsageError: a file exists or has a wrong name, the run's texts do not exist any more, or no entity of the run
+            has a label of ``only``. Neither file is written.
+        StoreError: a file cannot be read or written. Neither file is written.
     """
     if key is not None and method not in ("hash", "pseudonym"):
         raise UsageError(f"--key goes with --with hash or pseudonym, not with {method}")
@@ -115,15 +116,15 @@ def redact_run(
 
 
 def restore_file(source: str, key: str, to: str) -> int:
-    """Writes the texts that a file of pseudonyms stood for; returns how many documents.
+    """Writes the original texts of a file with pseudonyms; returns the number of documents.
 
     Args:
-        source: What ``redact_run`` wrote with ``pseudonym``.
+        source: A file that ``redact_run`` wrote with ``pseudonym``.
         key: Its key.
-        to: A file that is not there yet.
+        to: A new file.
 
     Raises:
-        UsageError: a file that is not of that kind, another key, or a file that exists.
+        UsageError: ``source`` or ``key`` is no such file, the key is another one's, or ``to`` exists.
         StoreError: a file cannot be read or written.
     """
     documents = 0
@@ -145,10 +146,14 @@ def restore_file(source: str, key: str, to: str) -> int:
 
 @contextmanager
 def new_file(path: str, mode: int = 0o666) -> Iterator[str]:
-    """A path to write to, which becomes ``path`` at the end, whole or not at all; nothing is ever replaced.
+    """Creates a file whole or not at all: what is written to the path that it yields appears at ``path`` at the end.
+
+    Args:
+        path: The new file; an existing one is not replaced.
+        mode: Permissions before the umask.
 
     Raises:
-        UsageError: the file exists, or is not on a disk.
+        UsageError: the file exists, or is not on a local disk.
         StoreError: it cannot be written.
     """
     if is_remote(path):
@@ -171,18 +176,20 @@ def new_file(path: str, mode: int = 0o666) -> Iterator[str]:
 
 
 def _make_replacement(method: Method, key: str | None, stack: ExitStack) -> tuple[Replace, str | None]:
-    """How entities are replaced, and the key's name where there is one."""
+    """The function that computes replacements, and the id of the key where there is one."""
     if method == "pseudonym":
-        aside = stack.enter_context(new_file(key, 0o600)) if key else ""  # an empty name is a file that goes by itself
+        aside = (
+            stack.enter_context(new_file(key, 0o600)) if key else ""
+        )  # SQLite removes a database with an empty name when it is closed
         key_id = secrets.token_hex(8)
         return replacement(method, pseudonym=_new_pseudonyms(aside, key_id, stack)), key_id if key else None
     return replacement(method, secret=_read_or_create_secret(key, stack) if method == "hash" else b""), None
 
 
 def _new_pseudonyms(path: str, key_id: str, stack: ExitStack) -> Replace:
-    """A pseudonym for each label and text, numbered by label as they come; all are in the file in the end."""
+    """A function that returns the pseudonym of a label and a text, numbered by label, and stores it in the key file."""
     database = stack.enter_context(closing(sqlite3.connect(path, isolation_level=None)))
-    database.execute("PRAGMA journal_mode = OFF")  # the file is named when it is whole
+    database.execute("PRAGMA journal_mode = OFF")  # the file gets its name when it is complete
     database.execute("PRAGMA synchronous = OFF")
     database.executescript(_KEY_SCHEMA)
     database.execute("INSERT INTO key VALUES (?)", (key_id,))
@@ -211,7 +218,7 @@ def _new_pseudonyms(path: str, key_id: str, stack: ExitStack) -> Replace:
 
 
 def _open_key(path: str, stack: ExitStack) -> tuple[Any, str]:
-    """What a pseudonym stands for, and the key's name."""
+    """A function that returns the text of a pseudonym, and the key's id."""
     if not os.path.isfile(path):
         raise UsageError(f"{path}: no such key file; name what nermill redact --with pseudonym --key wrote")
     database = stack.enter_context(closing(sqlite3.connect(path)))
@@ -232,7 +239,7 @@ def _open_key(path: str, stack: ExitStack) -> tuple[Any, str]:
 
 
 def _read_or_create_secret(path: str | None, stack: ExitStack) -> bytes:
-    """The secret of hashes: that of a file, made where the file is not there; without a file one that nobody keeps."""
+    """The secret of hashes: read from the file, which is created where it does not exist; random without a file."""
     if path is not None and os.path.lexists(path):
         try:
             with open(path, "rb") as stream:

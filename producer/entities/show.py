@@ -1,4 +1,4 @@
-"""A run's result for the eye: entities marked in their text, or CoNLL columns."""
+"""Reads the tagged documents of a run with their texts, and writes them as CoNLL columns."""
 
 from __future__ import annotations
 
@@ -20,13 +20,18 @@ from nermill.worker.contracts.shard import read_documents, read_shard
 
 @dataclass(frozen=True)
 class TaggedDocument:
-    """One row of a part with the text that its offsets count in."""
+    """One tagged document.
+
+    Attributes:
+        row: Its row in the part, by column.
+        text: The text to which the offsets of entities refer; empty where it is not known.
+    """
 
     row: dict[str, Any]
     text: str
 
     def pieces(self) -> Iterator[tuple[str, str]]:
-        """The text cut into (piece, label); the label is empty outside entities."""
+        """The text as pairs of piece and label; the label is empty outside of entities."""
         at = 0
         for entity in self.row["entities"]:
             if entity["start"] > at:
@@ -38,17 +43,27 @@ class TaggedDocument:
 
 
 def read_rows(run: RunFolder, plan: Plan, limit: int | None) -> Iterator[TaggedDocument]:
-    """The first documents of the committed parts, in the order of the input."""
+    """The documents of the committed parts, in the order of the input.
+
+    Args:
+        run: The run's folder.
+        plan: Its plan.
+        limit: Most documents; None for all.
+
+    Raises:
+        UsageError: the texts are neither in the parts nor in the shards.
+        StoreError: a part or shard cannot be read.
+    """
     committed = run.committed()
     shards = (shard for shard in plan.shards if shard.index in committed)
     return islice((document for shard in shards for document in _rows(run, shard)), limit)
 
 
 def conll_lines(run: RunFolder, plan: Plan, limit: int | None) -> Iterator[str]:
-    """Two columns, word and predicted IOB2 tag; a blank line after each document.
+    """Lines of word and predicted IOB2 tag, and a blank line after each document; rejected documents are left out.
 
     Raises:
-        UsageError: the run's documents were not split into words.
+        UsageError: the run's documents are texts, not lists of words.
     """
     for document in read_rows(run, plan, limit):
         words, tags = document.row["words"], document.row["tags"]
@@ -83,7 +98,7 @@ def _rows(run: RunFolder, shard: Shard) -> Iterator[TaggedDocument]:
 def _documents(run: RunFolder, shard: Shard) -> list[Document]:
     if not run.exists(run.shard_file(shard.index)):
         raise UsageError(
-            f"{run.uri}: its texts are not there (neither kept in its parts nor in {run.shard_file(shard.index)}); "
+            f"{run.uri}: its texts do not exist any more (neither in its parts nor in {run.shard_file(shard.index)}); "
             "tag the input again with --keep-text"
         )
     return read_documents(read_shard(run, shard.index, shard.sha256))

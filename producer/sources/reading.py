@@ -1,4 +1,4 @@
-"""All sources of a run as one stream of documents that says how far it is."""
+"""Reads all sources of a run as one stream of documents, and reports the progress."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ REPORT_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class ReadProgress:
-    """How far the reading of a run's input is: documents so far, and stored bytes of all."""
+    """Progress of reading a run's input.
+
+    Attributes:
+        documents: Documents read so far.
+        bytes: Stored bytes read so far.
+        total_bytes: Stored bytes of all files.
+    """
 
     documents: int
     bytes: int
@@ -25,7 +31,7 @@ OnRead = Callable[[ReadProgress], None]
 
 
 def ignore_progress(_: ReadProgress) -> None:
-    """For those who do not watch."""
+    """An ``OnRead`` that does nothing."""
 
 
 class Reading:
@@ -33,13 +39,13 @@ class Reading:
 
     Args:
         sources: The files.
-        sizes: Stored bytes of each.
-        options: How they are read.
-        on_read: Told ten times a second, and after each file, how far the reading is.
+        sizes: Stored bytes of each file.
+        options: Options of the readers.
+        on_read: Called every REPORT_SECONDS and after each file.
 
     Attributes:
         counts: Documents of each source so far.
-        has_gold: Whether any had gold tags.
+        has_gold: Whether any document so far had gold tags.
     """
 
     def __init__(
@@ -50,7 +56,7 @@ class Reading:
         self.has_gold = False
 
     def documents(self) -> Iterator[Document]:
-        """The documents, from the first on at each call.
+        """All documents; each call reads from the begin.
 
         Raises:
             UsageError: as ``Source.documents``.

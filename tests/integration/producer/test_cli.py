@@ -541,7 +541,9 @@ def test_what_is_left_out_and_rejected_is_said(nermill, broker, tmp_path):
     assert err == f"nermill: left out: {folder}/README.md (documentation)\n"
     code, out, err = nermill("plan", folder, "--on-error", "fail")
     assert (code, out) == (2, "")
-    assert f"{folder}/a.csv:3: 1 field where the header has 2; mend it, or go on without it: --on-error reject" in err
+    assert (
+        f"{folder}/a.csv:3: 1 field where the header has 2; correct it, or leave it out with --on-error reject" in err
+    )
 
 
 def test_labels_that_the_model_lacks_are_named_before_anything_is_written(nermill, tmp_path):
