@@ -1,4 +1,4 @@
-"""An engine without a model: its logits are a function of a window's own tokens and positions, and of nothing else."""
+"""An engine without a model: its logits depend only on the tokens and positions of the window."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def manifest(
 
 
 class HashEngine:
-    """Logits from a hash of (token, position, all tokens of the window): a window that leaks changes them.
+    """Logits from a hash of the token, its position and all tokens of its window; tokens of others would change them.
 
     Args:
         manifest: Shapes and labels; a batch of another shape is refused.

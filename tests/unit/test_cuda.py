@@ -1,4 +1,4 @@
-"""Compiled shapes as CUDA graphs, on a double of them: no card was at hand."""
+"""Compiled shapes as CUDA graphs, on a double of CUDA graphs; not tested on a real card."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Encoder:
 
 
 def inputs(shape: tuple[int, int], seed: int) -> dict[str, torch.Tensor]:
-    """A packed batch: two windows a row, and nothing behind them."""
+    """A packed batch: two windows a row, then padding."""
     chance = np.random.default_rng(seed)
     segments = np.sort(chance.integers(0, 3, shape))[:, ::-1]
     batch = Batch(chance.integers(1, 150, shape), segments, chance.integers(0, 64, shape))

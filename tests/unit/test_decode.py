@@ -1,4 +1,4 @@
-"""Decoding agrees with seqeval's conlleval reading and with plain re-computation of every strategy."""
+"""Decoding agrees with seqeval's conlleval mode, and with a plain computation of every strategy."""
 
 from __future__ import annotations
 

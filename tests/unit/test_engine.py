@@ -1,4 +1,4 @@
-"""The engine room: inputs by name, golden windows in a batch, its size, and what the onnx engine does not import."""
+"""Engines: inputs by name, golden windows in a batch, the batch's size, and what the onnx engine does not import."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_onnx_engine_imports_neither_torch_nor_transformers(root: Path) -> None:
 
 
 class Card(HashEngine):
-    """An accelerator that has the same time for every batch up to a size, as its own clock tells."""
+    """An accelerator that takes the same time for every batch up to a size, by a simulated clock."""
 
     device = "cuda:0"
 

@@ -1,4 +1,4 @@
-"""A part is all that a shard writes: its rejects are rows of it, and what says so elsewhere is derived from it."""
+"""A part is the only file of a shard: its rejects are rows of it, and the file of rejects is derived from it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nermill.worker.tagging.parts import Committed, commit
 
 
 def part(*reasons: str | None, first: int = 0) -> pa.Table:
-    """A row for each reason; None is a tagged document."""
+    """One row for each reason; None stands for a tagged document."""
     rows = [
         {
             "doc_index": first + n, "doc_id": f"d{first + n}", "n_chars": 3, "n_tokens": 3, "n_windows": 1,

@@ -1,4 +1,4 @@
-"""A document's tags are its own: alone, among others, in any order, at any batch size, through any layout."""
+"""A document's tags do not depend on other documents, on their order, on the batch size or on the layout."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_a_batch_that_fails_is_run_again_in_halves(tokenizer: Tokenizer, layout:
 
 @pytest.mark.parametrize("aggregation", ["first", "average", "max", "simple", "none"])
 def test_what_failed_is_not_decoded(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, aggregation: str) -> None:
-    """Logits that were never written may be anything; here inf, of which softmax makes nan and a warning."""
+    """Logits that were not computed may have any value; here inf, for which softmax gives nan and a warning."""
     texts = ["met in London", "a poison pill " + "and more " * 80, "Turin"]
     empty, poison = np.empty, tokenizer.token_to_id("poison")
 
@@ -182,7 +182,7 @@ def test_calls_that_end_together_count_the_devices_time_once(
             return super().run(batch)
 
     class Moment(float):
-        """A time that is slow to reckon with, so that the other call comes between."""
+        """A time whose subtraction takes long, so that the other call ends in between."""
 
         def __sub__(self, other: float) -> float:
             time.sleep(0.02)
@@ -205,7 +205,7 @@ def test_the_culprit_of_a_large_batch_is_found_in_a_few_steps(tokenizer: Tokeniz
 
 
 class Small(HashEngine):
-    """A device that has memory for so many tokens."""
+    """A device with memory for a limited number of tokens."""
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         if batch.input_ids.size > 100:
@@ -316,7 +316,7 @@ def test_closing_closes_the_engine(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("documents", "told"),
+    ("documents", "message"),
     [
         ("Ada met Bob.", "str 'Ada met Bob.' in the place of a list of documents"),
         (b"Ada", "bytes b'Ada' in the place of a list of documents"),
@@ -330,10 +330,10 @@ def test_closing_closes_the_engine(tokenizer: Tokenizer) -> None:
     ],
 )
 def test_what_cannot_be_tagged_is_a_type_error_that_says_what_to_pass(
-    tokenizer: Tokenizer, documents: Any, told: str
+    tokenizer: Tokenizer, documents: Any, message: str
 ) -> None:
     with tagger(tokenizer, HashEngine(manifest())) as made:
-        with pytest.raises(TypeError, match=re.escape(told)) as caught:
+        with pytest.raises(TypeError, match=re.escape(message)) as caught:
             made.tag(documents)
         assert 'pass a list of texts, ["Ada met Bob."]' in str(caught.value)
         assert "\n" not in str(caught.value)

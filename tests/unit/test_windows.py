@@ -1,4 +1,4 @@
-"""Windows cover every token, overlap as asked, and are joined by the prediction with most context."""
+"""Windows cover every token and overlap as requested; a token's prediction is that with the most context."""
 
 from __future__ import annotations
 

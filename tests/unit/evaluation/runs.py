@@ -1,4 +1,4 @@
-"""Runs made by hand: parts with the tags, entities and measurements that a test wants."""
+"""Runs for tests: parts with given tags, entities and measurements."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 
 @dataclass(frozen=True)
 class Doc:
-    """One document of a made run; ``tags`` None is a rejected one."""
+    """One document of a run; ``tags`` is None for a rejected document."""
 
     words: Sequence[str] | None
     tags: Sequence[str] | None
@@ -50,7 +50,7 @@ def entities_of(words: Sequence[str], tags: Sequence[str], scores: Sequence[floa
 
 
 def stats_of(shard: int, documents: int, **given: Any) -> dict[str, Any]:
-    """What a worker measures for one shard of a second."""
+    """A worker's measurements for one shard that takes a second."""
     return {
         "documents": documents,
         "ok": documents,

@@ -1,4 +1,4 @@
-"""The headline figures are seqeval's own, and our counts must equal them."""
+"""The main scores are computed by seqeval, and nermill's counts must equal them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An evaluation that maps labels and leaves entities out, and what it says of them."""
+"""An evaluation that maps labels and leaves entities out, and its report about them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot be evaluated: one clear line each, saying what is wrong and where."""
+"""Runs and gold files that cannot be evaluated: each gives one line that says what is wrong and where."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GOLD = "Anna B-PER\nflew O\nto O\nRome B-LOC\n\n"
 
 
 def line_of(run: RunFolder, **options) -> str:
-    """The error's line; there is only one."""
+    """The message of the error, which has one line."""
     with pytest.raises(UsageError) as error:
         evaluate(run, **options)
     assert "\n" not in str(error.value)
@@ -214,7 +214,7 @@ def test_a_gold_file_for_a_partial_run_skips_what_is_missing(tmp_path: Path) -> 
 
 
 def artifact_that_knows_people(folder: Path) -> Manifest:
-    """An artifact whose only label is PER, with compiled shapes; nothing that could run."""
+    """An artifact whose only label is PER, with compiled shapes and without a model."""
     folder.mkdir()
     (folder / "model.onnx").write_bytes(b"no graph")
     (folder / TOKENIZER_FILE).write_bytes(b"{}")

@@ -1,4 +1,4 @@
-"""The same request finds its run again; a wrong one leaves nothing behind."""
+"""The same request finds its run again; an invalid request writes nothing."""
 
 from __future__ import annotations
 

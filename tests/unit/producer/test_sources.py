@@ -1,4 +1,4 @@
-"""Every format, whole and damaged, becomes the documents that are in it or one clear line."""
+"""Files of every format, complete and damaged, give their documents or one clear line."""
 
 from __future__ import annotations
 
