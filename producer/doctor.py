@@ -90,8 +90,9 @@ def _broker(url: str) -> tuple[Queue | None, Finding]:
             "broker", False, str(error), "name a redis://, rediss://, redis+socket:// or sentinel:// URL"
         )
     if policy not in ("noeviction", None):
-        mend = "redis-cli config set maxmemory-policy noeviction"
-        return queue, Finding("broker", False, f"{redacted(url)} may evict the queue (maxmemory-policy {policy})", mend)
+        remedy = "redis-cli config set maxmemory-policy noeviction"
+        detail = f"{redacted(url)} may evict the queue (maxmemory-policy {policy})"
+        return queue, Finding("broker", False, detail, remedy)
     return queue, Finding("broker", True, f"{redacted(url)} answers")
 
 
@@ -119,8 +120,8 @@ def _model(model: str) -> tuple[Manifest | None, Finding]:
     try:
         manifest = load_manifest(resolve_artifact(model))
     except NermillError as error:
-        what, _, mend = str(error).partition("; ")
-        return None, Finding("model", False, what, mend or "nermill-build compile CHECKPOINT --out ART")
+        what, _, remedy = str(error).partition("; ")
+        return None, Finding("model", False, what, remedy or "nermill-build compile CHECKPOINT --out ART")
     labels = ", ".join(bare_labels(manifest.labels))
     detail = f"{model}: {manifest.backend}, {manifest.precision}, {labels}; every file's hash is right"
     return manifest, Finding("model", True, detail)
@@ -153,20 +154,20 @@ def _workers(queue: Queue, manifest: Manifest | None, model: str) -> Finding:
 
 def _first_version(queue: Queue) -> Iterator[Finding]:
     with suppress(NermillError):  # the findings above report it
-        what, _, mend = queue.first_version().partition("; ")
+        what, _, remedy = queue.first_version().partition("; ")
         if what:
-            yield Finding("version", False, what, mend)
+            yield Finding("version", False, what, remedy)
 
 
 def _runtime(manifest: Manifest) -> Finding:
     module, extra = _RUNTIMES[manifest.backend]
     if module == "ais_bench" and find_spec(module) is not None and find_spec("aclruntime") is None:
-        mend = f"install the aclruntime wheel for Python {platform.python_version()}, or use the wheel's Python"
-        return Finding("runtime", False, "ais_bench is installed and aclruntime, which it needs, is not", mend)
+        remedy = f"install the aclruntime wheel for Python {platform.python_version()}, or use the wheel's Python"
+        return Finding("runtime", False, "ais_bench is installed and aclruntime, which it needs, is not", remedy)
     if find_spec(module) is not None:
         return Finding("runtime", True, f"{module} is installed for backend {manifest.backend}")
-    mend = f"pip install 'nermill[{extra}]'" if extra else f"install {_WHEELS[manifest.backend]}"
-    return Finding("runtime", False, f"{module} is not installed, backend {manifest.backend} needs it here", mend)
+    remedy = f"pip install 'nermill[{extra}]'" if extra else f"install {_WHEELS[manifest.backend]}"
+    return Finding("runtime", False, f"{module} is not installed, backend {manifest.backend} needs it here", remedy)
 
 
 def _compiler() -> Finding:
@@ -184,12 +185,12 @@ def _device(name: str) -> Finding:
         return Finding("device", False, f"{name!r} is no device", "say auto, cpu, cuda:N or npu:N")
     path = _DEVICE_FILES[device.kind].format(device.number)
     if not os.path.exists(path):
-        mend = (
+        remedy = (
             "npu-smi info; start the container with --device "
             if device.kind == "npu"
             else "nvidia-smi; give the container the GPU: "
         )
-        return Finding("device", False, f"{name} is not visible ({path} is missing)", mend + path)
+        return Finding("device", False, f"{name} is not visible ({path} is missing)", remedy + path)
     if not os.access(path, os.R_OK | os.W_OK):
         return Finding("device", False, f"{name}: no access to {path}", f"add this user to the group that owns {path}")
     return Finding("device", True, f"{name} is visible")

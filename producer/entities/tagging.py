@@ -40,8 +40,8 @@ class LocalTagger:
         """
         out, err = self._process.communicate("".join(json.dumps(text) + "\n" for text in texts))
         if code := self._process.returncode:
-            told = err.strip().rpartition("\n")[2] or f"the process of the model ended with {code}"
-            raise UsageError(told) if code == UsageError.exit_code else EngineError(told)
+            message = err.strip().rpartition("\n")[2] or f"the process of the model ended with {code}"
+            raise UsageError(message) if code == UsageError.exit_code else EngineError(message)
         return [_annotation(json.loads(line)) for line in out.splitlines()]
 
 

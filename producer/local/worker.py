@@ -64,8 +64,8 @@ class LocalWorker:
             raise UsageError(lines[-1].removeprefix(_ERROR_PREFIX))
         if own := [line for line in lines if line.startswith(_ERROR_PREFIX)]:
             raise EngineError(f"the worker failed: {own[-1].removeprefix(_ERROR_PREFIX)}")
-        told = "\n".join(f"  | {line}" for line in lines)
-        raise EngineError(f"the worker failed; the end of its log:\n{told}")
+        end = "\n".join(f"  | {line}" for line in lines)
+        raise EngineError(f"the worker failed; the end of its log:\n{end}")
 
     def stop(self) -> None:
         """Tells the worker to finish its shards and end; after STOP_SECONDS, kills it and its children."""

@@ -97,8 +97,8 @@ def open_sources(inputs: Sequence[str], options: ReadOptions) -> Inputs:
     """Finds the input files and the format of each.
 
     Two kinds of files are left out: documentation (README.md, LICENSE ...) where there are other files, even if it was
-    named, since a file name cannot be told from a pattern that the shell expanded; and files of unknown format in a
-    folder.
+    named, since a file name cannot be distinguished from a pattern that the shell expanded; and files of unknown format
+    in a folder.
 
     Raises:
         UsageError: a file is missing or empty, its format is unknown, or it differs from others in its folder.

@@ -91,9 +91,9 @@ def _by_content(head: bytes, suffix: str, uri: str) -> Format:
     if suffix == ".json":
         raise UsageError(f"{uri}:1: no JSON; a JSON array of objects, or JSONL with one object a line, is wanted")
     if delimiter := _table_delimiter(complete):
-        told = "tabs" if delimiter == "\t" else f"{delimiter!r}"
+        separator = "tabs" if delimiter == "\t" else f"{delimiter!r}"
         raise UsageError(
-            f"{uri}: looks like a table with {told} between its columns; say --format csv, or --format text"
+            f"{uri}: looks like a table with {separator} between its columns; say --format csv, or --format text"
         )
     if suffix not in _TEXTS:
         raise _unknown(uri, suffix, "its content does not show one")

@@ -34,7 +34,7 @@ def parse_line(line: bytes | None, where: str, options: ReadOptions, records: Re
         line: The line; None for a line that is too long.
         where: ``path:line``, for messages and for a record without an id.
         options: Names of the id and text fields.
-        records: Notes which fields occur in the file; None where nobody asks.
+        records: Notes which fields occur in the file; None to ignore them.
     """
     if line is None:
         return reject(where, where, "too_large", f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")

@@ -38,7 +38,7 @@ def test_the_demo_swears_to_what_it_serves(artifact: Path) -> None:
 def test_names_that_lead_out_of_the_folder_are_refused(artifact: Path, name: str) -> None:
     (artifact.parent / "secret").touch()
     change(artifact, lambda body: body["files"].update({name: "0" * 64}))
-    with pytest.raises(ArtifactError, match="files lie in the artifact's own folder"):
+    with pytest.raises(ArtifactError, match="files must be in the artifact's own folder"):
         load_manifest(artifact)
 
 

@@ -251,8 +251,9 @@ def _column(flag: str, number: int | None, columns: int, name: str) -> int | Non
         return None
     at = number - 1 if number > 0 else columns + number
     if not 0 <= at < columns or number == 0:
-        told = f"{flag} says {number}; count from 1, or back from -1"
-        raise UsageError(f"{name}: its lines have {columns} columns, {told}")
+        raise UsageError(
+            f"{name}: its lines have {columns} columns, {flag} says {number}; count from 1, or back from -1"
+        )
     return at
 
 
@@ -296,8 +297,8 @@ def _normalised(sentence: Sentence, name: str) -> Sentence:
     """The sentence with its tags as IOB2."""
     for line, tag in zip(sentence.lines, sentence.tags, strict=False):
         if not is_tag(tag):
-            told = f"the tag {tag!r} is of no known scheme; write IOB1, IOB2 or BIOES (O, B-PER, I-PER ...)"
-            sentence.fault = sentence.fault or Fault("malformed", f"{name}:{line}: {told}")
+            message = f"the tag {tag!r} is of no known scheme; write IOB1, IOB2 or BIOES (O, B-PER, I-PER ...)"
+            sentence.fault = sentence.fault or Fault("malformed", f"{name}:{line}: {message}")
             return sentence
     sentence.scheme = detect_scheme([sentence.tags])
     sentence.tags = list(to_iob2(sentence.tags, "BIOES"))  # its rules include those of the other schemes

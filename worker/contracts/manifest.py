@@ -174,7 +174,7 @@ def _parse(body: dict[str, Any], sha256: str) -> Manifest:
     body["labels"] = tuple(body["labels"])
     for name in body["files"]:
         if not _is_plain(name):
-            raise ValueError(f"file name {name!r}: files lie in the artifact's own folder")
+            raise ValueError(f"file name {name!r}: files must be in the artifact's own folder")
     if unhashed := {body["model_file"], TOKENIZER_FILE} - body["files"].keys():
         raise ValueError(f"no sha256 of {', '.join(sorted(unhashed))}")
     if not (isinstance(body["token_budget"], int) and body["token_budget"] > 0):

@@ -64,7 +64,7 @@ REJECTS = _schema(
 
 
 def part_schema(*, keep_text: bool, keep_fields: bool) -> pa.Schema:
-    """The part schema with the optional columns that a run asked for."""
+    """The part schema with those optional columns that a run keeps."""
     kept = {"text": keep_text, "fields": keep_fields}
     return pa.schema([field for field in PART if kept.get(field.name, True)])
 

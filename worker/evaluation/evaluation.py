@@ -101,8 +101,8 @@ def evaluate(
         warnings.append("no gold tags in the run, so there are no scores; name them with --gold FILE")
     run_choice = choice_of(plan.options)
     if not (run_choice.is_all and choice.is_all):
-        report["labels"], told = describe_choice((run_choice, choice), _label_changes(parts))
-        warnings += told
+        report["labels"], left_out = describe_choice((run_choice, choice), _label_changes(parts))
+        warnings += left_out
     if compare is not None:
         report["compare"] = _compare(run, compare, gold, partial, choice)
     return report | {

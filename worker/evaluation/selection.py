@@ -100,7 +100,7 @@ def explain_labels(run: str, support: dict[str, int], known: list[str], f1: floa
     if not unknown:
         return ""
     named = ", ".join(f"{name} ({support[name]:,})" for name in unknown)
-    line = f"gold has labels that the model does not know: {named}; it knows {', '.join(sorted(known))}"
+    line = f"gold has labels that the model does not have: {named}; it has {', '.join(sorted(known))}"
     command = f"nermill evaluate {run} {suggest_map(unknown, sorted(known))}"
     shared = any(count for name, count in support.items() if name in known)
     why = "; they count as missed" if shared or f1 else "; no label is in both, so F1 is 0"

@@ -45,7 +45,7 @@ class Metrics:
         self._redelivered = self._counter("redelivered_shards", "Shards leased that had been tried before")
         self._recovered = self._counter("recovered_shards", "Expired leases and lost messages that were sent again")
         self._lost = self._counter("lost_leases", "Shards that went to another worker while this one held them")
-        self._handed_back = self._counter("handed_back_shards", "Shards handed back for another try")
+        self._handed_back = self._counter("handed_back_shards", "Shards released for another try")
         self._messages = self._counter("messages", "Messages received, by task", task=TASKS)
         self._refused = self._counter("refused_messages", "Messages and ledger entries that were not valid")
         self._requests = self._counter("request_documents", "Documents of requests that were tagged")

@@ -1,4 +1,4 @@
-"""Turns documents into tokens and tokens into windows, as arrays; each token knows its word and its characters."""
+"""Turns documents into tokens and tokens into windows, as arrays, with the word and the characters of each token."""
 
 from __future__ import annotations
 

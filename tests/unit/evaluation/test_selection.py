@@ -67,7 +67,7 @@ def test_disjoint_labels_are_explained_with_the_map_that_mends_it(tmp_path: Path
     report = evaluate(run)
     (line,) = report["warnings"]
     assert report["f1"] == 0.0
-    assert "location (2), person (2); it knows LOC, PER; no label is in both, so F1 is 0" in line
+    assert "location (2), person (2); it has LOC, PER; no label is in both, so F1 is 0" in line
     assert line.endswith(f"nermill evaluate {run.uri} --map location=LOC,person=PER")
 
 

@@ -248,9 +248,9 @@ def test_labels_that_the_model_does_not_know(tmp_path: Path) -> None:
     run = make_run(tmp_path, docs, model=str(tmp_path / "people"), artifact=manifest.sha256)
     report = evaluate(run)
     (line,) = report["warnings"]
-    assert "gold has labels that the model does not know: GPE (3); it knows PER" in line
+    assert "gold has labels that the model does not have: GPE (3); it has PER" in line
     line = line_of(run, gold=gold_file(tmp_path, GOLD.replace("B-LOC", "B-GPE") * 3))
-    assert "gold.conll: gold has labels that the model does not know: GPE (3)" in line
+    assert "gold.conll: gold has labels that the model does not have: GPE (3)" in line
     assert report["lengths"]["shapes"] == [[8, 64], [4, 128]]
     assert report["origin"]["artifact"]["name"] == "people"
 
