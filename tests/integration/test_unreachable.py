@@ -11,7 +11,7 @@ import tests.doubles.store  # noqa: F401 - makes faulty:// known
 from nermill.producer.runs.run import resume
 from nermill.producer.runs.status import look
 from nermill.worker.contracts.errors import StoreError, UnreachableError
-from nermill.worker.contracts.store import telling
+from nermill.worker.contracts.store import store_errors
 from tests.harness import Harness, Worker, texts
 
 
@@ -72,7 +72,7 @@ def test_a_worker_that_cannot_see_a_run_leaves_it_to_one_that_can(mill: Harness,
 def test_what_the_store_raises_is_its_fault_and_defects_of_ours_are_not(
     error: Exception, expected: type[Exception]
 ) -> None:
-    with pytest.raises(expected) as caught, telling("read", "/out/file"):
+    with pytest.raises(expected) as caught, store_errors("read", "/out/file"):
         raise error
     assert type(caught.value) is expected
 

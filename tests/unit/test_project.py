@@ -1,4 +1,4 @@
-"""The project as a whole: what is declared, pinned, packed and promised to importers is so."""
+"""The project as a whole: dependencies, pins, the wheel, and what an import brings in."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def project(root: Path) -> dict:
 
 
 def requirements(project: dict, *extras: str) -> Iterator[Requirement]:
-    """Requirements of the base and of extras, those that extras name of ourselves followed."""
+    """Requirements of the package and of extras; extras of nermill that an extra names are followed."""
     optional = project["optional-dependencies"]
     for text in [*project["dependencies"], *(line for extra in extras for line in optional[extra])]:
         requirement = Requirement(text)
@@ -137,7 +137,7 @@ def test_import_is_light(root: Path, module: str) -> None:
 
 
 def test_the_engine_leaves_no_trace_at_home(root: Path, tmp_path: Path) -> None:
-    """ONNX Runtime >= 1.29 would write a device id and send events, unless it is told not to before it is imported."""
+    """ONNX Runtime >= 1.29 writes a device id and sends events, unless that is disabled before it is imported."""
     pytest.importorskip("onnxruntime")
     code = (
         "from nermill.worker.contracts.manifest import resolve_artifact; from nermill.worker.engine import load_engine;"
@@ -159,7 +159,7 @@ def test_each_script_starts(root: Path, project: dict, script: str) -> None:
 
 @pytest.fixture(scope="module")
 def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy without what git ignores."""
+    """The wheel, built from a copy without ignored files."""
     pytest.importorskip("hatchling")
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE", ".gitignore"):
