@@ -108,7 +108,9 @@ class CachedTokenizer:
         if not self._divides_texts:
             return tokenize(self._tokenizer, documents, split=False)
         texts: list[str] = list(documents)  # type: ignore[arg-type]
-        whole = [n for n, text in enumerate(texts) if any(content in text for content in self._whole)]
+        together = "\n".join(texts)
+        crossing = [content for content in self._whole if content in together]
+        whole = [n for n, text in enumerate(texts) if any(c in text for c in crossing)] if crossing else []
         if not whole:
             return self._tokenize_texts(texts)
         apart = set(whole)
