@@ -158,8 +158,8 @@ def _divide(texts: list[str]) -> tuple[pa.Array[Any], Int, Int]:
         The pieces of all texts, binary, shape (pieces,); where each text's pieces begin, int64, shape (texts + 1,); the
         code point of its text at which each piece begins, int64, shape (pieces,).
     """
-    array = pa.array(texts, pa.string())
-    _, offsets, data = array.buffers()
+    buffers: Any = pa.array(texts, pa.string()).buffers()
+    _, offsets, data = buffers
     bounds = np.frombuffer(offsets, np.int32)[: len(texts) + 1].astype(np.int64)
     if data is None or not bounds[-1]:
         return pa.array([], pa.binary()), np.zeros(len(texts) + 1, np.int64), np.zeros(0, np.int64)
@@ -169,7 +169,7 @@ def _divide(texts: list[str]) -> tuple[pa.Array[Any], Int, Int]:
     begins[1:] = (kind[1:] != kind[:-1]) | (kind[1:] == _MARK)
     begins[bounds[:-1][bounds[:-1] < len(content)]] = True
     first = np.flatnonzero(begins)
-    ends = pa.py_buffer(np.append(first, len(content)).astype(np.int32))
+    ends = pa.py_buffer(np.append(first, len(content)).astype(np.int32).tobytes())
     pieces = pa.Array.from_buffers(pa.binary(), len(first), [None, ends, data])
     piece_bounds = np.searchsorted(first, bounds)
     # the number of the code point at each byte: bytes 10xxxxxx go on with one that began before
@@ -230,7 +230,7 @@ class _Table:
 
     def look_up(self, pieces: pa.Array[Any]) -> tuple[_Pieces, Int]:
         """Tokens of all that is known, and the number of each of ``pieces`` among it, int64, shape (pieces,)."""
-        encoded = pieces.dictionary_encode()
+        encoded: Any = pieces.dictionary_encode()
         distinct: list[bytes] = encoded.dictionary.to_pylist()
         known = self._known
         try:
