@@ -107,6 +107,12 @@ class RunFolder:
         with telling("look at", path):
             return self._place[0].exists(path)
 
+    def sync(self, name: str) -> None:
+        """Makes sure that a file which is there survives the host's failure: its writer may have died too early."""
+        path = self.path(name)
+        with telling("sync", path):
+            self._place[0].sync(path)
+
     def remove(self, name: str) -> None:
         """Removes a file; one that is not there is fine."""
         path = self.path(name)

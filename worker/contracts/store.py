@@ -42,6 +42,9 @@ class Store(Protocol):
         """Like ``replace``, but leaves a file that is there as it is; False where it did."""
 
     def exists(self, path: str) -> bool: ...
+    def sync(self, path: str) -> None:
+        """Makes sure that a file which is there stays there, whatever its writer still did."""
+
     def remove(self, path: str) -> None:
         """A file that is not there is fine."""
 
@@ -101,6 +104,9 @@ class Disk:
     def exists(self, path: str) -> bool:
         return os.path.exists(path)
 
+    def sync(self, path: str) -> None:
+        _sync_folder(os.path.dirname(path))
+
     def remove(self, path: str) -> None:
         with suppress(FileNotFoundError):
             os.unlink(path)
@@ -150,6 +156,9 @@ class ObjectStore:
         self._fs.invalidate_cache(path)
         return self._ask(lambda: bool(self._fs.exists(path)))
 
+    def sync(self, path: str) -> None:
+        """A put lasts once it is answered, and shows nothing before."""
+
     def remove(self, path: str) -> None:
         with suppress(FileNotFoundError):
             self._ask(lambda: self._fs.rm_file(path))
@@ -188,7 +197,7 @@ def telling(verb: str, path: str) -> Iterator[None]:
 def _aside(path: str, data: bytes) -> Iterator[str]:
     """The data in a file beside ``path``, synced; what is done with it inside is synced as well."""
     folder, base = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
+    _make_folder(folder)
     aside = f"{folder}/.{base}.{uuid.uuid4().hex}"
     try:
         with open(aside, "xb") as stream:
@@ -200,6 +209,25 @@ def _aside(path: str, data: bytes) -> Iterator[str]:
         with suppress(FileNotFoundError):
             os.unlink(aside)
     _sync_folder(folder)
+
+
+def _make_folder(folder: str) -> None:
+    """Makes a folder that is missing, and those around it; each is synced in the one around it before it is used.
+
+    So one that is not empty was synced. An empty one may be of a process that was killed before it could sync it.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            if next(entries, None) is not None:
+                return
+    except NotADirectoryError:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), folder) from None
+    except FileNotFoundError:
+        _make_folder(os.path.dirname(folder))
+        with suppress(FileExistsError):
+            os.mkdir(folder)
+    with suppress(PermissionError):  # of a folder that may not be listed
+        _sync_folder(os.path.dirname(folder))
 
 
 def _sync_folder(folder: str) -> None:

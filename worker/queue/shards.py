@@ -305,7 +305,8 @@ class ShardWorker:
 
     def _tag(self, claim: Claim, shard: Shard, on_fed: Callable[[], object]) -> Outcome:
         run = claim.folder
-        if run.exists(part_name(shard.index)):
+        if run.exists(name := part_name(shard.index)):
+            run.sync(name)
             return self._record(claim, parts.read_committed(run, shard.index))
         claimed = time.time()
         table = read_shard(run, shard.index, shard.sha256)
