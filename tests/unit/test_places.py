@@ -236,3 +236,22 @@ def test_a_file_that_is_there_is_synced_on_demand(tmp_path: Path, synced: list[s
     assert synced == [str(tmp_path)]
     RunFolder("memory://run").sync("part")
     assert synced == [str(tmp_path)]
+
+
+def test_a_disk_that_does_not_answer_is_no_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunFolder(str(tmp_path))
+    (tmp_path / "part").touch()
+    assert run.exists("part")
+    assert not run.exists("missing")
+    assert not run.exists("part/below")
+
+    stat = os.stat
+
+    def broken(path: Any, **options: Any) -> os.stat_result:
+        if str(path) == run.path("part"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", broken)
+    with pytest.raises(StoreError, match=r"part: cannot look at it \(Input/output error\)"):
+        run.exists("part")

@@ -102,7 +102,11 @@ class Disk:
         return True
 
     def exists(self, path: str) -> bool:
-        return os.path.exists(path)
+        try:
+            os.stat(path)  # os.path.exists says of a disk that does not answer that the file is not there
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
     def sync(self, path: str) -> None:
         _sync_folder(os.path.dirname(path))
