@@ -108,6 +108,7 @@ class ShardWorker:
         self._settings = settings
         self._held: dict[tuple[str, str], Claim] = {}
         self._received: dict[str, float] = {}  # task id and time of shard messages whose task has not begun
+        self._tagging = 0  # tasks of shards that have begun
         self._feeding = 0  # shards that are being read and tokenized
         self._written = ("", 0.0)  # run and seconds of the last part that this process wrote
         self._faults: dict[tuple[str, str], int] = {}  # of the store, since the shard was last tagged
@@ -155,7 +156,7 @@ class ShardWorker:
         with self._lock:
             limit = time.monotonic() - RECEIVED_SECONDS
             self._received = {name: since for name, since in self._received.items() if since > limit}
-            return len(self._received) + len(self._held)
+            return len(self._received) + self._tagging
 
     # The tasks
 
@@ -175,10 +176,12 @@ class ShardWorker:
             EngineError: the device failed; the process is about to end.
         """
         began = time.monotonic()
-        with ExitStack() as feeding:
+        with ExitStack() as tagging, ExitStack() as feeding:
             with self._lock:
                 self._received.pop(task_id, None)
+                self._tagging += 1
                 self._feeding += 1
+            tagging.callback(self._tagged)
             feeding.callback(self._fed)
             with self.refusals():
                 check_run(run_id, folder)
@@ -213,6 +216,10 @@ class ShardWorker:
             return {"state": claim, "reason": _REASONS[claim]}
         with about(run=run_id, attempt=claim.attempts):
             return self._serve(claim, lambda: None)
+
+    def _tagged(self) -> None:
+        with self._lock:
+            self._tagging -= 1
 
     def _fed(self) -> None:
         with self._lock:
