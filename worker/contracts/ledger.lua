@@ -216,16 +216,14 @@ function step.lease(run, shard, lease, worker, artifact, milliseconds, now)
   if redis.call('HEXISTS', key(run), 'blocked') == 1 then return {'blocked'} end
   if redis.call('HEXISTS', key(run, 'quarantined'), shard) == 1 then return {'quarantined'} end
   local bound = get(run, 'artifact')
-  if shard ~= FINISH then
-    if bound ~= '' and bound ~= artifact then
-      wait(run, shard)
-      return {'other artifact'}
-    end
-    local entry = redis.call('HGET', key(run, 'unable'), worker)
-    if entry and tonumber(entry:match('^%d+')) > now then
-      wait(run, shard)
-      return {'unable'}
-    end
+  if shard ~= FINISH and bound ~= '' and bound ~= artifact then
+    wait(run, shard)
+    return {'other artifact'}
+  end
+  local entry = redis.call('HGET', key(run, 'unable'), worker)
+  if entry and tonumber(entry:match('^%d+')) > now then
+    wait(run, shard)
+    return {'unable'}
   end
   if bound == '' and shard ~= FINISH then
     leave(run)

@@ -34,7 +34,7 @@ from nermill.worker.contracts.errors import (
     UnreachableError,
     UsageError,
 )
-from nermill.worker.contracts.layout import REJECT_FILE, part_name
+from nermill.worker.contracts.layout import PLAN_FILE, REJECT_FILE, part_name
 from nermill.worker.contracts.ledger import MAX_ATTEMPTS, Claim, Ledger, WorkerProcess
 from nermill.worker.contracts.message import QUEUE, check_run, check_shard, queue_of
 from nermill.worker.contracts.part import mark_complete
@@ -213,7 +213,8 @@ class ShardWorker:
                 lambda: self._ledger.lease(run_id, None, self.identity, self._settings.lease_seconds)
             )
         if isinstance(claim, str):
-            return {"state": claim, "reason": _REASONS[claim]}
+            told = self._not_leased(claim, run_id, None)
+            return {"state": told["state"], "reason": told["reason"]}
         with about(run=run_id, attempt=claim.attempts):
             return self._serve(claim, lambda: None)
 
@@ -225,7 +226,7 @@ class ShardWorker:
         with self._lock:
             self._feeding -= 1
 
-    def _not_leased(self, state: str, run_id: str, shard: int) -> Outcome:
+    def _not_leased(self, state: str, run_id: str, shard: int | None) -> Outcome:
         if state == "unable":
             self.stopping.wait(min(1.0, self._settings.lease_seconds / 3))  # another worker may receive it meanwhile
         if state in ("unable", "other artifact"):
@@ -399,6 +400,8 @@ class ShardWorker:
     def _finish(self, claim: Claim) -> Outcome:
         """Every planned shard has its part, so says so, and evaluates what has gold tags."""
         run = claim.folder
+        if not run.exists(PLAN_FILE):
+            raise UnreachableError(f"{run.path(PLAN_FILE)}: not there, as seen from this worker")
         plan = read_plan(run)
         missing = {shard.index for shard in plan.shards} - run.committed()
         if missing or plan.is_open:
