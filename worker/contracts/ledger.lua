@@ -93,6 +93,14 @@ local function unlease(run, shard)
   redis.call('ZREM', prefix .. 'leases', join(run, shard))
 end
 
+-- gives a run its turn again whose only message is not waited for any more: see promote, of runs without an artifact
+local function go_on(run)
+  local finish = redis.call('ZSCORE', key(run, 'pending'), FINISH) and 1 or 0
+  if redis.call('HEXISTS', key(run), 'blocked') == 0 and redis.call('ZCARD', key(run, 'pending')) > finish then
+    enroll(run, queue_of(run), get(run, 'priority'))
+  end
+end
+
 -- a shard waits for a message, unless the run was cancelled or the shard is recorded; answers 1 where it is new there
 local function wait(run, shard)
   local now = state(run)
@@ -296,6 +304,7 @@ function step.quarantine(run, shard, last_error)
   unsend(run, shard)
   redis.call('ZREM', key(run, 'pending'), shard)
   redis.call('HDEL', key(run, 'since'), shard)
+  go_on(run)
   return 1
 end
 
@@ -321,6 +330,7 @@ function step.complete(run, shard, lease, worker, ok, rejected, tokens, computed
   else
     count(run, 'duplicates', 1)
   end
+  go_on(run)
   return {newly, finish_when_done(run)}
 end
 
