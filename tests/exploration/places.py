@@ -21,6 +21,8 @@ class Steps(Protocol):
     """What a place asks of the world."""
 
     def step(self, label: str, effect: Callable[[], Any], *, writes: bool = False, failure: Any = None) -> Any: ...
+    def sees_disk(self) -> bool:
+        """Whether the disk is mounted where the caller runs."""
 
 
 def broken() -> OSError:
@@ -56,7 +58,7 @@ class Disk:
         self.shutil = SimpleNamespace(rmtree=self._rmtree)
 
     def _find(self, path: str) -> Inode | Folder | None:
-        found: Inode | Folder | None = self.root
+        found: Inode | Folder | None = self.root if self._world.sees_disk() else Folder()
         for name in path.strip("/").split("/") if path.strip("/") else ():
             found = found.entries.get(name) if isinstance(found, Folder) else None
         return found

@@ -65,6 +65,7 @@ class Scenario:
         workers: Worker processes.
         concurrency: Shards that each may hold.
         waits: Whether the producer follows the run to its end; one that does not cannot mend the loss of the broker.
+        blind: Workers on hosts without the disk.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Scenario:
     shard_documents: int = 2
     concurrency: int = 1
     waits: bool = True
+    blind: tuple[str, ...] = ()
 
     @property
     def is_disk(self) -> bool:
@@ -89,11 +91,12 @@ SCENARIOS = {
     scenario.name: scenario
     for scenario in (
         Scenario("disk"),
-        Scenario("store", out="sim://bucket/out"),
+        Scenario("store", out="sim://bucket/out", seconds=(5.0, 5.0)),
         Scenario("slow", seconds=(15.0, 15.0)),
         Scenario("queue", documents=("a", "b", "c", "d", "e"), seconds=(6.0,) * 5, shard_documents=1),
         Scenario("poison", documents=(POISON, "b", "c", "d")),
         Scenario("alone", waits=False),
+        Scenario("blind", waits=False, blind=("w0",)),
         Scenario("threads", workers=1, concurrency=2, documents=("a", "b", "c"), seconds=(1.0,) * 3, shard_documents=1),
     )
 }
@@ -379,7 +382,7 @@ def install() -> None:
     poison.threading = simulated.threading  # type: ignore[attr-defined]
     layout.open_store = _open_store
     part.ThreadPoolExecutor = status.ThreadPoolExecutor = simulated.pool  # type: ignore[attr-defined,misc]
-    run._POLL_SECONDS = (3.0, 9.0)
+    run._POLL_SECONDS = (1.0, 9.0)
     part.pq = _Parquet()  # type: ignore[assignment]
     shard.ipc = _Ipc()  # type: ignore[assignment]
     producer_shards.encode_shard = _remembered(shard.encode_shard, _of_shard)
@@ -398,7 +401,7 @@ class Mill:
         self._metrics = _metrics()
         world.deliver, world.is_over = self._deliver, self._is_over
         world.at_death = self._died
-        world.may_drop = scenario.waits
+        world.may_drop, world.blind = scenario.waits, scenario.blind
         self.watch = Watch(world, scenario)
         for number in range(scenario.workers):
             self._start_worker(f"w{number}")

@@ -126,6 +126,7 @@ class World:
         self.deliver: Callable[[], None] = lambda: None
         self.is_over: Callable[[], bool] = lambda: False
         self.may_drop = True
+        self.blind: tuple[str, ...] = ()  # slots of processes on hosts without the disk
         self._sent = 0
         self._is_moved, self._moved = True, 0  # since the last call of ledger or queue, all is as it was for messages
         self._numbers: dict[str, int] = {}
@@ -180,6 +181,9 @@ class World:
             assert failure is not None
             raise failure()
         return result
+
+    def sees_disk(self) -> bool:
+        return self.actor is None or self.actor.process.slot not in self.blind
 
     def await_(self, ready: Callable[[], bool] | None, timeout: float | None) -> None:
         """Waits until a condition holds or so much time has passed."""
