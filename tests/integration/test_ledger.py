@@ -214,11 +214,11 @@ def test_a_claim_says_how_long_its_shard_waited(ledger: Ledger, client: Redis) -
     assert 0.2 <= claim.waited < 5
     assert 0 < claim.fresh_until - time.monotonic() < LEASE / 2
     assert ledger.release(claim)
-    client.hset(ledger._key("r", "since"), "1", "nonsense")
+    client.hset(ledger.key("r", "since"), "1", "nonsense")
     waited = {index_of(claim): claim.waited for claim in (queue.one(), queue.one())}
     assert waited[0] < 0.2, "released, it waits since then"
     assert waited[1] == 0
-    assert client.hlen(ledger._key("r", "since")) == 0
+    assert client.hlen(ledger.key("r", "since")) == 0
 
 
 def test_a_release_is_no_attempt_and_no_strike(ledger: Ledger) -> None:
@@ -309,7 +309,7 @@ def test_an_entry_that_does_not_fit_is_quarantined_until_it_is_sent_again(
 ) -> None:
     begin(ledger, 2)
     (message,) = due(ledger)
-    client.hset(ledger._key("r"), field, value)
+    client.hset(ledger.key("r"), field, value)
     if field == "uri":
         assert isinstance(ledger.lease("r", message.shard, worker(), LEASE), Claim), "the root check refuses it"
         return
