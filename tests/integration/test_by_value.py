@@ -7,6 +7,7 @@ import ctypes
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -172,6 +173,18 @@ def test_submitting_again_after_the_server_lost_everything_tags_nothing_twice(mi
     assert {name: Path(run.path(name)).stat().st_ino for name in before} == before
     assert sorted(row["doc_index"] for row in rows(run)) == list(range(600))
     assert read_plan(run).documents == 600
+
+
+@pytest.mark.parametrize("step", ["sync", "rename", "done", "ack"])
+def test_a_worker_that_dies_on_the_way_leaves_a_shard_to_the_next(mill: Harness, step: str) -> None:
+    once = mill.folder / "once"
+    first = mill.worker(FAULT_DIE_AT=step, FAULT_ONCE_FILE=str(once))
+    run, plan = submit(mill, 60)
+    assert first.process.wait(60) == -signal.SIGKILL
+    mill.worker()
+    assert by_value.wait(run, plan, mill.queue()).ok == 60
+    assert sorted(row["doc_index"] for row in rows(run)) == list(range(60))
+    assert not documents_in_redis(mill)
 
 
 def test_parts_that_were_removed_are_tagged_again_when_the_input_is_submitted_again(mill: Harness) -> None:
@@ -371,7 +384,7 @@ def test_a_shard_that_is_there_is_not_replaced(mill: Harness) -> None:
     run, plan = submit(mill, 20)
     run.write(run.shard_file(0), b"another one")
     mill.worker()
-    refusal(mill, run, plan)
+    assert "holds other documents than those that were sent, and is not replaced" in refusal(mill, run, plan)
     assert run.read(run.shard_file(0)) == b"another one"
     assert not run.committed()
 

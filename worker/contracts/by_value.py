@@ -65,7 +65,7 @@ def unpack(data: bytes, sha256: str) -> pa.Table:
         if len(body) > MAX_UNPACKED_BYTES:
             raise ValueError(f"they unpack to more than {MAX_UNPACKED_BYTES} bytes")
         columns = json.loads(body)
-        if not isinstance(columns, dict) or list(columns) != SHARD.names:
+        if not isinstance(columns, dict) or list(columns) != SHARD.names or {*map(type, columns.values())} != {list}:
             raise ValueError("they have other columns")
         table = pa.Table.from_pydict(columns, schema=SHARD)
     except (zstandard.ZstdError, pa.ArrowException, TypeError, AttributeError, RecursionError, UnicodeError) as error:

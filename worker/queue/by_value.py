@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pyarrow as pa
 
 from nermill.worker.contracts.by_value import Documents
-from nermill.worker.contracts.errors import LeaseLostError, MessageError
+from nermill.worker.contracts.errors import LeaseLostError, MessageError, UsageError
 from nermill.worker.contracts.layout import PLAN_FILE, RunFolder
 from nermill.worker.contracts.ledger import Claim
 from nermill.worker.contracts.plan import Plan, Shard, plan_json, read_plan
 from nermill.worker.contracts.shard import encode_shard, read_shard
 
+Patiently = Callable[[Callable[[], Any]], Any]
 
-def store(claim: Claim, shard: Shard, documents: Documents) -> pa.Table:
+
+def store(claim: Claim, shard: Shard, documents: Documents, patiently: Patiently) -> pa.Table:
     """Writes a shard's documents into the run's folder, and the plan where there is none, and removes them from Redis.
 
     No file is replaced: a shard or a plan that is there stays, and is refused where it is another one.
+
+    Args:
+        claim: The lease.
+        shard: Its entry in the ledger.
+        documents: The ledger's steps.
+        patiently: Makes one call of the ledger, again while that does not answer; each may be repeated.
 
     Returns:
         The documents, with the SHARD schema.
@@ -29,34 +39,44 @@ def store(claim: Claim, shard: Shard, documents: Documents) -> pa.Table:
         LeaseLostError: another worker has the shard.
     """
     run = claim.folder
-    table = documents.take(claim, shard)
-    _ensure_plan(run, claim, shard, documents)
+    table: pa.Table = patiently(lambda: documents.take(claim, shard))
+    if run.exists(PLAN_FILE):
+        _check_plan(run, claim, shard)
+    else:
+        _write_plan(run, claim, patiently(lambda: documents.plan(claim.run_id)))
     data, sha256 = encode_shard(table)
     name = run.shard_file(shard.index)
     if not run.write(name, data, exclusive=True):
         there = run.read(name)
         sha256 = hashlib.sha256(there).hexdigest()
-        if there != data and not read_shard(run, shard.index, sha256).equals(table):  # another Arrow, other bytes
+        if there != data and not _holds(run, shard.index, sha256, table):
             raise MessageError(
                 f"{run.path(name)}: holds other documents than those that were sent, and is not replaced; "
                 "remove it, or name another --out, and submit the input again"
             )
-    if not documents.stored(claim, replace(shard, sha256=sha256)):
+    if not patiently(lambda: documents.stored(claim, replace(shard, sha256=sha256))):
         raise LeaseLostError
     return table
 
 
-def _ensure_plan(run: RunFolder, claim: Claim, shard: Shard, documents: Documents) -> None:
-    if run.exists(PLAN_FILE):
-        plan = read_plan(run)
-        if not plan.by_value or plan.run_id != claim.run_id:
-            raise MessageError(f"{run.uri}: holds another run, which was not submitted by value")
-        if not plan.is_open and (shard.index, shard.first, shard.documents) not in {
-            (planned.index, planned.first, planned.documents) for planned in plan.shards
-        }:
-            raise MessageError(f"{run.uri}: its plan is closed and has no such shard {shard.index}")
-        return
-    given = documents.plan(claim.run_id)
+def _holds(run: RunFolder, shard: int, sha256: str, table: pa.Table) -> bool:
+    """Whether a shard's file has these documents; another version of Arrow writes other bytes."""
+    try:
+        return bool(read_shard(run, shard, sha256).equals(table))
+    except UsageError:
+        return False
+
+
+def _check_plan(run: RunFolder, claim: Claim, shard: Shard) -> None:
+    plan = read_plan(run)
+    if not plan.by_value or plan.run_id != claim.run_id:
+        raise MessageError(f"{run.uri}: holds another run, which was not submitted by value")
+    planned = {(planned.index, planned.first, planned.documents) for planned in plan.shards}
+    if not plan.is_open and (shard.index, shard.first, shard.documents) not in planned:
+        raise MessageError(f"{run.uri}: its plan is closed and has no such shard {shard.index}")
+
+
+def _write_plan(run: RunFolder, claim: Claim, given: Plan | None) -> None:
     if given is None or given.run_id != claim.run_id or given.options != claim.options or not given.by_value:
         raise MessageError(f"run {claim.run_id}: the ledger's plan is not this run's")
     if run.uri.rpartition("/")[2] != f"run={claim.run_id}":
@@ -65,7 +85,7 @@ def _ensure_plan(run: RunFolder, claim: Claim, shard: Shard, documents: Document
     run.write(PLAN_FILE, f"{plan_json(opened, indent=1)}\n".encode(), exclusive=True)
 
 
-def close_plan(run: RunFolder, plan: Plan, documents: Documents) -> Plan:
+def close_plan(run: RunFolder, plan: Plan, documents: Documents, patiently: Patiently) -> Plan:
     """The plan of a run by value whose shards are all recorded; an open one is closed in the run's folder.
 
     Raises:
@@ -73,6 +93,7 @@ def close_plan(run: RunFolder, plan: Plan, documents: Documents) -> Plan:
         StoreError: the plan cannot be written.
     """
     if plan.is_open:
-        plan = replace(plan, shards=documents.shards(plan.run_id), is_open=False, cancelled=False)
+        shards = patiently(lambda: documents.shards(plan.run_id))
+        plan = replace(plan, shards=shards, is_open=False, cancelled=False)
         plan.write(run)
     return plan

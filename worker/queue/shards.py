@@ -310,7 +310,7 @@ class ShardWorker:
     def _tag(self, claim: Claim, shard: Shard, on_fed: Callable[[], object]) -> Outcome:
         run = claim.folder
         claimed = time.time()
-        table = self._patiently(lambda: by_value.store(claim, shard, self._documents)) if claim.packed else None
+        table = by_value.store(claim, shard, self._documents, self._patiently) if claim.packed else None
         if run.exists(part_name(shard.index)):
             return self._record(claim, parts.read_committed(run, shard.index))
         if table is None:
@@ -401,7 +401,7 @@ class ShardWorker:
         run = claim.folder
         plan = read_plan(run)
         if plan.by_value:
-            plan = by_value.close_plan(run, plan, self._documents)
+            plan = by_value.close_plan(run, plan, self._documents, self._patiently)
         missing = {shard.index for shard in plan.shards} - run.committed()
         if missing or plan.is_open:
             self.metrics.refused()
