@@ -30,6 +30,7 @@ from nermill.worker.contracts.message import KEY_PREFIX
 from nermill.worker.contracts.plan import Shard, read_plan
 from tests.harness import Harness, rows, table_of, texts
 
+pytestmark = pytest.mark.timeout(300)
 NOBODY = 65534
 MEETS_ROOT = os.getuid() == 0
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2
@@ -92,7 +93,6 @@ def documents_in_redis(mill: Harness) -> list[str]:
         return [key for key in client.keys("*") if key.endswith("documents")]
 
 
-@pytest.mark.timeout(240)
 def test_a_producer_that_may_not_see_the_output_is_killed_and_submits_again(
     mill: Harness, closed: tuple[str, Path, dict[str, str]]
 ) -> None:

@@ -1,8 +1,8 @@
 """What Celery's consumer is taught: which messages are refused, and when no further shard is received.
 
 Everything here runs in the consumer's thread. Only public API of Celery and kombu is used: ``Task.Strategy``, a step of
-the consumer's blueprint, ``Consumer.add_task_queue`` and ``cancel_task_queue``, ``kombu.compression.register``,
-``Transport.on_readable`` and ``Channel.basic_consume``.
+the consumer's blueprint, ``Consumer.add_task_queue`` and ``cancel_task_queue``, ``control_command``,
+``kombu.compression.register``, ``Transport.on_readable`` and ``Channel.basic_consume``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any
 
 from celery.bootsteps import StartStopStep
 from celery.states import FAILURE
+from celery.worker import control
 from celery.worker.consumer.tasks import Tasks
+from celery.worker.control import control_command
 from celery.worker.strategy import default
 from kombu import compression
 from kombu.exceptions import KombuError
@@ -44,6 +46,11 @@ _MALFORMED = (
     DataError,
     KombuError,
 )
+# What remote control is answered that would end a task.
+_NO_TERMINATION = {
+    "error": "a running task is a thread and cannot be ended; nermill cancel RUN stops what has not begun, "
+    "and control shutdown stops the worker"
+}
 _FOLLOWED = ("callbacks", "errbacks", "chain", "chord")  # Celery follows them in headers as well as in the body
 
 Refuse = Callable[[str], None]
@@ -213,6 +220,20 @@ def strategy(worker: Callable[[], ShardWorker]) -> Callable[..., Any]:
         return receive
 
     return make
+
+
+@control_command(variadic="task_id", signature="[id1 [id2 [... [idN]]]]")  # type: ignore[untyped-decorator]
+def revoke(state: Any, task_id: Any, terminate: bool = False, signal: Any = None, **options: Any) -> Any:
+    """Celery's ``revoke`` for tasks that wait; one that runs is not ended."""
+    return dict(_NO_TERMINATION) if terminate else control.revoke(state, task_id, **options)
+
+
+@control_command(  # type: ignore[untyped-decorator]
+    variadic="task_id", args=[("signal", str)], signature="<signal> [id1 [id2 [... [idN]]]]"
+)
+def terminate(state: Any, signal: Any, task_id: Any, **options: Any) -> dict[str, str]:
+    """Refused: a task that runs is not ended."""
+    return dict(_NO_TERMINATION)
 
 
 def room_step(worker: Callable[[], ShardWorker]) -> type[StartStopStep]:
