@@ -162,8 +162,7 @@ def check_envelope(message: Any, run: Callable[..., Any]) -> None:
     limit = MAX_BODY if headers["task"] == TAG_DOCUMENTS else MAX_SHARD_BODY
     if len(message.body or b"") > limit:
         raise MessageError(f"a message of {len(message.body)} bytes; {limit} are the most")
-    task_id = headers.get("id")
-    if not isinstance(task_id, str) or not 0 < len(task_id) <= MAX_ID:
+    if not _is_task_id(headers.get("id")):
         raise MessageError(f"a message whose task id is not a text of 1 to {MAX_ID} characters")
     if headers.get("eta"):
         raise MessageError("a message with an ETA or countdown; nermill's tasks start at once")
@@ -188,6 +187,20 @@ def _only(headers: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return {name: headers[name] for name in names if name in headers}
 
 
+def _answer(task: Any, task_id: Any, error: MessageError) -> None:
+    """Stores the refusal as the message's result, so that its sender does not wait in vain."""
+    if not _is_task_id(task_id):
+        return
+    try:
+        task.backend.store_result(task_id, error, FAILURE)
+    except Exception as failure:  # of the backend, whatever it is: the message is refused all the same
+        log.warning("the answer to a refused message could not be stored (%s)", failure)
+
+
+def _is_task_id(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= MAX_ID
+
+
 def strategy(worker: Callable[[], ShardWorker]) -> Callable[..., Any]:
     """The ``Task.Strategy`` of our tasks: checks the envelope, counts, then does as Celery's own.
 
@@ -205,9 +218,8 @@ def strategy(worker: Callable[[], ShardWorker]) -> Callable[..., Any]:
                 check_envelope(message, task.run)
             except MessageError as error:
                 shards.refuse(str(error))
-                ack(log, consumer.connection_errors)
-                if isinstance(task_id := message.headers.get("id"), str):  # so that its sender does not wait in vain
-                    task.backend.store_result(task_id, error, FAILURE)
+                _answer(task, message.headers.get("id"), error)
+                ack(log, consumer.connection_errors)  # last, for it is put off: see basic_consume
                 return None
             shards.metrics.received(task.name)
             if task.name == TAG_SHARD:
