@@ -192,7 +192,7 @@ class Harness:
 
     @contextmanager
     def submitting(
-        self, texts: list[str], *, url: str = "", within: Sequence[str] = ()
+        self, texts: list[str], *options: str, url: str = "", within: Sequence[str] = ()
     ) -> Iterator[subprocess.Popen[str]]:
         """Runs ``nermill submit --wait`` as a process.
 
@@ -213,7 +213,7 @@ class Harness:
         with (
             (self.folder / "producer.log").open("wb") as log,
             subprocess.Popen(
-                [*within, *command, "--shard-documents", "64", "--wait", "--json"],
+                [*within, *command, *options, "--shard-documents", "64", "--wait", "--json"],
                 env={**os.environ, "NERMILL_BROKER_URL": url or self.server.url},
                 cwd=ROOT,
                 stdout=subprocess.PIPE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,7 @@ from nermill.worker.contracts.errors import UsageError
 
 if TYPE_CHECKING:
     from nermill.producer.runs.planning import Request
+    from nermill.producer.runs.queue import Queue
     from nermill.producer.runs.status import Status
 
 
@@ -92,6 +94,14 @@ def submit(
     ] = 1.0,
     ack: Annotated[bool, typer.Option("--ack", help="A stream: print a JSON line for each durable shard.")] = False,
     follow: Annotated[bool, typer.Option("--follow", help="Tail one growing JSONL file until Ctrl-C.")] = False,
+    by_value: Annotated[
+        bool,
+        typer.Option(
+            "--by-value",
+            envvar="NERMILL_BY_VALUE",
+            help="Send documents through the broker: OUT is as the workers see it, and need not be seen from here.",
+        ),
+    ] = False,
     new: Annotated[
         bool, typer.Option("--new", help="Leave out files that a complete run below OUT had as an input (by sha256).")
     ] = False,
@@ -100,7 +110,8 @@ def submit(
 ) -> int:
     """Write a run's plan and send its shards to the workers; the same input again resumes its run.
 
-    With - as the input, JSON lines are tagged as they come, until the end of input or Ctrl-C.
+    With - as the input, JSON lines are tagged as they come, until the end of input or Ctrl-C. With --by-value, files
+    travel through the broker, 1 MiB of compressed documents a shard at most, and status and --wait ask the broker.
     """
     from nermill.producer.entities.view import print_json
     from nermill.producer.runs.planning import find_inputs, make_plan, without_tagged
@@ -108,6 +119,12 @@ def submit(
     from nermill.producer.runs.queue import Queue
 
     is_stream = follow or (request.inputs == ("-",) and request.read.format in (None, "jsonl"))
+    if by_value:
+        if is_stream:
+            raise UsageError("--by-value sends files, a stream writes into OUT; leave it out, or save the lines first")
+        if new:
+            raise UsageError("--new looks at the runs below OUT, which --by-value does not see; leave one of them out")
+        return _by_value(request, Queue(broker), wait=wait, as_json=json)
     if new and is_stream:
         raise UsageError("--new knows files by their content, a stream has none yet; leave it out")
     found = find_inputs(request) if new else None
@@ -126,3 +143,20 @@ def submit(
         folder, plan = make_plan(request, on_read, found)
     say_left_out(plan.details.get("left_out", ()))
     return go_on(folder, plan, queue, high_water, wait=wait, as_json=json)
+
+
+def _by_value(request: Request, queue: Queue, *, wait: bool, as_json: bool) -> int:
+    from nermill.producer.runs import by_value
+    from nermill.producer.runs.progress import paused, reading, watching
+    from nermill.producer.runs.status import look
+
+    with ExitStack() as stack:
+        with reading() as on_read:
+            packed = stack.enter_context(by_value.packed(request, on_read))
+        say_left_out(packed.plan.details.get("left_out", ()))
+        with told_how_to_go_on("the same command again"), watching() as show:
+            by_value.send(packed, queue, paused(show))
+            if wait:
+                by_value.wait(packed.run, packed.plan, queue, show)
+    code = report_status(look(packed.run, packed.plan, queue), as_json=as_json)
+    return code if wait else 0

@@ -144,6 +144,16 @@ class Queue:
             except ResponseError:
                 return None
 
+    def max_memory(self) -> int:
+        """The server's limit of its memory in bytes; 0 where it has none or does not tell."""
+        from redis.exceptions import ResponseError
+
+        with self.ledger():
+            try:
+                return int(dict(self._client.info("memory")).get("maxmemory", 0))
+            except ResponseError:
+                return 0
+
     def first_version(self) -> str:
         """What the first version left at this broker; empty where there is nothing."""
         with self.ledger():

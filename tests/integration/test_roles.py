@@ -34,6 +34,11 @@ def test_each_role_can_do_its_work(mill: Harness, url_of: Callable[[str], str]) 
         assert submitted.returncode == 0, mill.logs()
     (run,) = mill.out.glob("run=*")
     assert len(rows(RunFolder(str(run)))) == 200
+    with mill.submitting(texts(100), "--by-value", url=url_of("producer")) as submitted:
+        submitted.communicate(timeout=90)
+        assert submitted.returncode == 0, mill.logs()
+    (other,) = set(mill.out.glob("run=*")) - {run}
+    assert len(rows(RunFolder(str(other)))) == 100
     command = [sys.executable, "-m", "celery", "-b", url_of("watcher"), "inspect", "--timeout", "10", "registered"]
     asked = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=60, check=False)
     assert "nermill.tag_shard" in asked.stdout, asked.stderr
@@ -53,6 +58,7 @@ def test_each_role_can_do_its_work(mill: Harness, url_of: Callable[[str], str]) 
         ("worker", ["GET", "somebody:else"]),
         ("worker", ["CONFIG", "GET", "*"]),
         ("watcher", ["LPUSH", "nermill", "x"]),
+        ("watcher", ["HSET", "nermill:2:run:r:documents", "0", "x"]),
         ("watcher", ["BRPOP", "nermill", "1"]),
         ("watcher", ["DEL", "nermill:2:queues"]),
         ("watcher", ["SET", "celery-task-meta-1", "x"]),

@@ -179,6 +179,7 @@ def messages_that_are_refused(folder: Path) -> dict[str, bytes]:
         "options: an object": message(TAG_DOCUMENTS, ["x"], 5),
         "1001 documents": message(TAG_DOCUMENTS, ["x"] * 1001),
         "task id": headers(id=["x"]),
+        "a message whose task id is not a text": headers(id=""),
         "bytes; 65536 are the most": message(TAG_SHARD, "r1", "x" * 70_000, 0),
     }  # fmt: skip
     return {told: one if isinstance(one, bytes) else json.dumps(one).encode() for told, one in made.items()}
