@@ -96,13 +96,10 @@ class Producer:
         Raises:
             StoreError: the output takes no more.
         """
-        stream = self._open_stream()
-        with stream.lock:
-            name = str(stream.documents) if id is None else id
-            kept = None if fields is None else dict(fields)
-            if isinstance(document, str):
-                return stream.add(text_document(name, document, kept))
-            return stream.add(Document(name, words=tuple(document), fields=kept))
+        name, kept = id or "", None if fields is None else dict(fields)
+        if isinstance(document, str):
+            return self._open_stream().add(text_document(name, document, kept))
+        return self._open_stream().add(Document(name, words=tuple(document), fields=kept))
 
     def flush(self) -> None:
         """Makes what was sent durable now, without waiting for full shards."""

@@ -172,7 +172,8 @@ def _intact(run: RunFolder, shard: int) -> Iterator[None]:
 
 
 def _join(run: RunFolder, aside: RunFolder, index: int, group: list[Shard]) -> Shard:
-    documents = pa.concat_tables([read_shard(run, shard.index, shard.sha256) for shard in group])
+    tables = [read_shard(run, shard.index, shard.sha256) for shard in group]
+    documents = pa.concat_tables(tables).replace_schema_metadata(tables[-1].schema.metadata)  # where a stream goes on
     data, sha256 = encode_shard(documents)
     aside.write(aside.shard_file(index), data)
     stats = [entry for shard in group for entry in part_stats(run, shard.index)]

@@ -140,6 +140,10 @@ function step.open(run, to, artifact, priority, ...)
     return redis.error_reply('run ' .. run .. ' cannot go from ' .. state(run) .. ' to ' .. to)
   end
   leave(run)
+  if to == 'open' then -- the last step of a stream that goes on is not due any more
+    unsend(run, FINISH)
+    redis.call('ZREM', key(run, 'pending'), FINISH)
+  end
   redis.call('HSET', key(run), 'priority', priority, ...)
   redis.call('HDEL', key(run), 'blocked', 'last_error')
   redis.call('DEL', key(run, 'unable'), key(run, 'quarantined'))

@@ -48,8 +48,8 @@ class RunState(str, Enum):
 TRANSITIONS: dict[RunState, tuple[RunState, ...]] = {
     RunState.OPEN: (RunState.CLOSED, RunState.CANCELLED),
     RunState.CLOSED: (RunState.OPEN, RunState.FINISHING, RunState.CANCELLED),
-    RunState.FINISHING: (RunState.CLOSED, RunState.FINISHED, RunState.CANCELLED),
-    RunState.FINISHED: (RunState.CLOSED,),
+    RunState.FINISHING: (RunState.OPEN, RunState.CLOSED, RunState.FINISHED, RunState.CANCELLED),
+    RunState.FINISHED: (RunState.OPEN, RunState.CLOSED),
     RunState.CANCELLED: (RunState.OPEN, RunState.CLOSED),
 }
 
