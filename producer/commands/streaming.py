@@ -8,11 +8,9 @@ import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from nermill.producer.commands.outcome import report_status, told_how_to_go_on
+from nermill.producer.commands.outcome import exit_code_of_sent, report_status, told_how_to_go_on
 from nermill.worker.contracts.content import COMPRESSED
 from nermill.worker.contracts.errors import NermillError, StoreError, UsageError
-
-REJECTS = 3  # finished with rejects
 
 if TYPE_CHECKING:
     from nermill.producer.runs.planning import Request
@@ -45,7 +43,7 @@ def stream(
     """
     from nermill.producer.runs import run as runs
     from nermill.producer.runs.continuation import find_durable, find_followed, followed_run_id
-    from nermill.producer.runs.progress import counted, say, watching
+    from nermill.producer.runs.progress import say, watching
     from nermill.producer.runs.status import look
     from nermill.producer.runs.stream import Stream
 
@@ -89,11 +87,7 @@ def stream(
             with watching() as show:
                 runs.wait(opened.run, plan, queue, show)
     code = report_status(look(opened.run, plan, queue), as_json=as_json)
-    if wait:
-        return code
-    if rejected:
-        say(f"{counted(rejected, 'document')} rejected as unreadable: nermill rejects {opened.run.uri}")
-    return REJECTS if rejected else 0
+    return code if wait else exit_code_of_sent(rejected, opened.run)
 
 
 def _open(request: Request, follow: bool) -> tuple[LiveLines, str]:

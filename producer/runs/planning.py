@@ -137,7 +137,10 @@ def make_plan(request: Request, on_read: OnRead = unheard, found: Found | None =
             unit=request.read.unit if any(source.format == "conll" for source in sources) else "document",
             has_gold=reading.has_gold,
             priority=request.priority,
-            details={"left_out": found.left_out} if found.left_out else {},
+            details={
+                **({"left_out": found.left_out} if found.left_out else {}),
+                **({"rejected": reading.rejected} if reading.rejected else {}),
+            },
         )
         plan.write(run)
     return run, plan
