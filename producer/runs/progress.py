@@ -79,7 +79,7 @@ def facts(status: Status) -> list[str]:
     if status.trouble:
         return [*found, status.trouble]
     if not status.committed:
-        return [*found, "the first are at work" if status.progress.leased else "waiting for a worker"]
+        return [*found, _at_work(status) or "waiting for a worker"]
     found.append(f"{status.documents_per_second:,.0f} documents/s")
     if status.rejected:
         found.append(f"{status.rejected:,} rejected")
@@ -98,7 +98,8 @@ def rows(status: Status, *, own_worker: bool = False) -> list[tuple[str, str]]:
     ]
     if status.state != "complete" and (progress.waiting or progress.leased):
         waiting = "shard waits" if progress.waiting == 1 else "shards wait"
-        found.append(("queue", f"{progress.waiting:,} {waiting}, {progress.leased:,} at work"))
+        computed = f" ({_tokens(status)} computed)" if progress.leased_tokens else ""
+        found.append(("queue", f"{progress.waiting:,} {waiting}, {progress.leased:,} at work{computed}"))
     if trouble := status.trouble or ("" if own_worker else _nobody_listens(status)):
         found.append(("trouble", trouble))
     if status.committed:
@@ -117,6 +118,17 @@ def rows(status: Status, *, own_worker: bool = False) -> list[tuple[str, str]]:
     if len(workers) > _SHOWN_WORKERS:
         found.append(("", f"and {len(workers) - _SHOWN_WORKERS:,} more, which --json lists"))
     return found
+
+
+def _at_work(status: Status) -> str:
+    """How far the shards are that workers hold; empty where there is none."""
+    if not status.progress.leased:
+        return ""
+    return f"the first are at work: {_tokens(status)}" if status.progress.leased_tokens else "the first are at work"
+
+
+def _tokens(status: Status) -> str:
+    return f"{status.progress.leased_computed:,} of {status.progress.leased_tokens:,} tokens"
 
 
 def _able(status: Status) -> list[WorkerProcess]:

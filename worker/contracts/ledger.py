@@ -67,6 +67,7 @@ class RedisClient(Protocol):
 
     def register_script(self, script: str) -> Any: ...
     def hgetall(self, name: str) -> Any: ...
+    def hvals(self, name: str) -> Any: ...
     def hkeys(self, name: str) -> Any: ...
     def hlen(self, name: str) -> Any: ...
     def zcard(self, name: str) -> Any: ...
@@ -125,6 +126,8 @@ class Progress:
         pending: Shards without a message.
         sent: Shards whose message was sent and which no worker began.
         leased: Shards that a worker holds.
+        leased_tokens: Their tokens, of those shards whose worker renewed its lease since it tokenized them.
+        leased_computed: How many of those are computed.
         blocked: Whether the run is not served until it is sent again; ``last_error`` says why.
         quarantined: Shards that are not served until they are sent again; ``last_error`` is the last one's reason.
     """
@@ -143,6 +146,8 @@ class Progress:
     sent: int = 0
     leased: int = 0
     done: int = 0
+    leased_tokens: int = 0
+    leased_computed: int = 0
     started: float = 0.0
     finished: float = 0.0
     artifact: str = ""
@@ -275,9 +280,16 @@ class Ledger:
             self._step("quarantine", run_id, number, reason)
             raise MessageError(reason) from None
 
-    def renew(self, claim: Claim, lease_seconds: float, now: float | None = None) -> bool:
-        """Extends a lease; False where another worker holds the shard."""
-        return bool(self._step("renew", *_held(claim), _ms(lease_seconds), _now(now)))
+    def renew(
+        self, claim: Claim, lease_seconds: float, now: float | None = None, *, tokens: tuple[int, int] | None = None
+    ) -> bool:
+        """Extends a lease; False where another worker holds the shard.
+
+        Args:
+            tokens: Tokens of the shard that are computed, and all of them; for people, as long as the shard is leased.
+        """
+        told = "" if tokens is None else "{} {}".format(*tokens)
+        return bool(self._step("renew", *_held(claim), _ms(lease_seconds), told, _now(now)))
 
     def probe(self, claim: Claim, trial: str | None) -> bool:
         """Notes which trial of the shard is about to begin, or that none is, so that a crash is attributed to it.
@@ -382,8 +394,11 @@ class Ledger:
             name: int(header.get(name, 0))
             for name in ("submitted", "ok", "rejected", "tokens", "computed", "redeliveries", "duplicates", "blocked")
         }
+        leased_tokens = [str(told).split() for told in self._client.hvals(self._key(run_id, "tokens"))]
         return Progress(
             **numbers,
+            leased_computed=sum(int(done) for done, _ in leased_tokens),
+            leased_tokens=sum(int(total) for _, total in leased_tokens),
             state=header.get("state", "unknown"),
             pending=int(self._client.zcard(self._key(run_id, "pending"))),
             sent=int(self._client.hlen(self._key(run_id, "sent"))),

@@ -139,7 +139,7 @@ class Pipeline:
         table: pa.Table,
         options: Options,
         first: int = 0,
-        on_fed: Callable[[], object] = lambda: None,
+        on_fed: Callable[[Job], object] = lambda _: None,
         *,
         urgent: bool = False,
     ) -> Annotated:
@@ -149,7 +149,7 @@ class Pipeline:
             table: Documents, with the SHARD schema.
             options: The run's options.
             first: ``doc_index`` of the first row.
-            on_fed: Called when the shard's windows wait for the device.
+            on_fed: Called with the shard's windows when they wait for the device.
             urgent: Whether its windows go before those that wait; so do those of a table with few windows, which hardly
                 delay the others.
 
@@ -164,7 +164,7 @@ class Pipeline:
         job = self._job(tokens, options)
         tokenized = time.monotonic()
         self._pool.put(job, first=urgent or len(job.windows) <= FEW_WINDOWS)
-        on_fed()
+        on_fed(job)
         job.done.wait()
         computed = time.monotonic()
         if job.error:

@@ -37,6 +37,7 @@ class Job:
         failed: Documents that made the model fail, with its words.
         computed_tokens: The job's share of all tokens computed, padding included.
         seconds: Its share of the device's time.
+        tokens_done: Tokens whose logits are there, or whose document failed.
     """
 
     tokens: Tokens
@@ -45,6 +46,7 @@ class Job:
     failed: dict[int, str] = field(default_factory=dict)
     computed_tokens: float = 0.0
     seconds: float = 0.0
+    tokens_done: int = 0
     remaining: int = 0
     error: Exception | None = None
     done: threading.Event = field(default_factory=threading.Event)
@@ -258,19 +260,22 @@ def hand_out(work: Work, logits: NDArray[np.float32], seconds: float) -> None:
         with job.lock:
             job.computed_tokens += share * placement.rows * placement.length
             job.seconds += share * seconds
-        _settle(job, windows_of_job)
+        _settle(job, windows_of_job, mine.stop - mine.start)
 
 
 def give_up(work: Work, message: str) -> None:
     """Marks the documents of a batch as those that made the model fail."""
-    for job, mine in work.by_job(np.ones(len(work.windows), np.int64)):
-        documents = work.windows.document[mine].tolist()
+    windows = work.windows
+    kept = windows.keep_end - windows.keep_start
+    for job, mine in work.by_job(np.ones(len(windows), np.int64)):
+        documents = windows.document[mine].tolist()
         job.failed.update(dict.fromkeys(documents, message))
-        _settle(job, len(documents))
+        _settle(job, len(documents), int(kept[mine].sum()))
 
 
-def _settle(job: Job, windows: int) -> None:
+def _settle(job: Job, windows: int, tokens: int) -> None:
     with job.lock:
+        job.tokens_done += tokens
         job.remaining -= windows
         if not job.remaining:
             job.done.set()
