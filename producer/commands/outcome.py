@@ -47,11 +47,12 @@ def ensure_evaluated(run: RunFolder, plan: Plan) -> None:
     """
     if not plan.has_gold:
         return
-    from nermill.producer.runs.progress import say
+    from nermill.producer.runs.progress import counting, say
     from nermill.worker.evaluation import evaluate, write_report
 
     if not run.exists(REPORT_JSON):
-        write_report(run, evaluate(run))
+        with counting("evaluating", "documents") as on_documents:
+            write_report(run, evaluate(run, on_documents=on_documents))
     for line in json.loads(run.read(REPORT_JSON))["warnings"]:
         say(line)
 

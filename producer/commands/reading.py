@@ -51,7 +51,7 @@ def evaluate(
     The columns are those of the gold file. Labels are mapped and left out on both sides, after what the run did.
     """
     from nermill.producer.entities.view import comparison_line, print_json, score_line
-    from nermill.producer.runs.progress import say
+    from nermill.producer.runs.progress import counting, say
     from nermill.producer.runs.run import open_run, open_runs
     from nermill.worker.contracts.labels import LabelChoice
     from nermill.worker.evaluation import GoldOptions, write_report
@@ -65,7 +65,16 @@ def evaluate(
     file = None if gold is None else GoldOptions(gold, *columns)
     code = 0
     for folder in folders:
-        report = evaluated(folder, gold=file, partial=partial, compare=other, choice=choice, seqeval=seqeval)
+        with counting("evaluating", "documents") as on_documents:
+            report = evaluated(
+                folder,
+                gold=file,
+                partial=partial,
+                compare=other,
+                choice=choice,
+                seqeval=seqeval,
+                on_documents=on_documents,
+            )
         missed = below_floors(report, f1=min_f1, accuracy=min_accuracy, documents_per_second=min_documents_per_second)
         write_report(folder, report)
         if json:
@@ -103,11 +112,12 @@ def compact(
     """
     from nermill.producer.entities.view import print_json
     from nermill.producer.runs.compact import compact as compacted
-    from nermill.producer.runs.progress import counted
+    from nermill.producer.runs.progress import counted, counting
     from nermill.producer.runs.run import open_runs
 
     for folder, plan in open_runs(runs):
-        before, after = len(plan.shards), len(compacted(folder, plan, part_mib << 20).shards)
+        with counting("compacting", "shards read") as on_shard:
+            before, after = len(plan.shards), len(compacted(folder, plan, part_mib << 20, on_shard).shards)
         if json:
             print_json({"run": folder.uri, "run_id": plan.run_id, "parts": {"before": before, "after": after}})
         elif before == after:

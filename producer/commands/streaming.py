@@ -43,7 +43,7 @@ def stream(
     """
     from nermill.producer.runs import run as runs
     from nermill.producer.runs.continuation import find_durable, find_followed, followed_run_id
-    from nermill.producer.runs.progress import say, watching
+    from nermill.producer.runs.progress import counting, say, watching
     from nermill.producer.runs.status import look
     from nermill.producer.runs.stream import Stream
 
@@ -51,7 +51,8 @@ def stream(
     durable = find_durable(resume, request, queue) if resume else find_followed(request, queue) if follow else None
     position = durable.position if durable else None
     if durable and position:
-        lines.skip(position, durable.run.uri)
+        with counting("passing over", "bytes") as on_bytes:
+            lines.skip(position, durable.run.uri, on_bytes)
 
     def acknowledge(shard: Shard, position: Position | None) -> None:
         if ack:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from nermill.producer.runs.run import OnStatus
 from nermill.producer.runs.status import Status
-from nermill.producer.sources.reading import OnRead, unheard
+from nermill.producer.sources.reading import OnRead
 from nermill.worker.contracts.console import visible
 from nermill.worker.contracts.ledger import WorkerProcess
 
@@ -21,6 +21,8 @@ LINE_SECONDS = 10.0
 LABEL_WIDTH = 10
 _BAR_WIDTH = 50
 _SHOWN_WORKERS = 8
+
+OnCount = Callable[[int, int], None]
 
 
 def say(text: str) -> None:
@@ -55,22 +57,36 @@ def paused(show: OnStatus) -> OnStatus:
 @contextmanager
 def reading() -> Iterator[OnRead]:
     """A bar for the reading of inputs, on a terminal alone."""
+    with _bar("reading", "documents") as update:
+        yield lambda far: update(far.bytes, far.total_bytes, far.documents)
+
+
+@contextmanager
+def counting(name: str, noun: str) -> Iterator[OnCount]:
+    """A bar for work whose size is known, on a terminal alone; to be told how much is done, and of how much."""
+    with _bar(name, noun) as update:
+        yield lambda done, total: update(done, total, done)
+
+
+@contextmanager
+def _bar(name: str, noun: str) -> Iterator[Callable[[int, int, int], None]]:
+    """A bar; to be told how far it is, its end, and the number that is shown."""
     if not sys.stderr.isatty():
-        yield unheard
+        yield lambda *_: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("reading"),
+        TextColumn("{task.description}"),
         BarColumn(_BAR_WIDTH),
         TaskProgressColumn(),
-        TextColumn("{task.fields[documents]:,} documents"),
+        TextColumn(f"{{task.fields[shown]:,}} {noun}"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("reading", total=None, documents=0)
-        yield lambda far: bar.update(task, completed=far.bytes, total=far.total_bytes, documents=far.documents)
+        task = bar.add_task(name, total=None, shown=0)
+        yield lambda done, total, shown: bar.update(task, completed=done, total=total, shown=shown)
 
 
 def facts(status: Status) -> list[str]:

@@ -8,7 +8,7 @@ import os
 import select
 import stat
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 from nermill.worker.contracts.content import BLOCK, MAX_LINE_BYTES
@@ -67,12 +67,13 @@ class LiveLines:
         self._hash = hashlib.sha256()
         self._is_within_line = False
 
-    def skip(self, position: Position, run: str) -> None:
+    def skip(self, position: Position, run: str, on_bytes: Callable[[int, int], None] = lambda *_: None) -> None:
         """Passes over what an earlier process made durable; every byte is read, to see that it is the same.
 
         Args:
             position: Where to go on.
             run: What messages call the run that has what lies before.
+            on_bytes: Told after each block how many bytes are passed, and how many that will be.
 
         Raises:
             UsageError: the input is shorter, or another.
@@ -86,6 +87,7 @@ class LiveLines:
                     "truncated, or is another input; give the same one from its beginning, or name another --out"
                 )
             self._pass(block)
+            on_bytes(self._byte, position.byte)
         if self._hash.hexdigest() != position.sha256:
             raise UsageError(
                 f"{self._name}: its first {position.byte:,} bytes are not those that {run} was made of: it was "
