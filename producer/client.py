@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, get_args
@@ -67,6 +68,7 @@ class Producer:
         self._options, self._limits = options or Options(), limits or ShardLimits()
         self._queue = Queue(broker or os.environ.get("NERMILL_BROKER_URL", DEFAULT_BROKER))
         self._stream: Stream | None = None
+        self._opening = threading.Lock()  # of several threads that send first, one opens the stream
 
     def __enter__(self) -> Producer:
         return self
@@ -170,19 +172,20 @@ class Producer:
             self._stream.close()
 
     def _open_stream(self) -> Stream:
-        if self._stream is None or not self._stream.plan.is_open:
-            self._stream = Stream(
-                self._needed_out(),
-                self._queue,
-                model=self._model,
-                options=self._options,
-                limits=self._limits,
-                linger=self._linger,
-                high_water=self._high_water,
-                source="nermill.producer.Producer",
-                priority=self._priority,
-            )
-        return self._stream
+        with self._opening:
+            if self._stream is None or not self._stream.plan.is_open:
+                self._stream = Stream(
+                    self._needed_out(),
+                    self._queue,
+                    model=self._model,
+                    options=self._options,
+                    limits=self._limits,
+                    linger=self._linger,
+                    high_water=self._high_water,
+                    source="nermill.producer.Producer",
+                    priority=self._priority,
+                )
+            return self._stream
 
     def _needed_out(self) -> str:
         if self._out is None:

@@ -64,8 +64,8 @@ def feed(process: subprocess.Popen[str], *texts: str) -> None:
     process.stdin.flush()
 
 
-def the_run(tmp_path: Path) -> RunFolder:
-    [folder] = (tmp_path / "out").glob("run=*")
+def the_run(tmp_path: Path, out: str = "out") -> RunFolder:
+    [folder] = (tmp_path / out).glob("run=*")
     return RunFolder(str(folder))
 
 
@@ -352,6 +352,22 @@ def test_a_closed_stream_takes_no_document(broker, tmp_path):
     stream.close()
     with pytest.raises(UsageError, match="was closed"):
         stream.add(Document("a", text="Ada"))
+
+
+def test_threads_that_send_first_fill_one_stream(broker, tmp_path):
+    with Producer(str(tmp_path), broker=broker) as producer:
+        start = threading.Barrier(8)
+
+        def send() -> None:
+            start.wait()
+            producer.send("Ada")
+
+        threads = [threading.Thread(target=send) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert read_plan(the_run(tmp_path.parent, tmp_path.name)).documents == 8
 
 
 def test_a_document_without_an_id_is_named_by_its_index(broker, serving, tmp_path):
