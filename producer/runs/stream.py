@@ -32,7 +32,7 @@ from nermill.worker.contracts.layout import REJECT_FILE, REPORT_HTML, REPORT_JSO
 from nermill.worker.contracts.plan import Input, Options, Plan, Priority, Shard
 
 HOLD_SECONDS = 6.0
-BACKLOG = 4  # shards that may wait for a slow store before ``add`` waits
+BACKLOG = 4  # shards that may wait for a slow store, and as many for a slow broker, before ``add`` waits
 _WAIT_SECONDS = 0.2  # between two looks at the workers while ``add`` waits for them
 
 OnShard = Callable[[Shard, Position | None], None]
@@ -101,7 +101,7 @@ class Stream:
         self._taken = 0  # documents
         self._shards: list[Shard] = []
         self._unsent: list[Shard] = []
-        self._is_due = False  # whether there are unsent shards that nobody tried to send yet
+        self._untried = 0  # shards that nobody tried to send yet
         self._is_held_back = False  # whether the workers have enough
         self._is_ended = self._is_closing = self._is_written = False
         self.failure: Exception | None = None
@@ -248,7 +248,7 @@ class Stream:
         """Whether ``add`` need not wait: for the store, or for the workers."""
         if self._is_ended or self.failure:
             return True
-        return not self._is_held_back and len(self._full) <= BACKLOG
+        return not self._is_held_back and max(len(self._full), self._untried) <= BACKLOG
 
     def _check(self) -> None:
         if self.failure is not None:
@@ -286,7 +286,7 @@ class Stream:
                 self._full.popleft()
                 self._shards.append(shard)
                 self._unsent.append(shard)
-                self._is_due = True
+                self._untried += 1
                 self._changed.notify_all()
 
     def _next_group(self) -> _Group | None:
@@ -314,19 +314,20 @@ class Stream:
                 self._changed.wait_for(self._has_to_send, max(0.0, until - time.monotonic()))
                 if self._is_written or self.failure:
                     return
-                is_due, self._is_due = self._is_due, False
-            if time.monotonic() - held > HOLD_SECONDS / 3:
-                held, is_due = time.monotonic(), True
+                untried = self._untried
+            if is_hold_due := time.monotonic() - held > HOLD_SECONDS / 3:
+                held = time.monotonic()
                 self._renew()
-            if is_due:
+            if untried or is_hold_due:
                 self._send()
             is_held_back = self._is_above()
             with self._changed:
+                self._untried -= untried
                 self._is_held_back = is_held_back
                 self._changed.notify_all()
 
     def _has_to_send(self) -> bool:
-        return self._is_due or self._is_written or self.failure is not None
+        return self._untried > 0 or self._is_written or self.failure is not None
 
     def _renew(self) -> None:
         """Says that the stream has a producer; makes a broker that lost its memory know the run again."""
@@ -348,7 +349,7 @@ class Stream:
         committed = self.run.committed()
         with self._changed:
             self._unsent = [shard for shard in self._shards if shard.index not in committed]
-            self._is_due = True
+            self._untried += 1
 
     def _send(self) -> bool:
         with self._changed:
