@@ -11,7 +11,8 @@ import tests.doubles.store  # noqa: F401 - makes faulty:// known
 from nermill.producer.runs.run import resume
 from nermill.producer.runs.status import look
 from nermill.worker.contracts.errors import StoreError, UnreachableError
-from nermill.worker.contracts.store import telling
+from nermill.worker.contracts.layout import SUCCESS_FILE
+from nermill.worker.contracts.store import store_errors
 from tests.harness import Harness, Worker, texts
 
 
@@ -58,6 +59,20 @@ def test_a_worker_that_cannot_see_a_run_leaves_it_to_one_that_can(mill: Harness,
     assert name.startswith("nermill-cpu@")
 
 
+def test_a_worker_that_cannot_see_a_run_leaves_its_last_step_too(mill: Harness, stores: tuple[Path, Path]) -> None:
+    mine, other = stores
+    able = worker(mill, mine)
+    able.await_ready()
+    blind = worker(mill, other)
+    blind.await_ready()
+    for number in range(4):  # the last step is either's, by chance
+        run, _ = mill.submit(texts(8 + number), out="faulty://bucket")
+        deadline = time.monotonic() + 60
+        while not run.exists(SUCCESS_FILE):
+            assert time.monotonic() < deadline, mill.logs()
+            time.sleep(0.1)
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
@@ -72,7 +87,7 @@ def test_a_worker_that_cannot_see_a_run_leaves_it_to_one_that_can(mill: Harness,
 def test_what_the_store_raises_is_its_fault_and_defects_of_ours_are_not(
     error: Exception, expected: type[Exception]
 ) -> None:
-    with pytest.raises(expected) as caught, telling("read", "/out/file"):
+    with pytest.raises(expected) as caught, store_errors("read", "/out/file"):
         raise error
     assert type(caught.value) is expected
 

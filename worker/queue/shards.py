@@ -34,7 +34,7 @@ from nermill.worker.contracts.errors import (
     UnreachableError,
     UsageError,
 )
-from nermill.worker.contracts.layout import REJECT_FILE, part_name
+from nermill.worker.contracts.layout import PLAN_FILE, REJECT_FILE, part_name
 from nermill.worker.contracts.ledger import MAX_ATTEMPTS, Claim, Ledger, WorkerProcess
 from nermill.worker.contracts.message import QUEUE, check_run, check_shard, queue_of
 from nermill.worker.contracts.part import mark_complete
@@ -110,6 +110,7 @@ class ShardWorker:
         self._held: dict[tuple[str, str], Claim] = {}
         self._jobs: dict[tuple[str, str], Job] = {}  # windows of the held shards that are on the device or wait for it
         self._received: dict[str, float] = {}  # task id and time of shard messages whose task has not begun
+        self._tagging = 0  # tasks of shards that have begun
         self._feeding = 0  # shards that are being read and tokenized
         self._written = ("", 0.0)  # run and seconds of the last part that this process wrote
         self._faults: dict[tuple[str, str], int] = {}  # of the store, since the shard was last tagged
@@ -157,7 +158,7 @@ class ShardWorker:
         with self._lock:
             limit = time.monotonic() - RECEIVED_SECONDS
             self._received = {name: since for name, since in self._received.items() if since > limit}
-            return len(self._received) + len(self._held)
+            return len(self._received) + self._tagging
 
     # The tasks
 
@@ -177,10 +178,12 @@ class ShardWorker:
             EngineError: the device failed; the process is about to end.
         """
         began = time.monotonic()
-        with ExitStack() as feeding:
+        with ExitStack() as tagging, ExitStack() as feeding:
             with self._lock:
                 self._received.pop(task_id, None)
+                self._tagging += 1
                 self._feeding += 1
+            tagging.callback(self._tagged)
             feeding.callback(self._fed)
             with self.refusals():
                 check_run(run_id, folder)
@@ -212,15 +215,20 @@ class ShardWorker:
                 lambda: self._ledger.lease(run_id, None, self.identity, self._settings.lease_seconds)
             )
         if isinstance(claim, str):
-            return {"state": claim, "reason": _REASONS[claim]}
+            told = self._not_leased(claim, run_id, None)
+            return {"state": told["state"], "reason": told["reason"]}
         with about(run=run_id, attempt=claim.attempts):
             return self._serve(claim, lambda: None)
+
+    def _tagged(self) -> None:
+        with self._lock:
+            self._tagging -= 1
 
     def _fed(self) -> None:
         with self._lock:
             self._feeding -= 1
 
-    def _not_leased(self, state: str, run_id: str, shard: int) -> Outcome:
+    def _not_leased(self, state: str, run_id: str, shard: int | None) -> Outcome:
         if state == "unable":
             self.stopping.wait(min(1.0, self._settings.lease_seconds / 3))  # another worker may receive it meanwhile
         if state in ("unable", "other artifact"):
@@ -308,7 +316,8 @@ class ShardWorker:
 
     def _tag(self, claim: Claim, shard: Shard, on_fed: Callable[[], object]) -> Outcome:
         run = claim.folder
-        if run.exists(part_name(shard.index)):
+        if run.exists(name := part_name(shard.index)):
+            run.sync(name)
             return self._record(claim, parts.read_committed(run, shard.index))
         claimed = time.time()
         table = read_shard(run, shard.index, shard.sha256)
@@ -398,6 +407,8 @@ class ShardWorker:
     def _finish(self, claim: Claim) -> Outcome:
         """Every planned shard has its part, so says so, and evaluates what has gold tags."""
         run = claim.folder
+        if not run.exists(PLAN_FILE):
+            raise UnreachableError(f"{run.path(PLAN_FILE)}: not there, as seen from this worker")
         plan = read_plan(run)
         missing = {shard.index for shard in plan.shards} - run.committed()
         if missing or plan.is_open:
@@ -407,7 +418,7 @@ class ShardWorker:
             self._ledger.quarantine(claim, reason)
             return {"state": "incomplete", "reason": reason}
         mark_complete(run, sorted(shard.index for shard in plan.shards))
-        run.sweep()
+        run.remove_stale_files()
         log.info("run %s is complete", claim.run_id)
         reason = self._evaluate(claim) if plan.has_gold else ""
         self._patiently(lambda: self._ledger.close(claim.run_id, claim))
@@ -456,13 +467,13 @@ class ShardWorker:
     def watch(self, stop: threading.Event) -> None:
         """Ends the process when the device hangs or broke, so that its supervisor starts a new one."""
         while not stop.wait(1.0):
-            if complaint := self.complaint():
-                log.critical("%s; this process ends and is started again", complaint)
+            if problem := self.problem():
+                log.critical("%s; this process ends and is started again", problem)
                 if self.pipeline.broken:  # a document that hangs the device must not go free: its attempt counts
                     self.release_all()
                 os._exit(EXIT_AGAIN)
 
-    def complaint(self) -> str | None:
+    def problem(self) -> str | None:
         """What is wrong with this process, for its health check; a busy device is not wrong."""
         if self.pipeline.broken:
             return str(self.pipeline.broken)
