@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, get_args
@@ -71,6 +72,7 @@ class Producer:
         self._options, self._limits = options or Options(), limits or ShardLimits()
         self._queue = Queue(broker or os.environ.get("NERMILL_BROKER_URL", DEFAULT_BROKER))
         self._stream: Stream | None = None
+        self._opening = threading.Lock()  # of several threads that send first, one opens the stream
 
     def __enter__(self) -> Producer:
         return self
@@ -100,13 +102,10 @@ class Producer:
         Raises:
             StoreError: the output takes no more.
         """
-        stream = self._open_stream()
-        with stream.lock:
-            name = str(stream.documents) if id is None else id
-            kept = None if fields is None else dict(fields)
-            if isinstance(document, str):
-                return stream.add(text_document(name, document, kept))
-            return stream.add(Document(name, words=tuple(document), fields=kept))
+        name, kept = id or "", None if fields is None else dict(fields)
+        if isinstance(document, str):
+            return self._open_stream().add(text_document(name, document, kept))
+        return self._open_stream().add(Document(name, words=tuple(document), fields=kept))
 
     def flush(self) -> None:
         """Makes what was sent durable now, without waiting for full shards."""
@@ -184,19 +183,20 @@ class Producer:
     def _open_stream(self) -> Stream:
         if self._by_value:
             raise UsageError("send writes into the output folder: leave by_value out, or submit files by value")
-        if self._stream is None or not self._stream.plan.is_open:
-            self._stream = Stream(
-                self._needed_out(),
-                self._queue,
-                model=self._model,
-                options=self._options,
-                limits=self._limits,
-                linger=self._linger,
-                high_water=self._high_water,
-                source="nermill.producer.Producer",
-                priority=self._priority,
-            )
-        return self._stream
+        with self._opening:
+            if self._stream is None or not self._stream.plan.is_open:
+                self._stream = Stream(
+                    self._needed_out(),
+                    self._queue,
+                    model=self._model,
+                    options=self._options,
+                    limits=self._limits,
+                    linger=self._linger,
+                    high_water=self._high_water,
+                    source="nermill.producer.Producer",
+                    priority=self._priority,
+                )
+            return self._stream
 
     def _needed_out(self) -> str:
         if self._out is None:

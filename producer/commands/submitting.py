@@ -80,6 +80,15 @@ def plan(
 @takes_request
 def submit(
     request: Request,
+    out: Annotated[
+        str,
+        typer.Option(
+            "--out",
+            metavar="OUT",
+            envvar="NERMILL_OUT",
+            help="Folder or URI that holds runs; this one goes to OUT/run=<id>. With --resume: the one around RUN.",
+        ),
+    ] = "",
     broker: o.Broker = DEFAULT_BROKER,
     high_water: o.HighWater = HIGH_WATER,
     linger: Annotated[
@@ -92,8 +101,29 @@ def submit(
             help="A stream: seconds a document waits at most.",
         ),
     ] = 1.0,
-    ack: Annotated[bool, typer.Option("--ack", help="A stream: print a JSON line for each durable shard.")] = False,
-    follow: Annotated[bool, typer.Option("--follow", help="Tail one growing JSONL file until Ctrl-C.")] = False,
+    ack: Annotated[
+        bool,
+        typer.Option(
+            "--ack",
+            help="A stream: print a JSON line for each shard once it is durable, tagged or not: run_id, index, first, "
+            "documents, and byte and line of the input up to which nothing can be lost any more.",
+        ),
+    ] = False,
+    follow: Annotated[
+        bool,
+        typer.Option(
+            "--follow", help="Tail one growing JSONL file until Ctrl-C; started again, it goes on in its run."
+        ),
+    ] = False,
+    resume: Annotated[
+        str,
+        typer.Option(
+            "--resume",
+            metavar="RUN",
+            help="A stream: go on in RUN. Give the same input from its beginning; what is durable is passed over.",
+            show_default=False,
+        ),
+    ] = "",
     by_value: Annotated[
         bool,
         typer.Option(
@@ -110,13 +140,16 @@ def submit(
 ) -> int:
     """Write a run's plan and send its shards to the workers; the same input again resumes its run.
 
-    With - as the input, JSON lines are tagged as they come, until the end of input or Ctrl-C. With --by-value, files
-    travel through the broker, 1 MiB of compressed documents a shard at most, and status and --wait ask the broker.
+    With - as the input, JSON lines are tagged as they come, until the end of input or Ctrl-C. A stream that was killed
+    goes on behind the last durable line: --follow by itself, - with --resume RUN.
+    With --by-value, files travel through the broker, 1 MiB of compressed documents a shard at most, and status and
+    --wait ask the broker.
     """
     from nermill.producer.entities.view import print_json
     from nermill.producer.runs.planning import find_inputs, make_plan, without_tagged
     from nermill.producer.runs.progress import counted, reading, say
     from nermill.producer.runs.queue import Queue
+    from nermill.producer.sources.files import absolute
 
     is_stream = follow or (request.inputs == ("-",) and request.read.format in (None, "jsonl"))
     if by_value:
@@ -127,6 +160,12 @@ def submit(
         return _by_value(request, Queue(broker), wait=wait, as_json=json)
     if new and is_stream:
         raise UsageError("--new knows files by their content, a stream has none yet; leave it out")
+    if resume and not is_stream:
+        raise UsageError("--resume goes on with a stream: nermill submit - --resume RUN; files: nermill resume RUN")
+    if not resume and not out:
+        raise UsageError("Missing option '--out'. See nermill --help.")
+    if resume and out and absolute(resume).rpartition("/")[0] != absolute(out).rstrip("/"):
+        raise UsageError(f"--resume {resume}: not below --out {out}; leave out --out")
     found = find_inputs(request) if new else None
     if found is not None:
         files = len(found)
@@ -138,7 +177,9 @@ def submit(
             return 0
     queue = Queue(broker)
     if is_stream:
-        return stream(request, queue, linger, high_water, follow=follow, ack=ack, wait=wait, as_json=json)
+        return stream(
+            request, queue, linger, high_water, follow=follow, resume=resume, ack=ack, wait=wait, as_json=json
+        )
     with reading() as on_read:
         folder, plan = make_plan(request, on_read, found)
     say_left_out(plan.details.get("left_out", ()))

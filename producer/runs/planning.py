@@ -141,7 +141,10 @@ def make_plan(
             unit=request.read.unit if any(source.format == "conll" for source in sources) else "document",
             has_gold=reading.has_gold,
             priority=request.priority,
-            details={"left_out": found.left_out} if found.left_out else {},
+            details={
+                **({"left_out": found.left_out} if found.left_out else {}),
+                **({"rejected": reading.rejected} if reading.rejected else {}),
+            },
         )
         plan.write(run)
     return run, plan

@@ -111,10 +111,13 @@ class Queue:
         with self.ledger() as ledger:
             ledger.drop(run_id)
 
-    def hold_stream(self, run_id: str, seconds: float) -> None:
-        """Says that the stream of an open run has a producer, for so long."""
+    def hold_stream(self, run_id: str, holder: str, seconds: float) -> bool:
+        """Says that the stream of an open run has a producer, for so long; False where it has another one."""
+        key, milliseconds = f"{KEY_PREFIX}stream:{run_id}", int(seconds * 1000)
         with self.ledger():
-            self._client.set(f"{KEY_PREFIX}stream:{run_id}", 1, px=int(seconds * 1000))
+            if self._client.set(key, holder, nx=True, px=milliseconds):
+                return True
+            return bool(self._client.get(key) == holder and self._client.pexpire(key, milliseconds))
 
     def leave_stream(self, run_id: str) -> None:
         """Says that it has none any more."""

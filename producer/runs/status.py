@@ -105,6 +105,7 @@ class Status:
                 "waiting": self.progress.waiting,
                 "leased": self.progress.leased,
             },
+            "at_work": {"tokens": self.progress.leased_tokens, "computed": self.progress.leased_computed},
             "documents": {"total": self.total, "ok": self.ok, "rejected": self.rejected},
             "tokens": self.tokens,
             "seconds": round(self.seconds, 3),

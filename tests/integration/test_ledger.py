@@ -114,6 +114,29 @@ def test_a_lease_from_before_the_server_was_emptied_is_worth_nothing(ledger: Led
     assert ledger.renew(heir, LEASE)
 
 
+def test_tokens_that_are_told_with_a_renewal_are_known_as_long_as_the_shard_is_leased(ledger: Ledger) -> None:
+    begin(ledger, 3)
+    queue = Delivery(ledger)
+    claims = [queue.one(now=0), queue.one(now=0), queue.one(now=0)]
+
+    def known() -> tuple[int, int]:
+        progress = ledger.progress("r")
+        return progress.leased_computed, progress.leased_tokens
+
+    assert known() == (0, 0)
+    for claim, tokens in zip(claims, [(10, 100), (20, 200), (30, 300)], strict=True):
+        ledger.renew(claim, LEASE, 0, tokens=tokens)
+    assert known() == (60, 600)
+    ledger.renew(claims[0], LEASE, 0, tokens=(90, 100))
+    ledger.renew(claims[1], LEASE, 0)  # what it told before stays
+    assert known() == (140, 600)
+    complete(ledger, claims[0])
+    ledger.release(claims[1])
+    assert known() == (30, 300)
+    ledger.expire(now=LEASE + 1)
+    assert known() == (0, 0)
+
+
 def test_adding_again_changes_nothing(ledger: Ledger) -> None:
     begin(ledger, 3)
     queue = Delivery(ledger)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -165,3 +166,28 @@ def test_rejects_are_tried_again_once_the_cause_is_gone(mill: Harness) -> None:
     assert [row["doc_id"] for row in read_rejects(run, plan)] == ["d40"]
     assert [row["doc_id"] for row in rows(run)] == [f"d{n}" for n in range(96)]
     assert retry(run, plan, mill.queue()) == (0, 1)
+
+
+def test_the_tokens_of_a_single_huge_document_show_how_far_it_is(mill: Harness) -> None:
+    """``--wait`` says so every ten seconds; ``status`` at any time."""
+    mill.worker(FAULT_BATCH_SECONDS="0.3").await_ready()
+    seen: list[tuple[int, int]] = []
+
+    def look_again() -> bool:
+        _, told = ask(mill, "status", run)
+        seen.append((told["at_work"]["computed"], told["at_work"]["tokens"]))
+        return len({computed for computed, total in seen if total}) >= 3
+
+    with mill.submitting(["Ada met Bob. " * 10_000]) as process:
+        log = mill.folder / "producer.log"
+        mill.until(lambda: any(mill.out.glob("run=*/_plan.json")))
+        run = RunFolder(str(next(mill.out.glob("run=*"))))
+        mill.until(look_again)
+        out, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, log.read_text()
+    totals = {total for _, total in seen if total}
+    assert len(totals) == 1
+    assert 0 <= seen[-1][0] <= totals.pop()
+    assert [computed for computed, _ in seen] == sorted(computed for computed, _ in seen)
+    assert re.search(r"0/1 documents, the first are at work: [1-9][\d,]* of [\d,]+ tokens", log.read_text())
+    assert json.loads(out)["at_work"] == {"tokens": 0, "computed": 0}

@@ -10,6 +10,7 @@
 --   :shards      hash: documents, first document and sha256 of each shard
 --   :sent        hash: the message set that holds a shard whose message was sent and which no worker began
 --   :leases      hash: lease id of each leased shard
+--   :tokens      hash: tokens computed and all tokens of each leased shard, as its worker told when it renewed the lease
 --   :attempts    hash: how often a shard was leased
 --   :results     hash: counts of each recorded shard
 --   :trial       hash: the trial that a shard's worker is about to make (see worker/queue/poison.py)
@@ -30,8 +31,8 @@ local MOVES = {{MOVES}} -- allowed transitions of a run's state; filled in from 
 local FINISH = 'finish' -- in the place of a shard's number: the run's last step, leased like a shard
 local COMMON = 'nermill'
 local PRIORITIES = {'3', '6', '9'} -- high, normal, low; Redis serves the smaller number first
-local PARTS = {false, 'pending', 'since', 'shards', 'sent', 'leases', 'attempts', 'results', 'trial', 'strikes', 'unable', 'quarantined',
-  'documents'}
+local PARTS = {false, 'pending', 'since', 'shards', 'sent', 'leases', 'tokens', 'attempts', 'results', 'trial', 'strikes', 'unable',
+  'quarantined', 'documents'}
 local FORGET_SECONDS = 7 * 86400 -- a run that nobody touches for so long is forgotten
 
 local function key(run, part) return prefix .. 'run:' .. run .. (part and ':' .. part or '') end
@@ -93,6 +94,7 @@ end
 
 local function unlease(run, shard)
   redis.call('HDEL', key(run, 'leases'), shard)
+  redis.call('HDEL', key(run, 'tokens'), shard)
   redis.call('ZREM', prefix .. 'leases', join(run, shard))
 end
 
@@ -176,6 +178,10 @@ function step.open(run, to, artifact, priority, ...)
     return redis.error_reply('run ' .. run .. ' cannot go from ' .. state(run) .. ' to ' .. to)
   end
   leave(run)
+  if to == 'open' then -- the last step of a stream that goes on is not due any more
+    unsend(run, FINISH)
+    redis.call('ZREM', key(run, 'pending'), FINISH)
+  end
   redis.call('HSET', key(run), 'priority', priority, ...)
   redis.call('HDEL', key(run), 'blocked', 'last_error')
   redis.call('DEL', key(run, 'unable'), key(run, 'quarantined'))
@@ -318,6 +324,7 @@ function step.lease(run, shard, lease, worker, artifact, milliseconds, now)
   redis.call('HDEL', key(run, 'since'), shard)
   redis.call('HSETNX', key(run), 'started', now)
   redis.call('HSET', key(run, 'leases'), shard, lease)
+  redis.call('HDEL', key(run, 'tokens'), shard)
   redis.call('ZADD', prefix .. 'leases', now + milliseconds, join(run, shard))
   local attempts = redis.call('HINCRBY', key(run, 'attempts'), shard, 1)
   if attempts > 1 then count(run, 'redeliveries', 1) end
@@ -332,8 +339,9 @@ function step.lease(run, shard, lease, worker, artifact, milliseconds, now)
   return {'leased', attempts, math.max(0, clock() - since), get(run, 'uri'), get(run, 'options'), spec, packed}
 end
 
-function step.renew(run, shard, lease, milliseconds, now)
+function step.renew(run, shard, lease, milliseconds, tokens, now)
   if not holds(run, shard, lease) then return 0 end
+  if tokens ~= '' then redis.call('HSET', key(run, 'tokens'), shard, tokens) end
   redis.call('ZADD', prefix .. 'leases', clock(now) + milliseconds, join(run, shard))
   return 1
 end

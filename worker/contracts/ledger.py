@@ -48,8 +48,8 @@ class RunState(str, Enum):
 TRANSITIONS: dict[RunState, tuple[RunState, ...]] = {
     RunState.OPEN: (RunState.CLOSED, RunState.CANCELLED),
     RunState.CLOSED: (RunState.OPEN, RunState.FINISHING, RunState.CANCELLED),
-    RunState.FINISHING: (RunState.CLOSED, RunState.FINISHED, RunState.CANCELLED),
-    RunState.FINISHED: (RunState.CLOSED,),
+    RunState.FINISHING: (RunState.OPEN, RunState.CLOSED, RunState.FINISHED, RunState.CANCELLED),
+    RunState.FINISHED: (RunState.OPEN, RunState.CLOSED),
     RunState.CANCELLED: (RunState.OPEN, RunState.CLOSED),
 }
 
@@ -68,6 +68,7 @@ class RedisClient(Protocol):
     def register_script(self, script: str) -> Any: ...
     def hgetall(self, name: str) -> Any: ...
     def hget(self, name: str, key: str) -> Any: ...
+    def hvals(self, name: str) -> Any: ...
     def hkeys(self, name: str) -> Any: ...
     def hlen(self, name: str) -> Any: ...
     def zcard(self, name: str) -> Any: ...
@@ -130,6 +131,8 @@ class Progress:
         pending: Shards without a message.
         sent: Shards whose message was sent and which no worker began.
         leased: Shards that a worker holds.
+        leased_tokens: Their tokens, of those shards whose worker renewed its lease since it tokenized them.
+        leased_computed: How many of those are computed.
         blocked: Whether the run is not served until it is sent again; ``last_error`` says why.
         quarantined: Shards that are not served until they are sent again; ``last_error`` is the last one's reason.
         scores: Of a run by value that was evaluated, as JSON.
@@ -150,6 +153,8 @@ class Progress:
     leased: int = 0
     done: int = 0
     planned: int = 0
+    leased_tokens: int = 0
+    leased_computed: int = 0
     started: float = 0.0
     finished: float = 0.0
     artifact: str = ""
@@ -293,9 +298,16 @@ class Ledger:
             self.step("quarantine", run_id, number, reason)
             raise MessageError(reason) from None
 
-    def renew(self, claim: Claim, lease_seconds: float, now: float | None = None) -> bool:
-        """Extends a lease; False where another worker holds the shard."""
-        return bool(self.step("renew", *lease_of(claim), _ms(lease_seconds), _now(now)))
+    def renew(
+        self, claim: Claim, lease_seconds: float, now: float | None = None, *, tokens: tuple[int, int] | None = None
+    ) -> bool:
+        """Extends a lease; False where another worker holds the shard.
+
+        Args:
+            tokens: Tokens of the shard that are computed, and all of them; for people, as long as the shard is leased.
+        """
+        told = "" if tokens is None else "{} {}".format(*tokens)
+        return bool(self.step("renew", *lease_of(claim), _ms(lease_seconds), told, _now(now)))
 
     def probe(self, claim: Claim, trial: str | None) -> bool:
         """Notes which trial of the shard is about to begin, or that none is, so that a crash is attributed to it.
@@ -405,8 +417,11 @@ class Ledger:
             name: int(header.get(name, 0))
             for name in ("submitted", "ok", "rejected", "tokens", "computed", "redeliveries", "duplicates", "blocked")
         }
+        leased_tokens = [str(told).split() for told in self.client.hvals(self.key(run_id, "tokens"))]
         return Progress(
             **numbers,
+            leased_computed=sum(int(done) for done, _ in leased_tokens),
+            leased_tokens=sum(int(total) for _, total in leased_tokens),
             state=header.get("state", "unknown"),
             pending=int(self.client.zcard(self.key(run_id, "pending"))),
             sent=int(self.client.hlen(self.key(run_id, "sent"))),

@@ -50,6 +50,7 @@ from nermill.worker.queue import by_value
 from nermill.worker.queue.poison import Isolation, annotate_in_trials
 from nermill.worker.tagging import parts
 from nermill.worker.tagging.pipeline import Annotated, Pipeline
+from nermill.worker.tagging.pool import Job
 
 log = logging.getLogger("nermill.worker")
 
@@ -111,6 +112,7 @@ class ShardWorker:
         self._dispatcher = dispatcher
         self._settings = settings
         self._held: dict[tuple[str, str], Claim] = {}
+        self._jobs: dict[tuple[str, str], Job] = {}  # windows of the held shards that are on the device or wait for it
         self._received: dict[str, float] = {}  # task id and time of shard messages whose task has not begun
         self._tagging = 0  # tasks of shards that have begun
         self._feeding = 0  # shards that are being read and tokenized
@@ -275,6 +277,7 @@ class ShardWorker:
             self._note_defect()
             raise
         finally:
+            self._jobs.pop(key, None)
             if self._held.get(key) is claim:  # else its lease ran out, and another of our threads has it
                 del self._held[key]
 
@@ -387,9 +390,13 @@ class ShardWorker:
         }
 
     def _annotate(self, claim: Claim, shard: Shard, table: pa.Table, on_fed: Callable[[], object]) -> Annotated:
+        def note(job: Job) -> None:
+            self._jobs[claim.run_id, claim.key] = job
+            on_fed()
+
         if claim.attempts <= MAX_ATTEMPTS:
             with self.isolation.shared():
-                return self.pipeline.annotate(table, claim.options, shard.first, on_fed)
+                return self.pipeline.annotate(table, claim.options, shard.first, note)
         with self.isolation.exclusive():
             return annotate_in_trials(self.pipeline, self._ledger, claim, shard, table)
 
@@ -456,7 +463,9 @@ class ShardWorker:
             try:
                 self._ledger.register(self.identity, 3 * pause)
                 for claim in self.held:
-                    self._ledger.renew(claim, self._settings.lease_seconds)
+                    job = self._jobs.get((claim.run_id, claim.key))
+                    tokens = None if job is None else (job.tokens_done, len(job.tokens.ids))
+                    self._ledger.renew(claim, self._settings.lease_seconds, tokens=tokens)
                 recovered = self._dispatcher.recover(pause)
                 self.metrics.ledger(recovered, *self._ledger.load())
             except (RedisError, OperationalError, OSError) as error:

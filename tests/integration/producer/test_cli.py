@@ -531,6 +531,17 @@ def test_labels_that_gold_and_model_do_not_share_are_explained(nermill, broker, 
     assert (code, report["f1"], report["labels"]["gold"]["mapped"]) == (0, 1.0, {"person": 1})
 
 
+def test_documents_that_are_known_to_be_rejected_show_in_the_exit_code_before_they_are_tagged(
+    nermill, broker, tmp_path
+):
+    path = tmp_path / "two.jsonl"
+    path.write_text('{"text": "Ada"}\n{"text": ""}\n')
+    for _ in range(2):  # planned, then found again
+        code, out, err = nermill("submit", path, "--out", tmp_path / "out", "--broker", broker, "--json")
+        assert (code, json.loads(out)["documents"]["rejected"]) == (3, 0)
+        assert f"1 document rejected as unreadable: nermill rejects {json.loads(out)['run']}" in err
+
+
 def test_what_is_left_out_and_rejected_is_said(nermill, broker, tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
