@@ -167,7 +167,7 @@ class TestConll:
         documents = read(path)
         assert faults(documents) == [None, None, "malformed", None]
         assert documents[2].fault.message.startswith(f"{path}{message}")
-        refused(f"{path}{message}.*: --on-error reject", path, on_error="fail")
+        refused(f"{path}{message}.* --on-error reject", path, on_error="fail")
 
     def test_no_column_of_tags_is_named(self, write):
         refused(":1: 3 columns, and none holds tags", write("a.conll", "EU NNP NP\n"))
