@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 from nermill.producer.sources import ReadOptions, Unit, open_sources
 from nermill.worker.contracts.manifest import TOKENIZER_FILE, load_manifest, resolve_artifact
 from nermill.worker.contracts.plan import Options
-from nermill.worker.tagging.windows import split_into_windows, tokenize
+from nermill.worker.tagging.tokens import tokenize
+from nermill.worker.tagging.windows import split_into_windows
 
 ROOT = Path(__file__).parents[2]
 CONLL = ROOT.parent / "shared" / "data" / "conll2003" / "valid.txt"

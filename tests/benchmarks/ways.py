@@ -152,7 +152,8 @@ def engine(form: str) -> Way:
         from nermill.worker.engine import load_engine
         from nermill.worker.tagging.batching import place
         from nermill.worker.tagging.pool import Job, Work, build_batch
-        from nermill.worker.tagging.windows import split_into_windows, tokenize
+        from nermill.worker.tagging.tokens import tokenize
+        from nermill.worker.tagging.windows import split_into_windows
 
         artifact = getattr(models, form)
         runner = load_engine(artifact)

@@ -28,7 +28,8 @@ from nermill.worker.contracts.shard import shard_table
 from nermill.worker.engine import Batch
 from nermill.worker.tagging.pipeline import Pipeline, Tagger
 from nermill.worker.tagging.pool import Job, Pool, build_batch
-from nermill.worker.tagging.windows import SPECIAL_TOKENS, Tokens, Windows, split_into_windows
+from nermill.worker.tagging.tokens import Tokens
+from nermill.worker.tagging.windows import SPECIAL_TOKENS, Windows, split_into_windows
 from tests.doubles.engine import HashEngine, manifest
 
 PIECES = st.sampled_from(
@@ -262,7 +263,7 @@ def test_a_shape_costs_what_the_device_took_for_it() -> None:
     lengths = np.full(8, 64)
     nothing = np.zeros(8, np.int64)
     windows = Windows(np.arange(8), nothing, lengths - SPECIAL_TOKENS, nothing, nothing)
-    tokens = Tokens(np.zeros(62, np.int64), np.zeros(9, np.int64), np.zeros(62, np.int64), ())
+    tokens = Tokens(*(np.zeros(size, np.int64) for size in (62, 9, 62, 62, 62)))
     for seconds, rows in [((1.0, 2.0), 8), ((0.1, 2.0), 1)]:
         pool = Pool(manifest(shapes))
         for shape, measured in zip(shapes, seconds, strict=True):
@@ -275,7 +276,7 @@ def test_a_shape_costs_what_the_device_took_for_it() -> None:
 
 def test_the_device_has_spare_capacity_until_half_a_second_of_work_waits() -> None:
     nothing, bounds = np.zeros(62, np.int64), np.array([0, 62])
-    tokens, windows = Tokens(nothing, bounds, nothing, ()), split_into_windows(bounds, 64, 0)
+    tokens, windows = Tokens(nothing, bounds, nothing, nothing, nothing), split_into_windows(bounds, 64, 0)
     for tokens_per_second, jobs in [(10, 2), (1_280, 10), (1e9, 64)]:
         pool = Pool(manifest(token_budget=64))
         pool.record_duration((1, 64), round(tokens_per_second / 10), 0.1)

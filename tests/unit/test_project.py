@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -233,3 +235,22 @@ def test_make_says_which_python_it_lacks(root: Path, tmp_path: Path, target: str
     assert answer.returncode == 2
     assert "no Python >= 3.11 with venv found at /nowhere/python" in answer.stderr
     assert not list(tmp_path.glob(".venv*"))
+
+
+def test_the_version_is_the_same_everywhere(root: Path, project: dict) -> None:
+    citation = yaml.safe_load((root / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == project["version"]
+    assert project["version"] in (root / "CHANGELOG.md").read_text("utf-8")
+
+
+def test_workflows_and_hooks_name_what_the_makefile_has(root: Path, project: dict) -> None:
+    targets = set(re.findall(r"^([\w-]+):", (root / "Makefile").read_text("utf-8"), re.MULTILINE))
+    ci = yaml.safe_load((root / ".github/workflows/ci.yml").read_text("utf-8"))
+    assert set(ci["jobs"]["tests"]["strategy"]["matrix"]["python"]) == set(PYTHONS)
+    for step in ci["jobs"]["tests"]["steps"]:
+        if (run := step.get("run", "")).startswith("make "):
+            assert {word for word in shlex.split(run)[1:] if "=" not in word} <= targets
+    release = yaml.safe_load((root / ".github/workflows/release.yml").read_text("utf-8"))
+    assert release["jobs"]["publish"]["needs"] == "build"
+    hooks = yaml.safe_load((root / ".pre-commit-config.yaml").read_text("utf-8"))["repos"][0]["hooks"]
+    assert {hook["id"] for hook in hooks} >= {"ruff", "mypy", "import-linter", "documentation"}

@@ -36,7 +36,8 @@ from nermill.worker.tagging.table import (
     rename_gold_labels,
     taggable_documents,
 )
-from nermill.worker.tagging.windows import Tokens, split_into_windows, tokenize
+from nermill.worker.tagging.tokens import CachedTokenizer, Tokens
+from nermill.worker.tagging.windows import split_into_windows
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -103,7 +104,7 @@ class Pipeline:
         self.engine = engine
         self.manifest = manifest or engine.manifest
         self.labels = decode.ModelLabels(self.manifest.labels)
-        self._tokenizer = tokenizer
+        self._tokenizer = CachedTokenizer(tokenizer)
         self._pool = Pool(self.manifest)
         self._busy_since: dict[int, float] = {}
         self._last_done = 0.0  # time.monotonic() when a call of the engine last ended
@@ -182,7 +183,7 @@ class Pipeline:
         self.manifest.check_overlap(options.overlap)
         documents, faults = taggable_documents(table, options)
         started = time.monotonic()
-        tokens = tokenize(self._tokenizer, documents.tokenizable, split=documents.split)
+        tokens = self._tokenizer.tokenize(documents.tokenizable, split=documents.split)
         job = self._job(tokens, options)
         tokenized = time.monotonic()
         self._pool.put(job, first=urgent or len(job.windows) <= FEW_WINDOWS)

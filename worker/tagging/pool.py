@@ -18,7 +18,8 @@ from nermill.worker.contracts.errors import EngineError
 from nermill.worker.contracts.manifest import Manifest
 from nermill.worker.engine import Batch
 from nermill.worker.tagging.batching import Placement, Shape, cost, place, spread
-from nermill.worker.tagging.windows import Tokens, Windows, concatenate
+from nermill.worker.tagging.tokens import Tokens
+from nermill.worker.tagging.windows import Windows, concatenate
 
 Int = NDArray[np.int64]
 

@@ -17,7 +17,7 @@ from nermill.worker.contracts.labels import LabelChoice
 from nermill.worker.contracts.plan import Options
 from nermill.worker.contracts.schema import ENTITY, part_schema
 from nermill.worker.tagging.decode import ModelLabels, Spans, Units, tag_numbers
-from nermill.worker.tagging.windows import Tokens
+from nermill.worker.tagging.tokens import Tokens
 
 Int = NDArray[np.int64]
 
@@ -185,12 +185,7 @@ def _entities(
 
 def _token_extents(tokens: Tokens, units: Units, spans: Spans) -> tuple[list[int], list[int]]:
     """First and past-the-last code point of each span, from the tokenizer's offsets."""
-    first = (units.first[spans.first] - tokens.bounds[spans.document]).tolist()
-    last = (units.last[spans.last] - tokens.bounds[spans.document]).tolist()
-    found = [tokens.encodings[document] for document in spans.document.tolist()]
-    start = [encoding.token_to_chars(token)[0] for encoding, token in zip(found, first, strict=True)]
-    end = [encoding.token_to_chars(token)[1] for encoding, token in zip(found, last, strict=True)]
-    return start, end
+    return tokens.start[units.first[spans.first]].tolist(), tokens.end[units.last[spans.last]].tolist()
 
 
 def _word_extents(documents: TaggableDocuments, units: Units, spans: Spans) -> tuple[list[int], list[int]]:

@@ -2,42 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from tokenizers import Encoding, Tokenizer
-
 SPECIAL_TOKENS = 2  # a window is [CLS] content [SEP]
 
 Int = NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """The tokens of many documents, concatenated, without special tokens.
-
-    Attributes:
-        ids: Token ids, int64, shape (tokens,).
-        bounds: First token of each document, and the number of tokens, int64, shape (documents + 1,).
-        words: Number of each token's word within its document, int64, shape (tokens,).
-        encodings: The tokenizer's encoding of each document, for character offsets.
-    """
-
-    ids: Int
-    bounds: Int
-    words: Int
-    encodings: Sequence[Encoding]
-
-    @property
-    def counts(self) -> Int:
-        """Number of tokens of each document, int64, shape (documents,)."""
-        return np.diff(self.bounds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,23 +57,6 @@ class Windows:
 def concatenate(*parts: Windows) -> Windows:
     """All windows in one object; the ranges are not changed."""
     return Windows(*map(np.concatenate, zip(*(part.columns for part in parts), strict=True)))
-
-
-def tokenize(tokenizer: Tokenizer, documents: Sequence[str] | Sequence[Sequence[str]], *, split: bool) -> Tokens:
-    """Tokenizes documents.
-
-    Args:
-        tokenizer: The artifact's tokenizer.
-        documents: Texts, or lists of words where ``split``.
-        split: Whether documents are lists of words.
-    """
-    encodings = tokenizer.encode_batch(documents, is_pretokenized=split, add_special_tokens=False)
-    counts = np.fromiter(map(len, encodings), np.int64, len(encodings))
-    bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-    total = int(bounds[-1])
-    ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int64, total)
-    words = np.fromiter(chain.from_iterable(e.word_ids for e in encodings), np.int64, total)
-    return Tokens(ids, bounds, words, encodings)
 
 
 def split_into_windows(bounds: Int, max_length: int, overlap: int) -> Windows:
