@@ -79,6 +79,7 @@ def send(run: RunFolder, plan: Plan, queue: Queue, high_water: int = HIGH_WATER,
     committed = run.committed()
     missing = [shard for shard in plan.shards if shard.index not in committed]
     _check_documents(run, missing)
+    run.sync(PLAN_FILE)
     with queue.ledger() as ledger:
         done = ledger.done(plan.run_id)
         if plan.details.get("compacted") and done - {shard.index for shard in plan.shards}:

@@ -323,6 +323,36 @@ def test_an_entry_that_does_not_fit_is_quarantined_until_it_is_sent_again(
     assert index_of(Delivery(ledger).one()) == 0
 
 
+def test_a_late_worker_does_not_hold_up_a_run_that_was_lost_with_the_servers_memory(ledger: Ledger) -> None:
+    begin(ledger, 3)
+    (message,) = due(ledger)
+    claim = ledger.lease("r", message.shard, worker(), LEASE)
+    assert isinstance(claim, Claim)
+    ledger.drop("r")
+    begin(ledger, 3)
+    assert [message.shard for message in due(ledger)] == [0], "one at a time, until a worker binds the run"
+    ledger.complete(claim, "w", ok=10, rejected=0, tokens=1, computed=1)
+    assert [message.shard for message in due(ledger)] == [1]
+
+
+def test_the_last_step_is_left_to_workers_that_can_read_the_folder(ledger: Ledger) -> None:
+    begin(ledger, 1, artifact=ART)
+    able, blind = worker(name="able"), worker(name="blind")
+    for process in (able, blind):
+        ledger.register(process, 3600)
+    claim = Delivery(ledger).one()
+    ledger.complete(claim, "able", ok=10, rejected=0, tokens=1, computed=1)
+    assert [message.shard for message in due(ledger)] == [None]
+    finish = ledger.lease("r", None, blind, LEASE)
+    assert isinstance(finish, Claim)
+    ledger.release(finish, "/out: not there")
+    assert not ledger.unable("r", "blind", "blind: /out: not there")
+    assert [message.shard for message in due(ledger)] == [None]
+    assert ledger.lease("r", None, blind, LEASE) == "unable"
+    assert [message.shard for message in due(ledger)] == [None], "it waits for a message again"
+    assert isinstance(ledger.lease("r", None, able, LEASE), Claim)
+
+
 def test_a_run_that_no_live_worker_can_read_is_blocked(ledger: Ledger) -> None:
     begin(ledger, 1, artifact=ART)
     able, blind = worker(name="able"), worker(name="blind")

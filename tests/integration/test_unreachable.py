@@ -11,6 +11,7 @@ import tests.doubles.store  # noqa: F401 - makes faulty:// known
 from nermill.producer.runs.run import resume
 from nermill.producer.runs.status import look
 from nermill.worker.contracts.errors import StoreError, UnreachableError
+from nermill.worker.contracts.layout import SUCCESS_FILE
 from nermill.worker.contracts.store import store_errors
 from tests.harness import Harness, Worker, texts
 
@@ -56,6 +57,20 @@ def test_a_worker_that_cannot_see_a_run_leaves_it_to_one_that_can(fleet: Harness
     assert status.ok == 600
     (name,) = status.workers
     assert name.startswith("nermill-cpu@")
+
+
+def test_a_worker_that_cannot_see_a_run_leaves_its_last_step_too(mill: Harness, stores: tuple[Path, Path]) -> None:
+    mine, other = stores
+    able = worker(mill, mine)
+    able.await_ready()
+    blind = worker(mill, other)
+    blind.await_ready()
+    for number in range(4):  # the last step is either's, by chance
+        run, _ = mill.submit(texts(8 + number), out="faulty://bucket")
+        deadline = time.monotonic() + 60
+        while not run.exists(SUCCESS_FILE):
+            assert time.monotonic() < deadline, mill.logs()
+            time.sleep(0.1)
 
 
 @pytest.mark.parametrize(

@@ -197,3 +197,61 @@ def test_a_disk_without_hard_links_is_looked_at_first(tmp_path: Path, monkeypatc
     assert not run.write("part", b"second", exclusive=True)
     assert run.read("part") == b"first"
     assert run.list() == ["part"]
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is synced, in order."""
+    paths: list[str] = []
+    fsync = os.fsync
+
+    def recording(descriptor: int) -> None:
+        paths.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recording)
+    return paths
+
+
+def test_a_new_folder_is_synced_in_the_one_around_it(tmp_path: Path, synced: list[str]) -> None:
+    run = RunFolder(str(tmp_path / "out" / "run=r"))
+    run.write("_shards/shard", b"documents")
+    folders = [path for path in synced if os.path.isdir(path)]
+    assert folders == [str(tmp_path.parent), str(tmp_path), f"{tmp_path}/out", run.uri, run.path("_shards")]
+    synced.clear()
+    run.write("_shards/another", b"documents")
+    assert [path for path in synced if os.path.isdir(path)] == [run.path("_shards")]
+
+
+def test_a_folder_whose_maker_may_have_died_is_synced_again(tmp_path: Path, synced: list[str]) -> None:
+    run = RunFolder(str(tmp_path / "run=r"))
+    (tmp_path / "run=r").mkdir()
+    run.write("part", b"")
+    assert [path for path in synced if os.path.isdir(path)] == [str(tmp_path), run.uri]
+
+
+def test_a_file_that_is_there_is_synced_on_demand(tmp_path: Path, synced: list[str]) -> None:
+    (tmp_path / "part").touch()
+    RunFolder(str(tmp_path)).sync("part")
+    assert synced == [str(tmp_path)]
+    RunFolder("memory://run").sync("part")
+    assert synced == [str(tmp_path)]
+
+
+def test_a_disk_that_does_not_answer_is_no_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunFolder(str(tmp_path))
+    (tmp_path / "part").touch()
+    assert run.exists("part")
+    assert not run.exists("missing")
+    assert not run.exists("part/below")
+
+    stat = os.stat
+
+    def broken(path: Any, **options: Any) -> os.stat_result:
+        if str(path) == run.path("part"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", broken)
+    with pytest.raises(StoreError, match=r"part: cannot look at it \(Input/output error\)"):
+        run.exists("part")

@@ -110,6 +110,12 @@ class RunFolder:
         with store_errors("look at", path):
             return self._place[0].exists(path)
 
+    def sync(self, name: str) -> None:
+        """Makes sure that a file which is there survives the host's failure: its writer may have died too early."""
+        path = self.path(name)
+        with store_errors("sync", path):
+            self._place[0].sync(path)
+
     def remove(self, name: str) -> None:
         """Removes a file; a missing file is no error."""
         path = self.path(name)

@@ -93,6 +93,14 @@ local function unlease(run, shard)
   redis.call('ZREM', prefix .. 'leases', join(run, shard))
 end
 
+-- gives a run its turn again whose only message is not waited for any more: see promote, of runs without an artifact
+local function go_on(run)
+  local finish = redis.call('ZSCORE', key(run, 'pending'), FINISH) and 1 or 0
+  if redis.call('HEXISTS', key(run), 'blocked') == 0 and redis.call('ZCARD', key(run, 'pending')) > finish then
+    enroll(run, queue_of(run), get(run, 'priority'))
+  end
+end
+
 -- a shard waits for a message, unless the run was cancelled or the shard is recorded; answers 1 where it is new there
 local function wait(run, shard)
   local now = state(run)
@@ -216,16 +224,14 @@ function step.lease(run, shard, lease, worker, artifact, milliseconds, now)
   if redis.call('HEXISTS', key(run), 'blocked') == 1 then return {'blocked'} end
   if redis.call('HEXISTS', key(run, 'quarantined'), shard) == 1 then return {'quarantined'} end
   local bound = get(run, 'artifact')
-  if shard ~= FINISH then
-    if bound ~= '' and bound ~= artifact then
-      wait(run, shard)
-      return {'other artifact'}
-    end
-    local entry = redis.call('HGET', key(run, 'unable'), worker)
-    if entry and tonumber(entry:match('^%d+')) > now then
-      wait(run, shard)
-      return {'unable'}
-    end
+  if shard ~= FINISH and bound ~= '' and bound ~= artifact then
+    wait(run, shard)
+    return {'other artifact'}
+  end
+  local entry = redis.call('HGET', key(run, 'unable'), worker)
+  if entry and tonumber(entry:match('^%d+')) > now then
+    wait(run, shard)
+    return {'unable'}
   end
   if bound == '' and shard ~= FINISH then
     leave(run)
@@ -298,6 +304,7 @@ function step.quarantine(run, shard, last_error)
   unsend(run, shard)
   redis.call('ZREM', key(run, 'pending'), shard)
   redis.call('HDEL', key(run, 'since'), shard)
+  go_on(run)
   return 1
 end
 
@@ -323,6 +330,7 @@ function step.complete(run, shard, lease, worker, ok, rejected, tokens, computed
   else
     count(run, 'duplicates', 1)
   end
+  go_on(run)
   return {newly, finish_when_done(run)}
 end
 

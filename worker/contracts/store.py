@@ -42,6 +42,9 @@ class Store(Protocol):
         """Writes a file that does not exist yet; returns False, and changes nothing, where it exists."""
 
     def exists(self, path: str) -> bool: ...
+    def sync(self, path: str) -> None:
+        """Makes sure that a file which is there stays there, whatever its writer still did."""
+
     def remove(self, path: str) -> None:
         """Removes a file; a missing file is no error."""
 
@@ -106,7 +109,14 @@ class Disk:
         return True
 
     def exists(self, path: str) -> bool:
-        return os.path.exists(path)
+        try:
+            os.stat(path)  # os.path.exists says of a disk that does not answer that the file is not there
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    def sync(self, path: str) -> None:
+        _sync_folder(os.path.dirname(path))
 
     def remove(self, path: str) -> None:
         with suppress(FileNotFoundError):
@@ -156,6 +166,9 @@ class ObjectStore:
     def exists(self, path: str) -> bool:
         self._fs.invalidate_cache(path)
         return self._call(lambda: bool(self._fs.exists(path)))
+
+    def sync(self, path: str) -> None:
+        """A put lasts once it is answered, and shows nothing before."""
 
     def remove(self, path: str) -> None:
         with suppress(FileNotFoundError):
@@ -209,7 +222,7 @@ def _temporary_file(path: str, data: bytes) -> Iterator[str]:
         Path of the temporary file.
     """
     folder, base = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
+    _make_folder(folder)
     temporary = f"{folder}/.{base}.{uuid.uuid4().hex}"
     try:
         with open(temporary, "xb") as stream:
@@ -221,6 +234,25 @@ def _temporary_file(path: str, data: bytes) -> Iterator[str]:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
     _sync_folder(folder)
+
+
+def _make_folder(folder: str) -> None:
+    """Makes a folder that is missing, and those around it; each is synced in the one around it before it is used.
+
+    So one that is not empty was synced. An empty one may be of a process that was killed before it could sync it.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            if next(entries, None) is not None:
+                return
+    except NotADirectoryError:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), folder) from None
+    except FileNotFoundError:
+        _make_folder(os.path.dirname(folder))
+        with suppress(FileExistsError):
+            os.mkdir(folder)
+    with suppress(PermissionError):  # of a folder that may not be listed
+        _sync_folder(os.path.dirname(folder))
 
 
 def _sync_folder(folder: str) -> None:

@@ -34,7 +34,7 @@ from nermill.worker.contracts.errors import (
     UnreachableError,
     UsageError,
 )
-from nermill.worker.contracts.layout import REJECT_FILE, part_name
+from nermill.worker.contracts.layout import PLAN_FILE, REJECT_FILE, part_name
 from nermill.worker.contracts.ledger import MAX_ATTEMPTS, Claim, Ledger, WorkerProcess
 from nermill.worker.contracts.message import QUEUE, check_run, check_shard, queue_of
 from nermill.worker.contracts.part import mark_complete
@@ -108,6 +108,7 @@ class ShardWorker:
         self._settings = settings
         self._held: dict[tuple[str, str], Claim] = {}
         self._received: dict[str, float] = {}  # task id and time of shard messages whose task has not begun
+        self._tagging = 0  # tasks of shards that have begun
         self._feeding = 0  # shards that are being read and tokenized
         self._written = ("", 0.0)  # run and seconds of the last part that this process wrote
         self._faults: dict[tuple[str, str], int] = {}  # of the store, since the shard was last tagged
@@ -155,7 +156,7 @@ class ShardWorker:
         with self._lock:
             limit = time.monotonic() - RECEIVED_SECONDS
             self._received = {name: since for name, since in self._received.items() if since > limit}
-            return len(self._received) + len(self._held)
+            return len(self._received) + self._tagging
 
     # The tasks
 
@@ -175,10 +176,12 @@ class ShardWorker:
             EngineError: the device failed; the process is about to end.
         """
         began = time.monotonic()
-        with ExitStack() as feeding:
+        with ExitStack() as tagging, ExitStack() as feeding:
             with self._lock:
                 self._received.pop(task_id, None)
+                self._tagging += 1
                 self._feeding += 1
+            tagging.callback(self._tagged)
             feeding.callback(self._fed)
             with self.refusals():
                 check_run(run_id, folder)
@@ -210,15 +213,20 @@ class ShardWorker:
                 lambda: self._ledger.lease(run_id, None, self.identity, self._settings.lease_seconds)
             )
         if isinstance(claim, str):
-            return {"state": claim, "reason": _REASONS[claim]}
+            told = self._not_leased(claim, run_id, None)
+            return {"state": told["state"], "reason": told["reason"]}
         with about(run=run_id, attempt=claim.attempts):
             return self._serve(claim, lambda: None)
+
+    def _tagged(self) -> None:
+        with self._lock:
+            self._tagging -= 1
 
     def _fed(self) -> None:
         with self._lock:
             self._feeding -= 1
 
-    def _not_leased(self, state: str, run_id: str, shard: int) -> Outcome:
+    def _not_leased(self, state: str, run_id: str, shard: int | None) -> Outcome:
         if state == "unable":
             self.stopping.wait(min(1.0, self._settings.lease_seconds / 3))  # another worker may receive it meanwhile
         if state in ("unable", "other artifact"):
@@ -305,7 +313,8 @@ class ShardWorker:
 
     def _tag(self, claim: Claim, shard: Shard, on_fed: Callable[[], object]) -> Outcome:
         run = claim.folder
-        if run.exists(part_name(shard.index)):
+        if run.exists(name := part_name(shard.index)):
+            run.sync(name)
             return self._record(claim, parts.read_committed(run, shard.index))
         claimed = time.time()
         table = read_shard(run, shard.index, shard.sha256)
@@ -391,6 +400,8 @@ class ShardWorker:
     def _finish(self, claim: Claim) -> Outcome:
         """Every planned shard has its part, so says so, and evaluates what has gold tags."""
         run = claim.folder
+        if not run.exists(PLAN_FILE):
+            raise UnreachableError(f"{run.path(PLAN_FILE)}: not there, as seen from this worker")
         plan = read_plan(run)
         missing = {shard.index for shard in plan.shards} - run.committed()
         if missing or plan.is_open:

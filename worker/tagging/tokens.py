@@ -168,10 +168,8 @@ def _divide(texts: list[str]) -> tuple[pa.Array[Any], Int, Int]:
         The pieces of all texts, binary, shape (pieces,); first piece of each text, and the number of pieces, int64,
         shape (texts + 1,); the code point of its text at which each piece begins, int64, shape (pieces,).
     """
-    array = pa.array(texts, pa.string())
-    offsets: Any
-    data: Any
-    _, offsets, data = array.buffers()
+    buffers: Any = pa.array(texts, pa.string()).buffers()
+    _, offsets, data = buffers
     bounds = np.frombuffer(offsets, np.int32)[: len(texts) + 1].astype(np.int64)
     if data is None or not bounds[-1]:
         return pa.array([], pa.binary()), np.zeros(len(texts) + 1, np.int64), np.zeros(0, np.int64)
@@ -181,8 +179,8 @@ def _divide(texts: list[str]) -> tuple[pa.Array[Any], Int, Int]:
     begins[1:] = (kind[1:] != kind[:-1]) | (kind[1:] == _MARK)
     begins[bounds[:-1][bounds[:-1] < len(content)]] = True
     first = np.flatnonzero(begins)
-    ends: Any = np.append(first, len(content)).astype(np.int32)
-    pieces = pa.Array.from_buffers(pa.binary(), len(first), [None, pa.py_buffer(ends), data])
+    ends = pa.py_buffer(np.append(first, len(content)).astype(np.int32).tobytes())
+    pieces = pa.Array.from_buffers(pa.binary(), len(first), [None, ends, data])
     piece_bounds = np.searchsorted(first, bounds)
     # number of code points before each byte: bytes 10xxxxxx continue a code point
     point = _bounds((content & 0xC0) != 0x80)

@@ -1,0 +1,1 @@
+"""Exploration of the queue's protocol in a simulated world; see README.md."""

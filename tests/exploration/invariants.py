@@ -1,0 +1,371 @@
+"""What holds after every step of every world, and what holds when the work is done."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.parquet as pq
+
+from nermill.worker.contracts.ledger import CLOSED_SECONDS, MAX_ATTEMPTS, MAX_STRIKES
+from nermill.worker.contracts.message import FINISH, KEY_PREFIX
+from tests.exploration.places import Bucket
+
+if TYPE_CHECKING:
+    from tests.exploration.scenario import Scenario
+    from tests.exploration.world import Process, World
+
+POISON_DEATHS = MAX_ATTEMPTS + MAX_STRIKES
+MIN_RECOVERY_SECONDS = 2.0  # between two looks for lost work
+
+
+class Watch:
+    """The invariants of one world, and what has to be remembered for them."""
+
+    def __init__(self, world: World, scenario: Scenario) -> None:
+        self._world, self._scenario = world, scenario
+        self._seen = (-1, -1, -1)
+        self._parts: dict[str, bytes] = {}
+        self._leases: dict[tuple[str, str], tuple[Process, str, float]] = {}
+        self._singles: dict[str, str] = {}  # the document that a process tags alone
+        self._deaths: Counter[str] = Counter()  # of processes that tagged a document alone
+        self._dropped = False
+        self._lost: Counter[tuple[str, str]] = Counter()  # leases that ended while they were held
+        self._looked = 0.0
+        self.checked_from = 0  # the number of the first step that another walk did not check
+        self.sent = 0
+        self.tagged: Counter[int] = Counter()
+        self.taggings = 0  # of shards and of documents alone
+        self.poisoned = 0
+        self.evaluations = 0
+        world.watch = self
+
+    # What the world tells
+
+    def stepped(self, arguments: list[Any], told: Any) -> None:
+        """A step of the ledger took effect."""
+        name, now = arguments[0], self._world.now
+        actor = self._world.actor
+        assert actor is not None
+        if name == "lease" and told[0] == "leased":
+            run, shard, lease = arguments[1:4]
+            held = self._leases.get((run, shard))
+            if held and held[2] > now:
+                self._world.violated(f"shard {shard} is leased while {held[0].name} holds it")
+            if shard in self._hash(f"run:{run}:results"):
+                self._world.violated(f"shard {shard} is leased and recorded")
+            if told[1] > 1 + self._lost[run, shard]:
+                self._world.violated(
+                    f"attempt {told[1]} of shard {shard}, which was lost {self._lost[run, shard]} times"
+                )
+            self._leases[run, shard] = actor.process, lease, now + arguments[6] / 1000
+            held_shards = [key for key, held in self._leases.items() if held[0] is actor.process and key[1] != FINISH]
+            if len(held_shards) > self._scenario.concurrency and not actor.process.is_hindered:
+                self._world.violated(f"{actor.process.name} holds {len(held_shards)} shards")
+        elif name == "renew" and told:
+            run, shard, lease, milliseconds = arguments[1:5]
+            held = self._leases.get((run, shard))
+            if held is None or held[:2] != (actor.process, lease):
+                self._world.violated(f"{actor.process.name} renews a lease of shard {shard} that it does not hold")
+            self._leases[run, shard] = actor.process, lease, now + milliseconds / 1000
+        elif name in ("release", "complete"):
+            key = (arguments[1], arguments[2])
+            held = self._leases.get(key)
+            if held and held[:2] == (actor.process, arguments[3]):
+                del self._leases[key]
+            elif name == "release" and told:
+                self._world.violated(f"{actor.process.name} releases a lease of shard {key[1]} that it does not hold")
+        elif name == "quarantine":
+            self._leases.pop((arguments[1], arguments[2]), None)
+        elif name == "close":
+            self._leases.pop((arguments[1], FINISH), None)
+        elif name == "drop":
+            self._leases = {key: held for key, held in self._leases.items() if key[0] != arguments[1]}
+        elif name == "expire":
+            for (run, shard), (process, _, until) in self._leases.items():
+                if until <= now:
+                    self._lost[run, shard] += 1
+                if until <= now and process.is_alive and not process.is_hindered and not self._dropped:
+                    self._world.violated(f"the lease of shard {shard} ended, and {process.name} is well")
+            self._leases = {key: held for key, held in self._leases.items() if held[2] > now}
+
+    def looks(self) -> None:
+        """Somebody was allowed to look for lost work."""
+        since = self._world.now - self._looked
+        if since < MIN_RECOVERY_SECONDS and not self._dropped:
+            self._world.violated(f"lost work is looked for again after {since:.1f} s")
+        self._looked = self._world.now
+
+    def is_finished(self) -> bool:
+        """Whether the ledger says so."""
+        return self._hash(f"run:{self._run_id()}").get("state") == "finished"
+
+    def befell(self, kind: str, process: Process) -> None:
+        """A fault is about to happen at a step of a process."""
+        if kind == "drop":
+            self._leases.clear()
+            self._dropped = True
+        affected = self._world.processes if kind == "power" else [process]
+        for one in affected:
+            if document := self._singles.get(one.name):
+                self._deaths[document] += 1
+        if kind == "power":
+            self._parts = {}
+
+    def annotates(self, process: Process, first: int, rows: int) -> None:
+        """A process begins to tag rows of a shard."""
+        size = self._scenario.shard_documents
+        self.taggings += 1
+        if rows == 1 < size:
+            self._singles[process.name] = str(first)
+            return
+        self._singles.pop(process.name, None)
+        self.tagged[first // size] += 1
+        run = self._run_id()
+        attempts = self._hash(f"run:{run}:attempts").get(str(first // size), "0")
+        if size > 1 and int(attempts) > MAX_ATTEMPTS:
+            self._world.violated(f"shard {first // size} is tagged as a whole at attempt {attempts}")
+
+    def annotated(self, process: Process) -> None:
+        self._singles.pop(process.name, None)
+
+    def poison(self) -> None:
+        """A process is about to end by the poison document."""
+        self.poisoned += 1
+        if self.poisoned > POISON_DEATHS and not self._world.faults:
+            self._world.violated(f"the poison document ended {self.poisoned} processes")
+
+    def evaluated(self) -> None:
+        """A run is about to be evaluated."""
+        self.evaluations += 1
+        files = self._files()
+        if "_SUCCESS" not in files or not self._planned(files) <= files.keys():
+            self._world.violated("the run is evaluated and is not whole")
+
+    # After every step
+
+    def check(self) -> None:
+        world = self._world
+        if len(world.steps) < self.checked_from:
+            return
+        seen = (world.disk.version, Bucket.version, world.server.version)
+        if seen[:2] != self._seen[:2]:
+            self._check_files()
+        if seen[2] != self._seen[2]:
+            self._check_ledger()
+        if seen != self._seen:
+            self._check_agreement()
+        self._seen = seen
+        if world.violations:
+            from tests.exploration.world import ViolationError
+
+            raise ViolationError("; ".join(world.violations))
+
+    def _folder(self) -> str:
+        """The run's folder, as the place spells it; empty until there is one."""
+        if self._scenario.is_disk:
+            out = self._world.disk._find(self._scenario.out)
+            found = [name for name in (out.entries if out else ()) if name.startswith("run=")]
+            return f"{self._scenario.out}/{found[0]}" if found else ""
+        out = self._scenario.out.partition("://")[2]
+        names = {name.split("/")[2] for name in Bucket.objects if name.startswith(f"{out}/run=")}
+        return f"{out}/{min(names)}" if names else ""
+
+    def _run_id(self) -> str:
+        return self._folder().rpartition("run=")[2]
+
+    def _files(self) -> dict[str, bytes]:
+        if not (folder := self._folder()):
+            return {}
+        return self._world.disk.files(folder) if self._scenario.is_disk else Bucket.files(folder)
+
+    def _durable(self) -> dict[str, bytes]:
+        if not (folder := self._folder()):
+            return {}
+        return self._world.disk.durable(folder) if self._scenario.is_disk else Bucket.files(folder)
+
+    @staticmethod
+    def _planned(files: dict[str, bytes]) -> set[str]:
+        return {_part(shard) for shard in _shards(files["_plan.json"])}
+
+    def _check_files(self) -> None:
+        violated, files = self._world.violated, self._files()
+        for name, data in self._parts.items():
+            if name not in files:
+                violated(f"{name} is gone")
+            elif files[name] != data:
+                violated(f"{name} changed")
+        for name, data in files.items():
+            if name.startswith("part-") and name not in self._parts:
+                self._parts[name] = data
+                self._check_part(name, data)
+        if "_plan.json" in files and (lost := _sources(files) - files.keys()):
+            violated(f"_plan.json is there, {lost} are not")
+        if "_SUCCESS" in files:
+            durable = self._durable()
+            if not self._planned(files) <= durable.keys():
+                violated(f"_SUCCESS is there, {sorted(self._planned(files) - durable.keys())} are not durable")
+            rejected = [row for name in sorted(self._parts) for row in _rejected(self._parts[name])]
+            told = _column(files["_rejects/rejects.parquet"]) if "_rejects/rejects.parquet" in files else []
+            if told != rejected:
+                violated(f"_SUCCESS is there, rejects.parquet tells of {told} and parts of {rejected}")
+
+    def _check_part(self, name: str, data: bytes) -> None:
+        scenario, shard = self._scenario, int(name[5:10])
+        try:
+            rows, stats = _read(data)
+        except Exception as error:
+            self._world.violated(f"{name} cannot be read ({error})")
+            return
+        first = shard * scenario.shard_documents
+        wanted = [str(at) for at in range(first, min(first + scenario.shard_documents, len(scenario.documents)))]
+        if [name for name, _ in rows] != wanted:
+            self._world.violated(f"{name} has the documents {rows}")
+        for document, reason in rows:
+            is_poison = scenario.documents[int(document)] == "poison"
+            if is_poison != (reason is not None) and not (reason and self._deaths[document] >= MAX_STRIKES):
+                self._world.violated(f"document {document} is rejected for {reason}")
+        rejected = sum(reason is not None for _, reason in rows)
+        if (stats["ok"], stats["rejected"], stats["documents"]) != (len(rows) - rejected, rejected, len(rows)):
+            self._world.violated(f"{name} says {stats}, and has {len(rows)} rows, {rejected} rejected")
+
+    # The ledger
+
+    def _hash(self, key: str) -> dict[str, Any]:
+        return dict(self._world.server.values.get(KEY_PREFIX + key, {}))
+
+    def _runs(self) -> set[str]:
+        prefix = f"{KEY_PREFIX}run:"
+        return {key[len(prefix) :].partition(":")[0] for key in self._world.server.values if key.startswith(prefix)}
+
+    def _check_ledger(self) -> None:
+        violated = self._world.violated
+        places: dict[str, set[str]] = {"sent": set(), "leases": set()}
+        for run in self._runs():
+            header = self._hash(f"run:{run}")
+            pending, sent, leases, results, quarantined, shards = (
+                self._hash(f"run:{run}:{part}").keys()
+                for part in ("pending", "sent", "leases", "results", "quarantined", "shards")
+            )
+            if not header:
+                violated(f"run {run} has keys and no header")
+            for one, other in ((pending, sent), (pending, leases), (sent, leases), (pending, results), (sent, results)):
+                if one & other:
+                    violated(f"shard {min(one & other)} of {run} is in two places")
+            somewhere = pending | sent | leases | results | quarantined
+            if header.get("state") != "cancelled" and not shards <= somewhere:
+                violated(f"shard {min(shards - somewhere)} of {run} is in no place")
+            if header.get("state") == "finishing" and FINISH not in somewhere:
+                violated(f"the last step of {run} is in no place")
+            if header.get("state") in ("finishing", "finished") and not shards <= results:
+                violated(f"run {run} is {header['state']}, shard {min(shards - results)} is not recorded")
+            if pending and not self._is_enrolled(run) and not (header.get("artifact") == "" and (sent | leases)):
+                violated(f"shards of {run} are pending, and nobody will send them")
+            places["sent"] |= {f"{run} {shard}" for shard in sent}
+            places["leases"] |= {f"{run} {shard}" for shard in leases}
+            counts = [tuple(map(int, text.split())) for text in self._hash(f"run:{run}:results").values()]
+            for at, name in enumerate(("ok", "rejected", "tokens", "computed")):
+                if int(header.get(name, 0)) != sum(count[at] for count in counts):
+                    violated(f"run {run} counts {header.get(name)} {name}, its results {counts}")
+        for name, members in places.items():
+            if self._hash(name).keys() != members:
+                violated(f"the index {name} has {sorted(self._hash(name))}, the runs have {sorted(members)}")
+        listed: set[str] = set()
+        for key, value in self._world.server.values.items():
+            if key.startswith(f"{KEY_PREFIX}sent:"):
+                listed |= value.keys()
+        if listed != places["sent"]:
+            violated(f"queues wait for {sorted(listed)}, runs for {sorted(places['sent'])}")
+
+    def _is_enrolled(self, run: str) -> bool:
+        values = self._world.server.values.items()
+        return any(run in value for key, value in values if key.startswith(f"{KEY_PREFIX}turn:"))
+
+    def _check_agreement(self) -> None:
+        """What the ledger says, files that would survive the host's failure prove."""
+        violated, run = self._world.violated, self._run_id()
+        if not run:
+            return
+        durable = self._durable()
+        if self._hash(f"run:{run}:shards") and not {"_plan.json", *_sources(durable)} <= durable.keys():
+            violated("the ledger knows the run; its plan or its documents are not durable")
+        for shard, text in self._hash(f"run:{run}:results").items():
+            if shard == FINISH:
+                continue
+            name = _part(int(shard))
+            if name not in durable:
+                violated(f"shard {shard} is recorded, its part is not durable")
+                continue
+            _, stats = _read(durable[name])
+            told = (stats["ok"], stats["rejected"], stats["tokens"], stats["computed_tokens"])
+            if tuple(map(int, text.split())) != told:
+                violated(f"shard {shard} is recorded with {text}, its part says {told}")
+        if self._hash(f"run:{run}").get("state") == "finished" and "_SUCCESS" not in durable:
+            violated("the run is finished, and _SUCCESS is not durable")
+
+    # When the work is done
+
+    def check_end(self) -> None:
+        violated, world, scenario = self._world.violated, self._world, self._scenario
+        files = self._files()
+        if not {"_SUCCESS", "_report.json", *map(_part, range(scenario.shards))} <= files.keys():
+            violated(f"the work is done, and the run has {sorted(files)}")
+        for run in self._runs():
+            if (state := self._hash(f"run:{run}").get("state")) != "finished":
+                violated(f"the work is done, and the run is {state}")
+            keys = [key for key in world.server.values if f":{run}" in key and "run:" in key]
+            if missing := [key for key in keys if key not in world.server.deadlines]:
+                violated(f"the work is done, and {missing} stay for ever")
+            if max(map(world.server.deadlines.__getitem__, keys), default=0.0) > world.now + CLOSED_SECONDS:
+                violated(f"the work is done, and the run stays for more than {CLOSED_SECONDS} s")
+        for key, value in world.server.values.items():
+            is_index = key.startswith(tuple(KEY_PREFIX + name for name in ("turn:", "sent", "leases")))
+            if is_index and value:
+                violated(f"the work is done, and {key} has {sorted(value)}")
+        if not any(step.fault for step in world.steps) and not self.poisoned and not scenario.blind:
+            if self.tagged != Counter(range(scenario.shards)):
+                violated(f"without faults, shards were tagged so often: {dict(self.tagged)}")
+            if self.sent != scenario.shards + 1:
+                violated(f"without faults, {self.sent} messages were sent")
+        held = scenario.workers * scenario.concurrency  # what a fault may cause to be tagged again
+        bound = scenario.shards + held * world.faults + (POISON_DEATHS if self.poisoned else 0)
+        if sum(self.tagged.values()) > bound:
+            violated(f"with {world.faults} faults, shards were tagged so often: {dict(self.tagged)}")
+        self.check()
+
+
+def _part(shard: int) -> str:
+    return f"part-{shard:05d}.parquet"
+
+
+@cache
+def _shards(plan: bytes) -> list[int]:
+    return [shard["index"] for shard in json.loads(plan)["shards"]]
+
+
+def _sources(files: dict[str, bytes]) -> set[str]:
+    if "_plan.json" not in files:
+        return set()
+    return {f"_shards/shard-{shard:05d}.arrow" for shard in _shards(files["_plan.json"])}
+
+
+@cache
+def _read(data: bytes) -> tuple[list[tuple[str, str | None]], dict[str, Any]]:
+    """Documents and reject reasons of a part, and what it says of itself."""
+    with pq.ParquetFile(io.BytesIO(data)) as part:
+        table = part.read(["doc_id", "reject_reason"], use_threads=False)
+        stats = json.loads(part.schema_arrow.metadata[b"nermill.stats"])
+    return list(zip(table["doc_id"].to_pylist(), table["reject_reason"].to_pylist(), strict=True)), stats
+
+
+def _rejected(data: bytes) -> list[str]:
+    return [document for document, reason in _read(data)[0] if reason is not None]
+
+
+@cache
+def _column(data: bytes) -> list[str]:
+    with pq.ParquetFile(io.BytesIO(data)) as file:
+        return list(file.read(["doc_id"], use_threads=False)["doc_id"].to_pylist())

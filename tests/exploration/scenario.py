@@ -1,0 +1,531 @@
+"""What is explored: the product's own worker and producer in a simulated world."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import ipc
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from nermill.producer.runs import compact, planning, recovery, run, status
+from nermill.producer.runs import queue as producer_queue
+from nermill.producer.runs import shards as producer_shards
+from nermill.producer.runs.planning import Found, Request, make_plan
+from nermill.producer.runs.queue import Queue
+from nermill.producer.runs.run import resume, wait
+from nermill.producer.runs.shards import ShardLimits
+from nermill.worker.contracts import layout, ledger, part, shard, store
+from nermill.worker.contracts.dispatch import Dispatcher
+from nermill.worker.contracts.document import Document, Fault
+from nermill.worker.contracts.errors import MessageError, NermillError
+from nermill.worker.contracts.layout import REPORT_JSON, RunFolder
+from nermill.worker.contracts.ledger import Ledger
+from nermill.worker.contracts.message import FINISH_RUN, QUEUE
+from nermill.worker.contracts.plan import Options
+from nermill.worker.contracts.schema import part_schema
+from nermill.worker.process.metrics import Metrics
+from nermill.worker.process.settings import Settings
+from nermill.worker.queue import poison, shards
+from nermill.worker.queue.shards import ShardWorker
+from nermill.worker.tagging import parts
+from nermill.worker.tagging.pipeline import Annotated, Stats
+from tests.exploration import world as simulated
+from tests.exploration.invariants import Watch
+from tests.exploration.places import Bucket
+from tests.exploration.server import Server
+from tests.exploration.world import Process, World
+
+LEASE = 12.0
+PAUSE = 2 * LEASE + 1
+RESTART_SECONDS = 2.0  # the supervisor's
+OPERATOR_SECONDS = 30.0  # until somebody gives a command again that failed or was killed
+POISON = "poison"  # a document of that text ends the process that tags it
+ARTIFACT = "a" * 64
+READS = ("load", "workers", "waiting")  # steps of the ledger that change nothing
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What there is to do, and by whom.
+
+    Attributes:
+        documents: Texts; two make a shard.
+        seconds: How long tagging of each shard takes.
+        out: Where runs go: on the disk or in the store.
+        workers: Worker processes.
+        concurrency: Shards that each may hold.
+        waits: Whether the producer follows the run to its end; one that does not cannot mend the loss of the broker.
+        blind: Workers on hosts without the disk.
+    """
+
+    name: str
+    documents: tuple[str, ...] = ("a", "b", "c", "d")
+    seconds: tuple[float, ...] = (1.0, 1.0)
+    out: str = "/out"
+    workers: int = 2
+    shard_documents: int = 2
+    concurrency: int = 1
+    waits: bool = True
+    blind: tuple[str, ...] = ()
+
+    @property
+    def is_disk(self) -> bool:
+        return "://" not in self.out
+
+    @property
+    def shards(self) -> int:
+        return -(-len(self.documents) // self.shard_documents)
+
+
+SCENARIOS = {
+    scenario.name: scenario
+    for scenario in (
+        Scenario("disk"),
+        Scenario("store", out="sim://bucket/out", seconds=(5.0, 5.0)),
+        Scenario("slow", seconds=(15.0, 15.0)),
+        Scenario("queue", documents=("a", "b", "c", "d", "e"), seconds=(6.0,) * 5, shard_documents=1),
+        Scenario("poison", documents=(POISON, "b", "c", "d")),
+        Scenario("alone", waits=False),
+        Scenario("blind", waits=False, blind=("w0",)),
+        Scenario("threads", workers=1, concurrency=2, documents=("a", "b", "c"), seconds=(1.0,) * 3, shard_documents=1),
+    )
+}
+
+
+class _Client:
+    """The ledger's Redis client: each call is a step."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def _step(self, label: str, effect: Callable[[], Any], *, writes: bool = False) -> Any:
+        return self._world.step(f"ledger.{label}", effect, writes=writes, failure=_unreachable)
+
+    def register_script(self, source: str) -> Callable[..., Any]:
+        program = _program(self._world.server, source)
+
+        def call(keys: list[str], args: list[Any]) -> Any:
+            about = " ".join(str(argument)[:12] for argument in args[1:3])
+
+            def effect() -> Any:
+                told = program(keys, args)
+                self._world.watch.stepped(args, told)
+                return told
+
+            return self._step(f"{args[0]} {about}", effect, writes=args[0] not in READS)
+
+        return call
+
+    def hgetall(self, name: str) -> dict[str, str]:
+        return dict(self._step("hgetall", lambda: self._world.server.hgetall(name)))
+
+    def hkeys(self, name: str) -> list[str]:
+        return list(self._step("hkeys", lambda: self._world.server.hkeys(name)))
+
+    def hlen(self, name: str) -> int:
+        return int(self._world.step("", lambda: self._world.server.hlen(name)))  # with the hgetall before it
+
+    def zcard(self, name: str) -> int:
+        return int(self._world.step("", lambda: self._world.server.zcard(name)))
+
+    def smembers(self, name: str) -> list[str]:
+        return list(self._step("smembers", lambda: self._world.server.smembers(name)))
+
+    def set(self, name: str, value: int, *, nx: bool, px: int) -> bool:
+        def effect() -> bool:
+            is_set = self._world.server.set(name, str(value), nx=nx, px=px)
+            if is_set:
+                self._world.watch.looks()
+            return is_set
+
+        return bool(self._step("set recovery", effect, writes=True))
+
+
+def _unreachable() -> Exception:
+    return RedisConnectionError("Connection reset by peer")
+
+
+_programs: dict[str, Any] = {}
+
+
+def _program(server: Server, source: str) -> Any:
+    """The script, translated once for all worlds."""
+    if source not in _programs:
+        _programs[source] = Server.script(source)
+    program = _programs[source]
+    return lambda keys, arguments: program(server, keys, arguments)
+
+
+class _AbsentError(Exception):
+    """Redis has no such list."""
+
+
+class _Celery:
+    """The three calls that the dispatcher makes of a Celery application."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    @contextmanager
+    def connection_or_acquire(self) -> Iterator[Any]:
+        def declare(queue: str, passive: bool) -> Any:
+            assert passive
+            depth = self._world.step(f"queue.depth {queue[:8]}", lambda: self._world.depth(queue), failure=_unreachable)
+            if not depth:
+                raise _AbsentError
+            return SimpleNamespace(message_count=depth)
+
+        yield SimpleNamespace(default_channel=SimpleNamespace(queue_declare=declare), channel_errors=(_AbsentError,))
+
+    @contextmanager
+    def producer_or_acquire(self) -> Iterator[None]:
+        yield None
+
+    def send_task(self, name: str, args: tuple[Any, ...], queue: str, priority: int, **_: Any) -> None:
+        message = (name, *args)
+        label = f"queue.send {simulated.named((name, *args[2:])) or 'finish'}"
+        self._world.watch.sent += 1
+        self._world.step(label, lambda: self._world.send(queue, priority, message), writes=True, failure=_unreachable)
+
+
+class _Settings(Settings):
+    @property
+    def worker_name(self) -> str:
+        return self.model  # as no worker of the world asks for its model by name
+
+
+class _Pipeline:
+    """A model that takes its time, and that one text kills."""
+
+    manifest = SimpleNamespace(name="model", sha256=ARTIFACT)
+    broken = None
+
+    def __init__(self, world: World, scenario: Scenario, process: Process) -> None:
+        self._world, self._scenario, self._process = world, scenario, process
+
+    def await_spare_capacity(self, timeout: float) -> bool:
+        return True
+
+    def busy_seconds(self) -> float:
+        return 0.0
+
+    def annotate(
+        self, table: pa.Table, options: Options, first: int = 0, on_fed: Callable[[], object] = lambda: None
+    ) -> Annotated:
+        self._world.watch.annotates(self._process, first, table.num_rows)
+        texts = tuple(
+            zip(table["doc_id"].to_pylist(), table["text"].to_pylist(), table["fault_reason"].to_pylist(), strict=True)
+        )
+        on_fed()
+        self._world.sleep(self._scenario.seconds[first // self._scenario.shard_documents])
+        self._world.watch.annotated(self._process)
+        if any(text == POISON and fault is None for _, text, fault in texts):
+            self._world.watch.poison()
+            self._world.die()
+        return _annotated(texts, first, self._world.watch.taggings)
+
+
+@cache
+def _annotated(texts: tuple[tuple[str, str, str | None], ...], first: int, computed: int) -> Annotated:
+    rows = [
+        {
+            "doc_index": first + at,
+            "doc_id": name,
+            "n_chars": len(text or ""),
+            "n_tokens": 1,
+            "n_windows": 1,
+            "status": "rejected" if fault else "ok",
+            "entities": [],
+            "words": None,
+            "tags": None,
+            "gold_tags": None,
+            "reject_reason": fault,
+            "reject_message": fault and "why",
+        }
+        for at, (name, text, fault) in enumerate(texts)
+    ]
+    faults = {at: Fault(fault, "why") for at, (_, _, fault) in enumerate(texts) if fault}  # type: ignore[arg-type]
+    schema = part_schema(keep_text=False, keep_fields=False)
+    size = len(texts)
+    return Annotated(
+        pa.Table.from_pylist(rows, schema=schema), faults, Stats(size, size, computed, 0.0, 0.0, 0.0, 0.0, {})
+    )
+
+
+class _MemoryDisk(store.Disk):
+    """The product's disk, whose files pyarrow cannot open by their path."""
+
+    def source(self, path: str) -> Any:
+        return io.BytesIO(World.current.disk.read(path))
+
+
+class _Facade:
+    """The ``os``, ``open`` or ``shutil`` of the disk of the current world."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(getattr(World.current.disk, self._name), name)
+
+
+def _open_store(uri: str) -> tuple[Any, str]:
+    found, path = store.open_store(uri)
+    return (_MemoryDisk() if type(found) is store.Disk else found), path
+
+
+def _evaluate(uri: str) -> str:
+    folder = RunFolder(uri)
+    World.current.watch.evaluated()
+    folder.write(REPORT_JSON, b"{}")
+    return ""
+
+
+class _Parquet:
+    """``pyarrow.parquet`` for readers of parts, which remembers what a file's bytes say."""
+
+    ParquetWriter = pq.ParquetWriter
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, _File] = {}
+
+    def ParquetFile(self, source: io.BytesIO, pre_buffer: bool) -> _File:  # noqa: N802
+        data = source.getvalue()
+        if data not in self._known:
+            self._known[data] = _File(pq.ParquetFile(io.BytesIO(data), pre_buffer=pre_buffer))
+        return self._known[data]
+
+
+class _File:
+    def __init__(self, file: pq.ParquetFile) -> None:
+        self._file = file
+        self.schema_arrow, self.metadata = file.schema_arrow, file.metadata
+        self._tables: dict[str, pa.Table] = {}
+
+    def __enter__(self) -> _File:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def read(self, columns: list[str] | None, use_threads: bool) -> pa.Table:
+        if str(columns) not in self._tables:
+            self._tables[str(columns)] = self._file.read(columns, use_threads=False)
+        return self._tables[str(columns)]
+
+
+class _Ipc:
+    """``pyarrow.ipc`` for readers and writers of shards, which remembers what a file's bytes say."""
+
+    IpcWriteOptions, new_file = ipc.IpcWriteOptions, staticmethod(ipc.new_file)
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, pa.Table] = {}
+
+    def open_file(self, reader: pa.BufferReader) -> Any:
+        data = reader.read()
+        if data not in self._known:
+            self._known[data] = ipc.open_file(pa.BufferReader(data)).read_all()
+        return SimpleNamespace(read_all=lambda: self._known[data])
+
+
+def _remembered(call: Callable[..., Any], key: Callable[..., Any]) -> Callable[..., Any]:
+    """A function without effects, called once for each key."""
+    known: dict[Any, Any] = {}
+
+    def remembering(*arguments: Any) -> Any:
+        name = key(*arguments)
+        if name not in known:
+            known[name] = call(*arguments)
+        return known[name]
+
+    return remembering
+
+
+def _of_shard(table: pa.Table) -> str:
+    return str(table.select(["doc_id", "text"]).to_pylist())
+
+
+def _of_part(table: pa.Table, metadata: dict[str, str]) -> tuple[str, ...]:
+    columns = (str(table[name].to_pylist()) for name in ("doc_index", "doc_id", "reject_reason"))
+    return (*columns, str(metadata))  # with the attempt's own count of tokens
+
+
+@cache
+def install() -> None:
+    """Puts the world in the place of the modules through which the product reaches the outside."""
+    logging.disable(logging.CRITICAL)
+    fsspec.register_implementation("sim", Bucket, clobber=True)
+    for module in (ledger, shards, layout, run, producer_queue, status, planning):
+        module.time = simulated.clock  # type: ignore[attr-defined]
+    for module in (ledger, store, compact):
+        module.uuid = simulated.identifiers  # type: ignore[attr-defined]
+    for module in (store, layout, recovery, planning, compact):
+        module.os = _Facade("os")  # type: ignore[attr-defined]
+    for module in (recovery, planning, compact):
+        module.shutil = _Facade("shutil")  # type: ignore[attr-defined]
+    store.open = lambda path, mode: World.current.disk.open(path, mode)  # type: ignore[attr-defined]
+    store.deadline = SimpleNamespace(SECONDS=1.0, within=lambda seconds, call: call())  # type: ignore[attr-defined]
+    shards.within = lambda seconds, call: call()  # type: ignore[assignment]
+    shards.evaluate_apart = _evaluate
+    shards.os = SimpleNamespace(_exit=lambda code: World.current.die())  # type: ignore[attr-defined]
+    shards.is_allowed = lambda uri, roots: True  # type: ignore[assignment]  # which follows links on a real disk
+    poison.threading = simulated.threading  # type: ignore[attr-defined]
+    layout.open_store = _open_store
+    part.ThreadPoolExecutor = status.ThreadPoolExecutor = simulated.pool  # type: ignore[attr-defined,misc]
+    run._POLL_SECONDS = (1.0, 9.0)
+    part.pq = _Parquet()  # type: ignore[assignment]
+    shard.ipc = _Ipc()  # type: ignore[assignment]
+    producer_shards.encode_shard = _remembered(shard.encode_shard, _of_shard)
+    parts._parquet = _remembered(parts._parquet, _of_part)
+
+
+class Mill:
+    """A scenario at work: its processes, and what restarts them."""
+
+    def __init__(self, world: World, scenario: Scenario) -> None:
+        self.world, self.scenario = world, scenario
+        self.is_produced = False
+        self.attempts = 0
+        self.run_uri = ""
+        self._generations: dict[str, int] = {}
+        self._metrics = _metrics()
+        world.deliver, world.is_over = self._deliver, self._is_over
+        world.at_death = self._died
+        world.may_drop, world.blind = scenario.waits, scenario.blind
+        self.watch = Watch(world, scenario)
+        for number in range(scenario.workers):
+            self._start_worker(f"w{number}")
+        self._start_producer()
+
+    def _name(self, slot: str) -> str:
+        number = self._generations[slot] = self._generations.get(slot, -1) + 1
+        return f"{slot}.{number}"
+
+    def _died(self, process: Process) -> None:
+        if process.slot == "producer":
+            if not self.is_produced:
+                self.world.later(OPERATOR_SECONDS, "producer", self._start_producer)
+        else:
+            self.world.later(RESTART_SECONDS, process.slot, lambda: self._start_worker(process.slot))
+
+    # Workers
+
+    def _start_worker(self, slot: str) -> None:
+        world = self.world
+        process = world.begin(self._name(slot), slot)
+        book = Ledger(_Client(world))
+        settings = _Settings(model=process.name, lease_seconds=LEASE, concurrency=self.scenario.concurrency)
+        worker = ShardWorker(
+            _Pipeline(world, self.scenario, process),  # type: ignore[arg-type]
+            book,
+            Dispatcher(_Celery(world), book),
+            settings,
+            self._metrics,
+        )
+        worker.stopping = simulated.event()  # type: ignore[assignment]
+        process.extra = worker
+        world.act(f"{process.name}/keep", process, lambda: worker.keep(simulated.event()), self._worker_ended)  # type: ignore[arg-type]
+
+    def _worker_ended(self, result: Any, error: BaseException | None) -> None:
+        if error is not None and not isinstance(error, (RedisConnectionError, OSError, MessageError)):
+            self.world.violated(f"a worker raised {type(error).__name__}: {error}")
+
+    def _workers(self) -> list[Process]:
+        return [p for p in self.world.processes if p.is_alive and isinstance(p.extra, ShardWorker)]
+
+    def _deliver(self) -> None:
+        world = self.world
+        if not any(world.queues.values()):
+            return
+        idle_first = sorted(self._workers(), key=lambda process: (len(process.actors), process.slot))
+        for process in idle_first:
+            worker = process.extra
+            if process.asleep_until > world.now:
+                continue
+            if worker.takes_bound() and (message := world.take(worker.queues[1])):
+                self._receive(process, message)
+            if worker.takes_common() and (message := world.take(QUEUE)):
+                self._receive(process, message)
+
+    def _receive(self, process: Process, message: tuple[Any, ...]) -> None:
+        worker, (name, *arguments) = process.extra, message
+        self.attempts += 1
+        task = f"{process.name}/{'finish' if name == FINISH_RUN else arguments[-1]}-{self.attempts}"
+        if name == FINISH_RUN:
+            call = lambda: worker.finish_run(*arguments)  # noqa: E731
+        else:
+            worker.received(task)
+            call = lambda: worker.tag_shard(task, *arguments)  # noqa: E731
+        self.world.act(task, process, call, self._worker_ended)
+
+    # The producer
+
+    def _start_producer(self) -> None:
+        world = self.world
+        process = world.begin(self._name("producer"), "producer")
+
+        def ended(result: Any, error: BaseException | None) -> None:
+            if error is not None and not isinstance(error, NermillError):
+                world.violated(f"the producer raised {type(error).__name__}: {error}")
+            self.is_produced = error is None
+            if error is not None:
+                world.later(OPERATOR_SECONDS, "producer", self._start_producer)
+            process.is_alive = False
+
+        world.act(f"{process.name}/main", process, self._produce, ended)
+
+    def _produce(self) -> None:
+        """``nermill submit --wait``, as the command does it."""
+        scenario = self.scenario
+        documents = [Document(str(at), text) for at, text in enumerate(scenario.documents)]
+        source = SimpleNamespace(
+            file=SimpleNamespace(uri="/in.jsonl", position=lambda: 0),
+            format="jsonl",
+            documents=lambda options: iter([replace(d, gold_tags=()) for d in documents]),
+        )
+        limits = ShardLimits(documents=scenario.shard_documents)
+        request = Request(("/in.jsonl",), scenario.out, limits=limits)
+        found = Found([source], [("0" * 64, 1)], [])  # type: ignore[list-item]
+        folder, plan = make_plan(request, found=found)
+        self.run_uri = folder.uri
+        queue = self._queue()
+        plan = resume(folder, plan, queue)
+        if not scenario.waits:
+            return
+        told = wait(folder, plan, queue)
+        if not folder.exists(REPORT_JSON):
+            _evaluate(folder.uri)
+        if told.state != "complete":
+            self.world.violated(f"the producer waited until the run was {told.state}")
+
+    def _queue(self) -> Queue:
+        made = Queue.__new__(Queue)
+        client = _Client(self.world)
+        made.url = "redis://world"
+        made._client = client  # type: ignore[assignment]
+        made._ledger = Ledger(client)
+        made.__dict__["_dispatcher"] = Dispatcher(_Celery(self.world), made._ledger)
+        return made
+
+    def _is_over(self) -> bool:
+        world = self.world
+        idle = all(len(process.actors) <= 1 and process.asleep_until <= world.now for process in self._workers())
+        asleep = any(actor.asleep_until > world.now for actor in world.actors)
+        if not self.scenario.waits and not self.watch.is_finished():
+            return False
+        return self.is_produced and idle and not asleep and not any(world.queues.values())
+
+
+@cache
+def _metrics() -> Metrics:
+    return Metrics()

@@ -1,0 +1,290 @@
+"""A Redis in memory: the commands that the ledger uses, its Lua script run by Lua 5.1, a clock that the world moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lupa import lua51
+from redis.exceptions import ResponseError
+
+Scores = dict[str, float]
+
+
+class Server:
+    """Keys and values of one Redis; every method named like a command does what that command does.
+
+    ``tests/integration/test_exploration.py`` compares it with a real server.
+
+    Args:
+        clock: Returns the time in Unix seconds.
+
+    Attributes:
+        version: Grows with every change.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self.values: dict[str, Any] = {}
+        self.deadlines: dict[str, float] = {}
+        self.version = 0
+        self._digest = (-1, 0)
+
+    def forget_all(self) -> None:
+        """The server lost its memory."""
+        self.values.clear()
+        self.deadlines.clear()
+        self.version += 1
+
+    def digest(self) -> int:
+        """A hash of all keys, values and deadlines."""
+        if self._digest[0] != self.version:
+            content = [(key, self.deadlines.get(key), _plain(value)) for key, value in sorted(self.values.items())]
+            self._digest = self.version, hash(tuple(content))
+        return self._digest[1]
+
+    def end_keys(self) -> None:
+        """Removes the keys whose time has passed; called whenever the clock moved."""
+        now = self._clock()
+        for key in [key for key, deadline in self.deadlines.items() if deadline <= now]:
+            self.delete(key)
+
+    def _get(self, key: str, kind: Callable[[], Any]) -> Any:
+        found = self.values.get(key)
+        return kind() if found is None else found
+
+    def _put(self, key: str, kind: Callable[[], Any]) -> Any:
+        self.version += 1
+        found = self.values.get(key)
+        if found is None:
+            found = self.values[key] = kind()
+        return found
+
+    def _drop_if_empty(self, key: str) -> None:
+        if not self.values.get(key):
+            self.values.pop(key, None)
+            self.deadlines.pop(key, None)
+
+    def time(self) -> list[str]:
+        now = round(self._clock() * 1e6)
+        return [str(now // 1_000_000), str(now % 1_000_000)]
+
+    def exists(self, key: str) -> int:
+        return int(key in self.values)
+
+    def delete(self, *keys: str) -> int:
+        gone = 0
+        for key in keys:
+            if self.values.pop(key, None) is not None:
+                gone += 1
+                self.version += 1
+            self.deadlines.pop(key, None)
+        return gone
+
+    def expire(self, key: str, seconds: str) -> int:
+        if key not in self.values:
+            return 0
+        self.version += 1
+        self.deadlines[key] = self._clock() + float(seconds)
+        return 1
+
+    def pttl(self, key: str) -> int:
+        if key not in self.values:
+            return -2
+        return round((self.deadlines[key] - self._clock()) * 1000) if key in self.deadlines else -1
+
+    def get(self, key: str) -> str | None:
+        return self.values.get(key)
+
+    def set(self, key: str, value: str, *, nx: bool, px: int) -> bool:
+        if nx and key in self.values:
+            return False
+        self.version += 1
+        self.values[key] = value
+        self.deadlines[key] = self._clock() + px / 1000
+        return True
+
+    def incr(self, key: str) -> int:
+        self.version += 1
+        self.values[key] = str(int(self.values.get(key, "0")) + 1)
+        return int(self.values[key])
+
+    def hget(self, key: str, field: str) -> str | None:
+        return self._get(key, dict).get(field)
+
+    def hgetall(self, key: str) -> dict[str, str]:
+        return dict(self._get(key, dict))
+
+    def hkeys(self, key: str) -> list[str]:
+        return list(self._get(key, dict))
+
+    def hlen(self, key: str) -> int:
+        return len(self._get(key, dict))
+
+    def hexists(self, key: str, field: str) -> int:
+        return int(field in self._get(key, dict))
+
+    def hset(self, key: str, *pairs: str) -> int:
+        content = self._put(key, dict)
+        before = len(content)
+        content.update(zip(pairs[::2], pairs[1::2], strict=True))
+        return len(content) - before
+
+    def hsetnx(self, key: str, field: str, value: str) -> int:
+        if field in self._get(key, dict):
+            return 0
+        return self.hset(key, field, value)
+
+    def hdel(self, key: str, *fields: str) -> int:
+        content = self._get(key, dict)
+        gone = [field for field in fields if field in content]
+        for field in gone:
+            self.version += 1
+            del content[field]
+        self._drop_if_empty(key)
+        return len(gone)
+
+    def hincrby(self, key: str, field: str, amount: str) -> int:
+        content = self._put(key, dict)
+        content[field] = str(int(content.get(field, "0")) + int(amount))
+        return int(content[field])
+
+    def sadd(self, key: str, member: str) -> int:
+        if member in self._get(key, set):
+            return 0
+        self._put(key, set).add(member)
+        return 1
+
+    def smembers(self, key: str) -> list[str]:
+        return sorted(self._get(key, set))
+
+    def zadd(self, key: str, *arguments: str) -> int:
+        only_new = arguments[0] == "NX"
+        score, member = arguments[-2:]
+        content = self._get(key, dict)
+        is_new = member not in content
+        if is_new or not only_new:
+            self._put(key, dict)[member] = float(score)
+        return int(is_new)
+
+    def zrem(self, key: str, member: str) -> int:
+        content = self._get(key, dict)
+        if member not in content:
+            return 0
+        self.version += 1
+        del content[member]
+        self._drop_if_empty(key)
+        return 1
+
+    def zscore(self, key: str, member: str) -> str | None:
+        score = self._get(key, dict).get(member)
+        return None if score is None else _number(score)
+
+    def zcard(self, key: str) -> int:
+        return len(self._get(key, dict))
+
+    def _between(self, key: str, low: str, high: str) -> list[str]:
+        content: Scores = self._get(key, dict)
+        return [m for m, score in _in_order(content) if _is_above(score, low) and _is_below(score, high)]
+
+    def zcount(self, key: str, low: str, high: str) -> int:
+        return len(self._between(key, low, high))
+
+    def zrangebyscore(self, key: str, low: str, high: str, *options: str) -> list[str]:
+        members = self._between(key, low, high)
+        if "LIMIT" in options:
+            at = options.index("LIMIT")
+            members = members[int(options[at + 1]) :][: int(options[at + 2])]
+        if "WITHSCORES" in options:
+            return [text for member in members for text in (member, _number(self.values[key][member]))]
+        return members
+
+    def zrange(self, key: str, start: str, stop: str) -> list[str]:
+        return [member for member, _ in _in_order(self._get(key, dict))][int(start) : int(stop) + 1]
+
+    def zpopmin(self, key: str) -> list[str]:
+        found = next(iter(_in_order(self._get(key, dict))), None)
+        if found is None:
+            return []
+        self.zrem(key, found[0])
+        return [found[0], _number(found[1])]
+
+    def zremrangebyscore(self, key: str, low: str, high: str) -> int:
+        return sum(self.zrem(key, member) for member in self._between(key, low, high))
+
+    @staticmethod
+    def script(source: str) -> Callable[[Server, list[str], list[Any]], Any]:
+        """A script of Redis as a function of a server, its keys and its arguments.
+
+        Raises:
+            ResponseError: by that function, where the script fails or answers an error.
+        """
+        runtime = lua51.LuaRuntime(unpack_returned_tuples=True, register_eval=False, register_builtins=False)
+        table = runtime.table_from
+        at: list[Server] = []
+
+        def call(name: str, *arguments: Any) -> Any:
+            answer = getattr(at[0], _METHODS.get(name, name.lower()))(*[_text(argument) for argument in arguments])
+            if answer is None:
+                return False
+            return table(answer) if isinstance(answer, list) else answer
+
+        runtime.globals().redis = table({"call": call, "error_reply": lambda text: table({"err": text})})
+        program = runtime.eval(f"function(KEYS, ARGV) {source}\nend")
+
+        def run(server: Server, keys: list[str], arguments: list[Any]) -> Any:
+            at[:] = [server]
+            try:
+                answer = program(table(keys), table([str(argument) for argument in arguments]))
+            except lua51.LuaError as error:
+                raise ResponseError(str(error)) from None
+            return _answer(answer)
+
+        return run
+
+
+_METHODS = {"DEL": "delete"}  # commands that no method can be named like
+
+
+def _plain(value: Any) -> Any:
+    """A value that can be hashed."""
+    if isinstance(value, dict):
+        return tuple(sorted(value.items()))
+    return tuple(sorted(value)) if isinstance(value, set) else value
+
+
+def _in_order(content: Scores) -> list[tuple[str, float]]:
+    return sorted(content.items(), key=lambda item: (item[1], item[0]))
+
+
+def _number(score: float) -> str:
+    return str(int(score)) if score == int(score) and abs(score) < 1e17 else f"{score:.17g}"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return _number(value)
+    return str(value)
+
+
+def _is_above(score: float, bound: str) -> bool:
+    return score > float(bound[1:]) if bound.startswith("(") else score >= float(bound)
+
+
+def _is_below(score: float, bound: str) -> bool:
+    return score < float(bound[1:]) if bound.startswith("(") else score <= float(bound)
+
+
+def _answer(value: Any) -> Any:
+    """What a client is told of what a script returned."""
+    if value is None or value is False:
+        return None
+    if value is True:
+        return 1
+    if isinstance(value, float):
+        return int(value)
+    if lua51.lua_type(value) == "table":
+        if (error := value["err"]) is not None:
+            raise ResponseError(str(error))
+        return [_answer(value[at]) for at in range(1, len(value) + 1)]
+    return value
