@@ -182,7 +182,7 @@ class Harness:
 
     def message_lists(self, client: Redis) -> list[str]:
         """Keys of the lists of messages, of all queues and priorities."""
-        return [key for key in client.keys("nermill*") if client.type(key) == "list"]
+        return [str(key) for key in client.keys("nermill*") if client.type(key) == "list"]
 
     def submit(self, texts: list[str], **options: Any) -> tuple[RunFolder, Plan]:
         """Plans a run and sends it."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @takes_request
 def run(request: Request, model: o.Model = "demo", devices: o.Devices = "auto", json: o.Json = False) -> int:
-    """Run the whole mill on this machine: broker, a worker a device, tables, scores where there is gold."""
+    """Run everything on this machine: broker, one worker a device, tables, scores where there is gold."""
     from nermill.producer.local.worker import local_worker
     from nermill.producer.runs.planning import make_plan
     from nermill.producer.runs.progress import reading, watching

@@ -57,19 +57,19 @@ def kill_after(process: subprocess.Popen[str], shards: int, pause: float) -> lis
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("how", ["follow", "stdin"])
-def test_each_line_is_once_in_the_table_whatever_kills_the_producer(mill: Harness, how: str) -> None:
-    mill.worker()
-    source, chance = mill.folder / "log.jsonl", random.Random(19)
+def test_each_line_is_once_in_the_table_whatever_kills_the_producer(fleet: Harness, how: str) -> None:
+    fleet.worker()
+    source, chance = fleet.folder / "log.jsonl", random.Random(19)
     write_lines(source, LINES)
-    options = ("--out", mill.out, "--shard-documents", 100)
+    options = ("--out", fleet.out, "--shard-documents", 100)
     acknowledged: list[dict[str, int]] = []
     for kill in range(KILLS + 1):
-        goes_on = ("--resume", the_run(mill.out).uri) if kill and how == "stdin" else ()
+        goes_on = ("--resume", the_run(fleet.out).uri) if kill and how == "stdin" else ()
         given = (source, "--follow") if how == "follow" else ("-", *goes_on)
         with (
             source.open("rb") as lines,
             subprocess.Popen(
-                command(mill.server.url, *given, *options), stdin=lines, stdout=subprocess.PIPE, text=True
+                command(fleet.server.url, *given, *options), stdin=lines, stdout=subprocess.PIPE, text=True
             ) as process,
         ):
             if kill < KILLS:
@@ -86,7 +86,7 @@ def test_each_line_is_once_in_the_table_whatever_kills_the_producer(mill: Harnes
         if acknowledged:
             assert told[0]["first"] >= acknowledged[-1]["first"]  # where it goes on
         acknowledged += told
-    run = the_run(mill.out)
+    run = the_run(fleet.out)
     plan = read_plan(run)
     assert {ack["run_id"] for ack in acknowledged} == {plan.run_id}
     content = source.read_bytes()
@@ -94,7 +94,7 @@ def test_each_line_is_once_in_the_table_whatever_kills_the_producer(mill: Harnes
         before = content[: ack["byte"]].splitlines()
         assert len(before) == ack["line"]
         assert json.loads(before[-1])["id"] == f"d{ack['first'] + ack['documents'] - 1}"
-    mill.wait(run, plan, timeout=200)
+    fleet.wait(run, plan, timeout=200)
     assert [row["doc_id"] for row in rows(run)] == [f"d{n}" for n in range(LINES)]
     assert [row["doc_index"] for row in rows(run)] == list(range(LINES))
     assert run.exists("_SUCCESS")

@@ -1,4 +1,4 @@
-"""``nermill run``: the whole mill with the bundled model, and what it says when the worker fails."""
+"""``nermill run``: a run with the bundled model, and its messages when the worker fails."""
 
 from __future__ import annotations
 

@@ -162,12 +162,12 @@ def test_nothing_acknowledged_is_lost_by_sigkill(submit, serving, broker, tmp_pa
     assert not read_plan(run).is_open
 
 
-def test_a_stream_that_is_killed_and_started_again_misses_nothing_acknowledged(mill, tmp_path):
+def test_a_stream_that_is_killed_and_started_again_misses_nothing_acknowledged(fleet, tmp_path):
     """The sender starts again behind what was acknowledged; the worker is a real one."""
-    mill.worker()
+    fleet.worker()
     documents = [json.dumps({"id": f"d{n}", "text": text}) + "\n" for n, text in enumerate(texts(300))]
     command = [sys.executable, "-m", "nermill.producer.cli", "submit", "-", "--ack", "--linger", "0.05"]
-    command += ["--shard-documents", "7", "--out", str(mill.out), "--broker", mill.server.url]
+    command += ["--shard-documents", "7", "--out", str(fleet.out), "--broker", fleet.server.url]
 
     def start(**streams: object) -> subprocess.Popen[str]:
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **streams)
@@ -186,16 +186,16 @@ def test_a_stream_that_is_killed_and_started_again_misses_nothing_acknowledged(m
         with suppress(BrokenPipeError):
             first.stdin.close()
     assert 100 < acknowledged <= 201
-    before = the_run(mill.folder)
+    before = the_run(fleet.folder)
     with start() as second:
         told, _ = second.communicate("".join(documents[acknowledged:]), timeout=60)
     assert second.returncode == 0
     assert sum(json.loads(line)["documents"] for line in told.splitlines()[:-1] if "first" in line) > 0
 
-    plan = runs.resume(before, read_plan(before), mill.queue())
-    mill.wait(before, plan)
-    (after,) = (RunFolder(str(path)) for path in mill.out.iterdir() if str(path) != before.uri)
-    mill.wait(after, read_plan(after))
+    plan = runs.resume(before, read_plan(before), fleet.queue())
+    fleet.wait(before, plan)
+    (after,) = (RunFolder(str(path)) for path in fleet.out.iterdir() if str(path) != before.uri)
+    fleet.wait(after, read_plan(after))
     durable = [row["doc_id"] for row in rows(before)]
     assert durable == [f"d{n}" for n in range(len(durable))]
     assert len(durable) >= acknowledged
