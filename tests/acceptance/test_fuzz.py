@@ -20,8 +20,9 @@ def mill() -> Iterator[Harness]:
 
 
 @pytest.mark.timeout(600)
-def test_ten_thousand_mutated_messages(mill: Harness) -> None:
-    fuzz_messages(mill, seed=2, count=10_000)
+@pytest.mark.parametrize("seed", [2, 3])
+def test_ten_thousand_mutated_messages(mill: Harness, seed: int) -> None:
+    fuzz_messages(mill, seed, count=10_000)
 
 
 def test_mutated_ledger_entries(mill: Harness) -> None:
