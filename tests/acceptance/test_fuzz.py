@@ -20,8 +20,9 @@ def fleet() -> Iterator[Harness]:
 
 
 @pytest.mark.timeout(600)
-def test_ten_thousand_mutated_messages(fleet: Harness) -> None:
-    fuzz_messages(fleet, seed=2, count=10_000)
+@pytest.mark.parametrize("seed", [2, 3])
+def test_ten_thousand_mutated_messages(fleet: Harness, seed: int) -> None:
+    fuzz_messages(fleet, seed, count=10_000)
 
 
 def test_mutated_ledger_entries(fleet: Harness) -> None:

@@ -664,6 +664,17 @@ def test_another_shard_of_the_same_number_is_not_declared(ledger: Ledger) -> Non
     assert [one.documents for one in documents.shards("r")] == [10, 10]
 
 
+def test_runs_that_were_forgotten_are_counted_once(ledger: Ledger, client: Redis) -> None:
+    begin(ledger, 3)
+    turns = f"{ledger._prefix}turn:{QUEUE}:6"
+    client.zadd(turns, {f"forgotten-{n}": n for n in range(2500)})
+    for _ in range(4):
+        assert ledger.load()[1] == 0
+    assert client.zrange(turns, 0, -1) == ["r"]
+    assert ledger.load() == (3, 0)
+    assert index_of(Delivery(ledger).one()) == 0
+
+
 @pytest.mark.parametrize("end", ["cancel", "drop", "quarantine", "complete"])
 def test_documents_leave_redis(ledger: Ledger, client: Redis, end: str) -> None:
     documents = declared(ledger, 3)

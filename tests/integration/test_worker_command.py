@@ -163,6 +163,7 @@ def messages_that_are_refused(folder: Path) -> dict[str, bytes]:
         "no task message": {**documents, "headers": {}},
         "'os.system', which is not one of nermill's": headers(task="os.system"),
         "with an ETA or countdown": headers(eta="2099-01-01T00:00:00"),
+        "a shadow name that is no text": headers(shadow=["x"]),
         "with a time limit": headers(timelimit=[5, None]),
         "a message with callbacks": message(TAG_DOCUMENTS, body=[[["x"]], {}, {"callbacks": [follow]}]),
         "a message with chain": message(TAG_DOCUMENTS, body=[[["x"]], {}, {"chain": [follow]}]),

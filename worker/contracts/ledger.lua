@@ -514,7 +514,9 @@ function step.load()
     for _, priority in ipairs(PRIORITIES) do
       waiting = waiting + redis.call('ZCARD', sent(queue, priority))
       for _, run in ipairs(redis.call('ZRANGE', turn(queue, priority), 0, 999)) do
-        waiting = waiting + redis.call('ZCARD', key(run, 'pending'))
+        local pending = redis.call('ZCARD', key(run, 'pending'))
+        if pending == 0 then redis.call('ZREM', turn(queue, priority), run) end -- forgotten, or all of it was sent
+        waiting = waiting + pending
       end
     end
   end

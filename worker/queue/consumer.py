@@ -155,8 +155,8 @@ def check_envelope(message: Any, run: Callable[..., Any]) -> None:
         run: The task's function, whose arguments the message must have.
 
     Raises:
-        MessageError: it has an ETA, time limits, callbacks, a chain or a chord, is too long, is no task message, or
-            has arguments that the task does not take.
+        MessageError: it has a shadow name that is no text, an ETA, time limits, callbacks, a chain or a chord, is too
+            long, is no task message, or has arguments that the task does not take.
     """
     headers = message.headers
     limit = MAX_BODY if headers["task"] == TAG_DOCUMENTS else MAX_SHARD_BODY
@@ -164,6 +164,8 @@ def check_envelope(message: Any, run: Callable[..., Any]) -> None:
         raise MessageError(f"a message of {len(message.body)} bytes; {limit} are the most")
     if not _is_task_id(headers.get("id")):
         raise MessageError(f"a message whose task id is not a text of 1 to {MAX_ID} characters")
+    if not isinstance(headers.get("shadow") or "", str):  # Celery counts by it, in a thread whose error nobody hears
+        raise MessageError("a message with a shadow name that is no text")
     if headers.get("eta"):
         raise MessageError("a message with an ETA or countdown; nermill's tasks start at once")
     if any(headers.get("timelimit") or ()):
