@@ -17,7 +17,7 @@ from nermill.worker.contracts.by_value import MAX_UNPACKED_BYTES, TooLargeError,
 from nermill.worker.contracts.document import Document, Fault
 from nermill.worker.contracts.shard import shard_table
 
-text = st.text(st.characters(exclude_categories=("Cs",)), max_size=30)
+text = st.text(st.characters(codec="utf-8"), max_size=30)
 fields = st.none() | st.dictionaries(text, st.integers() | text | st.lists(st.floats(allow_nan=True)), max_size=3)
 texts = st.builds(Document, id=text, text=text, fields=fields)
 faults = st.builds(Document, id=text, fault=st.builds(Fault, st.sampled_from(["empty", "malformed"]), text))
