@@ -169,7 +169,7 @@ def test_output_folder_that_exists(
         (("shapes", "{}/none.txt"), "none.txt: cannot be read"),
         (("shapes", "{}/texts.txt", "--costs", "910b"), "no such table; shipped are 310p3-bert-base, 310p3-bert-large"),
         (("shapes", "{}/broken.jsonl"), "broken.jsonl:2: no JSON object with a text"),
-        (("bench", "demo", "--device", "cuda:7"), "minilm-conll2003: its int8 graph runs on a CPU; for cuda:7 comp"),
+        (("bench", "demo", "--device", "cuda:7"), "minilm-ner-en: its int8 graph runs on a CPU; for cuda:7 comp"),
     ],
 )
 def test_other_commands(

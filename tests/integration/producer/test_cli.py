@@ -266,7 +266,7 @@ def test_an_overlap_that_no_window_has_is_refused(nermill, broker, corpus, tmp_p
     shutil.copytree(resolve_artifact("demo"), small)
     manifest = json.loads((small / "manifest.json").read_text())
     (small / "manifest.json").write_text(json.dumps({**manifest, "max_length": 48}))
-    told = "nermill: --overlap 4096: windows of minilm-conll2003 have 512 tokens; name fewer\n"
+    told = "nermill: --overlap 4096: windows of minilm-ner-en have 512 tokens; name fewer\n"
     for command, options in (("run", ["--devices", "cpu"]), ("submit", ["--broker", broker]), ("plan", [])):
         arguments = [command, corpus, "--out", tmp_path / "out", "--model", "demo", *options]
         assert nermill(*arguments, "--overlap", 4096) == (2, "", told)

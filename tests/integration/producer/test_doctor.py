@@ -129,7 +129,7 @@ def test_workers_are_known_while_they_live_and_by_their_artifact(fleet, tmp_path
 
     double.terminate()
     real.kill()
-    assert [worker.model for worker in fleet.queue().workers()] == ["minilm-conll2003"]
+    assert [worker.model for worker in fleet.queue().workers()] == ["minilm-ner-en"]
     time.sleep(fleet.lease_seconds + 0.5)  # thrice the time between two signs of life
     assert fleet.queue().workers() == []
 
