@@ -319,7 +319,7 @@ class Watch:
             keys = [key for key in world.server.values if f":{run}" in key and "run:" in key]
             if missing := [key for key in keys if key not in world.server.deadlines]:
                 violated(f"the work is done, and {missing} stay for ever")
-            if max(map(world.server.deadlines.__getitem__, keys), default=0.0) > world.now + CLOSED_SECONDS:
+            if max((world.server.deadlines.get(key, 0.0) for key in keys), default=0.0) > world.now + CLOSED_SECONDS:
                 violated(f"the work is done, and the run stays for more than {CLOSED_SECONDS} s")
         for key, value in world.server.values.items():
             is_index = key.startswith(tuple(KEY_PREFIX + name for name in ("turn:", "sent", "leases")))
