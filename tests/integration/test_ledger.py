@@ -343,7 +343,7 @@ def test_what_is_written_after_a_runs_end_is_forgotten_with_it(ledger: Ledger, c
     ledger.complete(claim, "w", ok=10, rejected=0, tokens=1, computed=1)
     ledger.unable("r", "w", "/out: not there")
     ledger.quarantine(claim, "refused")
-    keys = [key for key in client.scan_iter(f"{ledger._prefix}run:*")]
+    keys = list(client.scan_iter(f"{ledger._prefix}run:*"))
     assert {key.rpartition(":")[2] for key in keys} >= {"results", "unable", "quarantined"}
     assert all(0 < client.ttl(key) <= 86_400 for key in keys)
 
