@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench acceptance ascend-stack transformers4 clean
+.PHONY: help demo test test-all lint coverage bench acceptance reference ascend-stack transformers4 clean
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 # Nothing is written outside this folder but pip's cache.
@@ -26,8 +26,11 @@ READ := import glob, pyarrow.parquet as p; t = p.read_table(sorted(glob.glob("ou
 	print(t.num_rows, "documents,", sum(map(len, t["entities"].to_pylist())), "entities")
 
 help:
-	@echo "make demo        the whole mill on this machine, on the bundled model and sample"
-	@echo "make test        unit and integration tests"
+	@echo "make demo        the main command on this machine, with the bundled model and sample"
+	@echo "make test        unit and integration tests, without those that are marked slow"
+	@echo "make test-all    all unit and integration tests"
+	@echo "make coverage    branch coverage of make test-all, worker processes included"
+	@echo "make reference   the generated and recorded blocks of the documentation, made anew"
 	@echo "make lint        ruff, mypy, import contracts"
 	@echo "make acceptance  kills, restarts and resumes, at length"
 	@echo "make bench       throughput on this machine"
@@ -43,7 +46,19 @@ demo: $(DEMO)/.made
 	$(DEMO)/bin/python -c '$(READ)'
 
 test: $(VENV)/.made
+	$(VENV)/bin/python -m pytest -m "not slow" $(TESTS)
+
+test-all: $(VENV)/.made
 	$(VENV)/bin/python -m pytest $(TESTS)
+
+coverage: $(VENV)/.made
+	rm -f .coverage .coverage.*
+	$(VENV)/bin/python -m coverage run -m pytest $(TESTS)
+	$(VENV)/bin/python -m coverage combine --quiet
+	$(VENV)/bin/python -m coverage report
+
+reference: $(VENV)/.made
+	$(VENV)/bin/python -m tests.reference
 
 lint: $(VENV)/.made
 	$(VENV)/bin/ruff check .
@@ -69,7 +84,7 @@ transformers4: $(TRANSFORMERS4)/.made
 	$(TRANSFORMERS4)/bin/python -m pytest tests/unit/model_build tests/integration/model_build
 
 clean:
-	rm -rf $(DEMO) $(VENV) $(ASCEND) $(TRANSFORMERS4) .cache out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(DEMO) $(VENV) $(ASCEND) $(TRANSFORMERS4) .cache .coverage .coverage.* out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find producer worker model_build tests -name __pycache__ -type d -exec rm -rf {} +
 
 $(ASCEND)/.made: $(PINS)

@@ -15,7 +15,7 @@ from nermill.model_build.corpus import encode, read_texts
 from nermill.model_build.shapes import Costs, Packing, best_shapes, load_costs, packing
 from nermill.worker.contracts.manifest import TOKENIZER_FILE, Manifest, load_manifest
 from nermill.worker.tagging.batching import LOOK_AHEAD
-from nermill.worker.tagging.windows import cut
+from nermill.worker.tagging.windows import split_into_windows
 
 OVERLAP = 64  # tokens that windows of a long text share, as in a run
 
@@ -69,7 +69,7 @@ def _window_lengths(inputs: Sequence[str], artifact: Path, longest: int) -> tupl
     texts = read_texts(inputs)
     counts = np.array([len(ids) for ids, _ in encode(tokenizer, texts)], np.int64)
     bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-    return len(texts), cut(bounds, longest, OVERLAP).lengths
+    return len(texts), split_into_windows(bounds, longest, OVERLAP).lengths
 
 
 def _padded_seconds(windows: NDArray[np.int64], costs: Costs) -> float:

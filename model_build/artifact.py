@@ -20,13 +20,13 @@ from safetensors.torch import save_file
 
 from nermill.model_build import aie, export, int8, om
 from nermill.model_build.checkpoint import Checkpoint, open_checkpoint
-from nermill.model_build.oracle import check_graph, golden
+from nermill.model_build.reference import check_graph, golden
 from nermill.model_build.shapes import parse_shapes
 from nermill.worker.contracts.errors import EngineError, StoreError, UsageError
 from nermill.worker.contracts.manifest import (
     TOKENIZER_FILE,
     Backend,
-    Input,
+    GraphInput,
     Layout,
     Manifest,
     Precision,
@@ -146,7 +146,7 @@ def describe(
         model_file="",
         layout=order.layout,
         precision=precision,
-        inputs=tuple(Input(name, order.index_dtype) for name in inputs),
+        inputs=tuple(GraphInput(name, order.index_dtype) for name in inputs),
         shapes=shapes,
         token_budget=TOKEN_BUDGET,
         max_length=min(checkpoint.max_length, max((length for _, length in shapes), default=checkpoint.max_length)),

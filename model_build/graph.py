@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from nermill.model_build.artifact import Order, check_order, describe
 from nermill.model_build.checkpoint import open_checkpoint
 from nermill.model_build.export import trace_onnx, trace_script
-from nermill.model_build.oracle import check_graph, golden
+from nermill.model_build.reference import check_graph, golden
 from nermill.model_build.shapes import parse_shapes
 from nermill.worker.contracts.errors import StoreError, UsageError
 from nermill.worker.contracts.manifest import Manifest, file_sha256

@@ -158,7 +158,7 @@ def _widest(manifest: Manifest) -> tuple[int, int] | None:
 
 def _compare_texts(engine: Engine, artifact: Path, checkpoint: str, texts: Sequence[Text]) -> list[Check]:
     from nermill.model_build.checkpoint import open_checkpoint
-    from nermill.model_build.oracle import oracle_logits
+    from nermill.model_build.reference import reference_logits
 
     manifest = engine.manifest
     opened = open_checkpoint(checkpoint)
@@ -168,7 +168,7 @@ def _compare_texts(engine: Engine, artifact: Path, checkpoint: str, texts: Seque
     keep = manifest.max_length - 2
     encoded = [(ids[:keep], words[:keep]) for ids, words in encode(tokenizer, texts)]
     windows = [(manifest.cls_id, *ids, manifest.sep_id) for ids, _ in encoded]
-    mine, theirs = run_batched(engine, windows), oracle_logits(opened, windows)
+    mine, theirs = run_batched(engine, windows), reference_logits(opened, windows)
     checks = _compare("texts", [a[1:-1] for a in mine], [b[1:-1] for b in theirs], manifest)
     gold = [text.gold for text in texts]
     if all(gold):

@@ -1,4 +1,4 @@
-"""The producer's face for those who embed it: ``from nermill.producer import Producer``."""
+"""The producer's Python interface: ``from nermill.producer import Producer``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Producer"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports the class when it is asked for, so that the command line starts without pyarrow."""
+    """Imports ``Producer`` on first access, so that the command line starts without pyarrow."""
     if name != "Producer":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from nermill.producer.client import Producer

@@ -1,4 +1,4 @@
-"""``nermill``: the producer's command line; every error is one line and a documented exit code."""
+"""``nermill``: the producer's command line; an error is one line on standard error and a documented exit code."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Annotated
 
 import typer
 
-from nermill.producer.commands import following, handing_on, reading, submitting, tagging
+from nermill.producer.commands import exporting, following, reading, submitting, tagging
 from nermill.worker.contracts.console import exit_code
 
 app = typer.Typer(
     name="nermill",
-    help="A mill for named entities: documents go in through a queue, workers tag them, tables come out.",
+    help="Batch named entity recognition: documents go into a queue, workers tag them, the result is Parquet tables.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -33,14 +33,14 @@ for command, example in (
     (following.cancel, "nermill cancel tagged/run=3f2a91c07b55"),
     (reading.evaluate, "nermill evaluate tagged/run=3f2a91c07b55 --min-f1 0.9"),
     (reading.compact, "nermill compact tagged/run=3f2a91c07b55"),
-    (handing_on.export, "nermill export tagged/run=3f2a91c07b55 --format conll --to corrected.conll"),
-    (handing_on.redact, "nermill redact tagged/run=3f2a91c07b55 --to redacted.jsonl --with pseudonym --key names.key"),
-    (handing_on.restore, "nermill restore redacted.jsonl --key names.key --to restored.jsonl"),
-    (handing_on.publish, "nermill publish tagged/run=3f2a91c07b55 s3://lake/entities --layout entities"),
+    (exporting.export, "nermill export tagged/run=3f2a91c07b55 --format conll --to corrected.conll"),
+    (exporting.redact, "nermill redact tagged/run=3f2a91c07b55 --to redacted.jsonl --with pseudonym --key names.key"),
+    (exporting.restore, "nermill restore redacted.jsonl --key names.key --to restored.jsonl"),
+    (exporting.publish, "nermill publish tagged/run=3f2a91c07b55 s3://lake/entities --layout entities"),
     (reading.doctor, "nermill doctor --broker redis://queue:6379/0 --devices npu:0,npu:1"),
     (reading.show, "nermill show tagged/run=3f2a91c07b55 --limit 5"),
 ):
-    summary = (command.__doc__ or "").partition("\n")[0]  # else click cuts it short
+    summary = (command.__doc__ or "").partition("\n")[0]  # click would truncate it
     name = command.__name__.rstrip("_")
     app.command(name, short_help=summary, epilog=f"Example: {example}")(command)
 
@@ -58,8 +58,8 @@ def main() -> None:
     """Entry point of ``nermill``."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that knows no Unicode
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whatever was started is stopped in order
+            stream.reconfigure(errors="backslashreplace")  # for terminals without Unicode
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that child processes are stopped in order
     sys.exit(
         exit_code(
             "nermill", partial(app, sys.argv[1:] or ["--help"], standalone_mode=False, prog_name="nermill"), typer.Abort

@@ -1,10 +1,9 @@
-"""What works here and how to mend what does not: broker, workers, model, devices, write access."""
+"""``nermill doctor``: checks broker, workers, model, devices and write access, and says how to correct what fails."""
 
 from __future__ import annotations
 
 import os
 import platform
-import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -16,7 +15,9 @@ from nermill.producer.runs.planning import check_writable, normalised
 from nermill.producer.runs.queue import Queue
 from nermill.producer.sources.files import is_remote
 from nermill.worker.contracts.broker import redacted
+from nermill.worker.contracts.device import find_device
 from nermill.worker.contracts.errors import BrokerError, NermillError
+from nermill.worker.contracts.labels import bare_labels
 from nermill.worker.contracts.layout import RunFolder
 from nermill.worker.contracts.manifest import Manifest, load_manifest, resolve_artifact
 
@@ -31,12 +32,18 @@ _WHEELS = {
     "om": "the wheels ais_bench and aclruntime of Ascend's tools, for this Python",
 }
 _DEVICE_FILES = {"cuda": "/dev/nvidia{}", "npu": "/dev/davinci{}"}
-_DEVICE = re.compile(r"(cuda|npu):(\d+)")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at; ``mend`` says what to do where it does not work."""
+    """The result of one check.
+
+    Attributes:
+        name: What was checked, such as ``broker``.
+        ok: Whether it works.
+        detail: What was found.
+        mend: What to do where it does not work, else empty.
+    """
 
     name: str
     ok: bool
@@ -45,7 +52,14 @@ class Finding:
 
 
 def examine(broker: str, model: str, devices: str, out: str | None) -> Iterator[Finding]:
-    """Looks at one thing after another; what fails is a finding, not an error."""
+    """Runs all checks; a check that fails is a finding, not an error.
+
+    Args:
+        broker: Broker URL.
+        model: Artifact, by name or path.
+        devices: Value of ``--devices``.
+        out: Folder or URI to be written; None for the working directory.
+    """
     queue, finding = _broker(broker)
     yield finding
     yield _embedded_server()
@@ -59,7 +73,7 @@ def examine(broker: str, model: str, devices: str, out: str | None) -> Iterator[
         if manifest.backend == "om":
             yield _compiler()
     if devices == "auto" and manifest is not None and manifest.backend in _WHEELS:
-        devices = "npu:0"  # no other device runs it
+        devices = "npu:0"  # the backend runs on NPUs only
     for device in devices.split(","):
         yield _device(device.strip())
     yield _output(out or ".")
@@ -76,8 +90,9 @@ def _broker(url: str) -> tuple[Queue | None, Finding]:
             "broker", False, str(error), "name a redis://, rediss://, redis+socket:// or sentinel:// URL"
         )
     if policy not in ("noeviction", None):
-        mend = "redis-cli config set maxmemory-policy noeviction"
-        return queue, Finding("broker", False, f"{redacted(url)} may evict the queue (maxmemory-policy {policy})", mend)
+        remedy = "redis-cli config set maxmemory-policy noeviction"
+        detail = f"{redacted(url)} may evict the queue (maxmemory-policy {policy})"
+        return queue, Finding("broker", False, detail, remedy)
     return queue, Finding("broker", True, f"{redacted(url)} answers")
 
 
@@ -105,10 +120,10 @@ def _model(model: str) -> tuple[Manifest | None, Finding]:
     try:
         manifest = load_manifest(resolve_artifact(model))
     except NermillError as error:
-        what, _, mend = str(error).partition("; ")
-        return None, Finding("model", False, what, mend or "nermill-build compile CHECKPOINT --out ART")
-    labels = sorted({label.partition("-")[2] for label in manifest.labels if "-" in label})
-    detail = f"{model}: {manifest.backend}, {manifest.precision}, {', '.join(labels)}; every file's hash is right"
+        what, _, remedy = str(error).partition("; ")
+        return None, Finding("model", False, what, remedy or "nermill-build compile CHECKPOINT --out ART")
+    labels = ", ".join(bare_labels(manifest.labels))
+    detail = f"{model}: {manifest.backend}, {manifest.precision}, {labels}; every file's hash is right"
     return manifest, Finding("model", True, detail)
 
 
@@ -122,65 +137,63 @@ def _workers(queue: Queue, manifest: Manifest | None, model: str) -> Finding:
     if not workers:
         return Finding("workers", False, "no worker listens at this broker", start)
     served = {worker.artifact[:12]: f"{worker.model} ({worker.artifact[:12]})" for worker in workers}
-    told = f"{len(workers):,} on {', '.join(sorted({worker.device for worker in workers}))}"
-    told = f"{told}: {', '.join(sorted(served.values()))}"
+    found = f"{len(workers):,} on {', '.join(sorted({worker.device for worker in workers}))}"
+    found = f"{found}: {', '.join(sorted(served.values()))}"
     if manifest is not None and manifest.sha256[:12] not in served:
-        detail = f"none serves {model} ({manifest.sha256[:12]}); {told}"
+        detail = f"none serves {model} ({manifest.sha256[:12]}); {found}"
         return Finding("workers", False, detail, f"{start}; or name with --model the artifact that they serve")
-    if strange := wanted - served.keys():
-        names = ", ".join(sorted(strange))
-        detail = f"runs wait for another artifact (sha256 {names}) than the workers serve; {told}"
+    if unserved := wanted - served.keys():
+        names = ", ".join(sorted(unserved))
+        detail = f"runs wait for another artifact (sha256 {names}) than the workers serve; {found}"
         return Finding("workers", False, detail, "nermill-worker --model THAT_ARTIFACT")
     own = "" if manifest is None else manifest.sha256[:12]
     if others := sorted(served[sha] for sha in wanted & served.keys() if sha != own):
-        told = f"{told}; runs wait for {', '.join(others)}"
-    return Finding("workers", True, told)
+        found = f"{found}; runs wait for {', '.join(others)}"
+    return Finding("workers", True, found)
 
 
 def _first_version(queue: Queue) -> Iterator[Finding]:
-    with suppress(NermillError):  # the findings above say it
-        what, _, mend = queue.first_version().partition("; ")
+    with suppress(NermillError):  # the findings above report it
+        what, _, remedy = queue.first_version().partition("; ")
         if what:
-            yield Finding("version", False, what, mend)
+            yield Finding("version", False, what, remedy)
 
 
 def _runtime(manifest: Manifest) -> Finding:
     module, extra = _RUNTIMES[manifest.backend]
     if module == "ais_bench" and find_spec(module) is not None and find_spec("aclruntime") is None:
-        mend = f"install the aclruntime wheel for Python {platform.python_version()}, or use the wheel's Python"
-        return Finding("runtime", False, "ais_bench is installed and aclruntime, which it needs, is not", mend)
+        remedy = f"install the aclruntime wheel for Python {platform.python_version()}, or use the wheel's Python"
+        return Finding("runtime", False, "ais_bench is installed and aclruntime, which it needs, is not", remedy)
     if find_spec(module) is not None:
         return Finding("runtime", True, f"{module} is installed for backend {manifest.backend}")
-    mend = f"pip install 'nermill[{extra}]'" if extra else f"install {_WHEELS[manifest.backend]}"
-    return Finding("runtime", False, f"{module} is not installed, backend {manifest.backend} needs it here", mend)
+    remedy = f"pip install 'nermill[{extra}]'" if extra else f"install {_WHEELS[manifest.backend]}"
+    return Finding("runtime", False, f"{module} is not installed, backend {manifest.backend} needs it here", remedy)
 
 
 def _compiler() -> Finding:
-    """Where CANN's atc is; building needs it, serving does not."""
+    """Where CANN's compiler atc is; it is needed to build artifacts, not to run them."""
     home = os.environ.get("ASCEND_TOOLKIT_HOME")
     atc = shutil.which("atc") or (home and shutil.which("atc", path=os.path.join(home, "bin")))
     return Finding("atc", True, f"{atc} builds for backend om" if atc else "not here; only building with om needs it")
 
 
-def _device(device: str) -> Finding:
-    if device in ("auto", "cpu"):
-        return Finding("device", True, f"{device}: {len(os.sched_getaffinity(0))} cores")
-    match = _DEVICE.fullmatch(device)
-    if match is None:
-        return Finding("device", False, f"{device!r} is no device", "say auto, cpu, cuda:N or npu:N")
-    path = _DEVICE_FILES[match[1]].format(match[2])
+def _device(name: str) -> Finding:
+    device = find_device(name)
+    if name == "auto" or (device and device.kind == "cpu"):
+        return Finding("device", True, f"{name}: {len(os.sched_getaffinity(0))} cores")
+    if device is None:
+        return Finding("device", False, f"{name!r} is no device", "say auto, cpu, cuda:N or npu:N")
+    path = _DEVICE_FILES[device.kind].format(device.number)
     if not os.path.exists(path):
-        mend = (
+        remedy = (
             "npu-smi info; start the container with --device "
-            if match[1] == "npu"
+            if device.kind == "npu"
             else "nvidia-smi; give the container the GPU: "
         )
-        return Finding("device", False, f"{device} is not visible ({path} is missing)", mend + path)
+        return Finding("device", False, f"{name} is not visible ({path} is missing)", remedy + path)
     if not os.access(path, os.R_OK | os.W_OK):
-        return Finding(
-            "device", False, f"{device}: no access to {path}", f"add this user to the group that owns {path}"
-        )
-    return Finding("device", True, f"{device} is visible")
+        return Finding("device", False, f"{name}: no access to {path}", f"add this user to the group that owns {path}")
+    return Finding("device", True, f"{name} is visible")
 
 
 def _output(out: str) -> Finding:

@@ -1,4 +1,4 @@
-"""An adversary for a run: kills, stops, lost servers, lost and repeated messages, at random moments of a given seed."""
+"""Fault injection during a run, from a seed: killed and stopped workers, killed servers, lost and repeated messages."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from tests.harness import Harness, Worker, harness, rows, texts
 
 @dataclass(frozen=True)
 class Chaos:
-    """What the adversary does in one run.
+    """The faults of one run.
 
     Attributes:
         documents: Size of the run.
         kills, terms, stops: SIGKILLs, SIGTERMs and SIGSTOPs past the lease, of a random worker.
         server_kills: SIGKILLs of the server, each followed by a restart.
-        repeated: Share of the shards' messages that is sent twice.
-        stolen: Share of the shards' messages that is taken out of the queue unseen.
-        batch_seconds: How slow the engine is, so that the run lasts as long as the adversary.
+        repeated: Share of the shards' messages that are sent twice.
+        stolen: Share of the shards' messages that are removed from the queue.
+        batch_seconds: Seconds for each batch of the engine, so that the run lasts as long as the faults.
     """
 
     documents: int
@@ -51,7 +51,11 @@ LONG = Chaos(documents=20_000, kills=30, terms=5, stops=3, server_kills=3, batch
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it: the table, and how often shards were tried again."""
+    """The result: the table, and how often shards were tried again.
+
+    Attributes:
+        harmed_to_the_end: Whether the run was still going when the last fault was injected.
+    """
 
     table: list[dict[str, Any]]
     redeliveries: int
@@ -63,7 +67,7 @@ class Outcome:
 
 
 def undisturbed(documents: int) -> list[dict[str, Any]]:
-    """The table of a run that nobody disturbs."""
+    """The table of a run without faults."""
     with TemporaryDirectory(prefix="nm-") as folder, harness(Path(folder)) as mill:
         mill.worker()
         run, plan = mill.submit(texts(documents))
@@ -72,7 +76,7 @@ def undisturbed(documents: int) -> list[dict[str, Any]]:
 
 
 def disturbed(chaos: Chaos, seed: int) -> Outcome:
-    """Runs two workers against the adversary."""
+    """Runs two workers with the faults."""
     rng = random.Random(seed)
     with TemporaryDirectory(prefix="nm-") as folder, harness(Path(folder), lease_seconds=3.0) as mill:
         run, plan = mill.submit(texts(chaos.documents))
@@ -103,13 +107,13 @@ def disturbed(chaos: Chaos, seed: int) -> Outcome:
 
 
 class Thief:
-    """Takes messages of shards out of the queues, and puts others there a second time, while a run lasts.
+    """Removes messages of shards from the queues, and repeats others, while a run lasts.
 
-    Every hundredth of a second it pops the next message of one queue; it drops or doubles it until it has done so with
-    its share of the run's shards, and puts all others back where they were.
+    Every 10 ms it pops the next message of each list. It drops or repeats some of them, until it has done so with the
+    wanted shares of the run's shards, and pushes all others back to their place.
 
     Attributes:
-        stolen, repeated: Messages dropped, and sent twice, so far.
+        stolen, repeated: Number of messages dropped and repeated so far.
     """
 
     def __init__(self, mill: Harness, chaos: Chaos, shards: int, seed: int) -> None:

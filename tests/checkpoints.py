@@ -1,4 +1,4 @@
-"""Small checkpoints of every family, laid out as Hugging Face writes them, with random weights."""
+"""Small checkpoints of every model family with random weights, in the layout of Hugging Face."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_LENGTH = 96
 
 
 def vocabulary() -> list[str]:
-    """Every printable character and its continuation; position 1 is the pad, as in RoBERTa."""
+    """Every printable character and its continuation; token 1 is the pad, as in RoBERTa."""
     characters = [*string.ascii_lowercase, *string.digits, *",.-'()"]
     return ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]", *characters, *(f"##{c}" for c in characters)]
 
@@ -30,7 +30,7 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = [("[CLS]", words["[CLS]"]), ("[SEP]", words["[SEP]"])]
     tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=special)
-    tokenizer.enable_truncation(16)  # a checkpoint may carry it; the artifact must not
+    tokenizer.enable_truncation(16)  # a checkpoint may have it; the artifact must not
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
@@ -53,7 +53,7 @@ def config(family: str, **changes: Any) -> Any:
 
 
 def rewrite_config(folder: Path, **changes: Any) -> None:
-    """Changes entries of a checkpoint's config.json; None takes one out."""
+    """Changes entries of a checkpoint's config.json; None removes an entry."""
     path = folder / "config.json"
     body = json.loads(path.read_text("utf-8")) | changes
     path.write_text(json.dumps({key: value for key, value in body.items() if value is not None}), "utf-8")
@@ -66,7 +66,7 @@ def write_checkpoint(
     torch.manual_seed(7)
     settings = config(family, **changes)
     model = getattr(transformers, f"AutoModelFor{task}").from_config(settings)
-    for parameter in model.parameters():  # the default initialisation gives logits that hardly differ
+    for parameter in model.parameters():  # with the default initialisation logits hardly differ
         torch.nn.init.normal_(parameter, 0.0, 0.2)
     model.save_pretrained(folder)
     rewrite_config(folder, architectures=[type(model).__name__])

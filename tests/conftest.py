@@ -1,4 +1,4 @@
-"""What every test shares: places, and an environment without the developer's own settings."""
+"""Fixtures for all tests: the project's folders, and an environment without the developer's settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "model_build" / "demo" / "sample"
 
-# Before anything imports a library that reads them: two cores are often all there is, and no hub is asked.
+# Set before a library that reads them is imported: test machines may have two cores, and no network is used.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -37,7 +37,7 @@ def sample() -> Path:
 
 @pytest.fixture(scope="session")
 def embedded_broker_url() -> Iterator[str]:
-    """One embedded server for the whole session; tests that share it keep to keys and queues of their own."""
+    """One embedded server for the whole session; each test that shares it uses keys and queues of its own."""
     from nermill.producer.local.broker import embedded_broker
 
     with embedded_broker() as url:

@@ -1,4 +1,4 @@
-"""Mutants: messages, ledger entries and input files that are almost right, from a seed."""
+"""Mutations for fuzz tests, from a seed: messages, ledger entries and input files that are almost valid."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ODD_VALUES: tuple[Any, ...] = (
 
 
 class Touch:
-    """Unpickled, it makes a file: the proof that somebody unpickled it."""
+    """An object that creates a file when it is unpickled, which shows that it was."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,4 +1,4 @@
-"""A mill to do harm to: a real server, real worker processes, real files, each of which a test may kill."""
+"""Test harness: a real server, real worker processes and real files, all of which a test may kill or damage."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ REAL = "nermill.worker.app"
 
 
 class Server:
-    """A Valkey with an append-only file, on a socket, that can be killed and started again.
+    """A Valkey server with an append-only file on a Unix socket; it can be killed and started again.
 
     Args:
         folder: Empty folder; its path must be short enough for a socket.
-        options: More of the server's command line, such as a port.
-        password: What it asks for; empty for none.
-        within: A command in front of the server's, such as one that enters another host.
+        options: Further command-line options of the server, such as a port.
+        password: The server's password; empty for none.
+        within: Prefix of the server's command line, such as a command that enters another host.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Server:
 
 
 class Worker:
-    """One Celery worker process, as ``nermill-worker`` starts it, that can be stopped, killed and started again."""
+    """One Celery worker process as ``nermill-worker`` starts it; it can be stopped, killed and started again."""
 
     def __init__(self, app: str, environment: dict[str, str], log: Path, within: Sequence[str] = ()) -> None:
         celery = [sys.executable, "-m", "celery", "-A", app, "worker", "--pool", "threads", "--loglevel", "INFO"]
@@ -106,7 +106,7 @@ class Worker:
         return self.process.poll() is None
 
     def await_ready(self, timeout: float = 60) -> None:
-        """Waits until it has loaded its model and listens for messages."""
+        """Waits until the worker has loaded its model and receives messages."""
         deadline = time.monotonic() + timeout
         while " ready: " not in (told := self.log.read_text()):
             assert self.is_alive, told
@@ -146,7 +146,13 @@ class Harness:
         self.workers: list[Worker] = []
 
     def worker(self, app: str = DOUBLE, *, within: Sequence[str] = (), **environment: str) -> Worker:
-        """Starts a worker, perhaps on another host; upper-case keywords become variables of its environment."""
+        """Starts a worker.
+
+        Args:
+            app: Module of the Celery application.
+            within: Prefix of the command line, such as a command that enters another host.
+            environment: Environment variables of the worker.
+        """
         settings = {
             "NERMILL_BROKER_URL": self.server.url,
             "NERMILL_LEASE_SECONDS": str(self.lease_seconds),
@@ -162,7 +168,7 @@ class Harness:
         return make_plan(Request((str(self.source(texts)),), out or str(self.out), limits=limits))
 
     def source(self, texts: list[str]) -> Path:
-        """Texts as an input file."""
+        """Writes texts into an input file."""
         source = self.folder / "documents.jsonl"
         source.write_text("".join(json.dumps({"id": f"d{n}", "text": t}) + "\n" for n, t in enumerate(texts)), "utf-8")
         return source
@@ -171,11 +177,11 @@ class Harness:
         return Queue(self.server.url)
 
     def app(self) -> Celery:
-        """A Celery program that knows the broker's URL alone."""
+        """A Celery application that knows only the broker's URL."""
         return Celery(broker=self.server.url, backend=self.server.url, set_as_current=False)
 
     def message_lists(self, client: Redis) -> list[str]:
-        """The keys of the lists that hold messages, of all queues and priorities."""
+        """Keys of the lists of messages, of all queues and priorities."""
         return [key for key in client.keys("nermill*") if client.type(key) == "list"]
 
     def submit(self, texts: list[str], **options: Any) -> tuple[RunFolder, Plan]:
@@ -188,7 +194,13 @@ class Harness:
     def submitting(
         self, texts: list[str], *, url: str = "", within: Sequence[str] = ()
     ) -> Iterator[subprocess.Popen[str]]:
-        """``nermill submit --wait`` as a process, perhaps on another host or by another way to the broker."""
+        """Runs ``nermill submit --wait`` as a process.
+
+        Args:
+            texts: The documents.
+            url: Broker URL; empty for the server's own.
+            within: Prefix of the command line, such as a command that enters another host.
+        """
         command = [
             sys.executable,
             "-m",
@@ -211,19 +223,19 @@ class Harness:
         ):
             try:
                 yield process
-            except BaseException:  # whoever waits for its end would wait for ever
+            except BaseException:  # leaving the block waits for the process to end
                 process.kill()
                 raise
 
     def run_at_work(self) -> RunFolder:
-        """The run that is being submitted, once all of it was sent and its first part is there."""
+        """Waits until the run of ``submitting`` has been sent and has its first part; returns its folder."""
         self.until(lambda: "documents" in (self.folder / "producer.log").read_text())
         self.until(lambda: any(self.out.glob("run=*/part-*.parquet")))
         (run,) = self.out.glob("run=*")
         return RunFolder(str(run))
 
     def until(self, happened: Callable[[], object], timeout: float = 120) -> float:
-        """Waits for something; returns how many seconds it took."""
+        """Waits until a function returns a true value; returns the seconds that it took."""
         began = time.monotonic()
         while not happened():
             assert time.monotonic() < began + timeout, self.logs()
@@ -231,7 +243,7 @@ class Harness:
         return time.monotonic() - began
 
     def wait(self, run: RunFolder, plan: Plan, timeout: float = 90) -> Status:
-        """Waits for a run's end; the logs of the workers are shown where it does not come."""
+        """Waits for the end of a run; fails with the logs of the workers after ``timeout`` seconds."""
         deadline = time.monotonic() + timeout
 
         def check(status: Status) -> None:
@@ -259,7 +271,7 @@ def harness(folder: Path, **options: Any) -> Iterator[Harness]:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """A free TCP port of this machine."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return int(taken.getsockname()[1])

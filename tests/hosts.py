@@ -1,8 +1,8 @@
-"""Hosts of a rack on one machine: network namespaces with addresses of their own, wired to one switch.
+"""Simulated hosts on one machine: network namespaces with addresses of their own, linked to one switch.
 
-All of it lies in a user namespace, so that an ordinary user may build it, and it is gone with the process that did.
-A wire is a pair of TAP devices and hands each frame on after its latency: what ``tc qdisc netem`` would do, which not
-every kernel has. ``python -m tests.hosts SECONDS TAP TAP …`` carries frames between each two of the devices.
+They are in a user namespace, so no privileges are needed, and they vanish with the process that made them. A link is a
+pair of TAP devices and a process that forwards each frame after the link's latency, as ``tc qdisc netem`` would do,
+which not every kernel has. ``python -m tests.hosts SECONDS TAP TAP …`` forwards frames between each two of the devices.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_FRAME = 65_536
 
 
 def what_forbids() -> str | None:
-    """Why hosts cannot be built here; None where they can."""
+    """Why this machine cannot simulate hosts; None where it can."""
     attempt = "ip link add name switch type bridge && ip tuntap add dev wire mode tap"
     try:
         done = subprocess.run([*_alone("--net", user=True), "sh", "-c", attempt], capture_output=True, text=True)
@@ -41,9 +41,9 @@ class Hosts:
     """Hosts that reach each other over one switch.
 
     Args:
-        names: One a host.
-        latency: Seconds that a frame spends on each wire, each way; between two hosts lie two wires.
-        stack: Takes the hosts down.
+        names: One name for each host.
+        latency: Seconds that a frame takes on each link, each way; there are two links between two hosts.
+        stack: Removes the hosts when it is closed.
     """
 
     def __init__(self, names: Sequence[str], latency: float, stack: ExitStack) -> None:
@@ -69,12 +69,12 @@ class Hosts:
         return f"{NETWORK}.{self._numbers[name]}"
 
     def enter(self, name: str) -> list[str]:
-        """What stands before a command that is to run on a host."""
+        """Prefix of a command line that runs it on a host."""
         return _enter(self._namespaces[name])
 
     @contextmanager
     def cut_off(self, name: str) -> Iterator[None]:
-        """Pulls a host's wire out of the switch for the time of the block."""
+        """Disconnects a host from the switch for the time of the ``with`` block."""
         self._run(f"ip link set port{self._numbers[name]} down")
         try:
             yield
@@ -88,7 +88,7 @@ class Hosts:
 
 @contextmanager
 def hosts(*names: str, latency: float = 0.0) -> Iterator[Hosts]:
-    """Builds hosts for the time of the block."""
+    """Makes hosts for the time of the ``with`` block."""
     with ExitStack() as stack:
         yield Hosts(names, latency, stack)
 
@@ -103,14 +103,14 @@ def _enter(namespace: int) -> list[str]:
 
 @contextmanager
 def _namespace(unshare: list[str]) -> Iterator[int]:
-    """Holds a namespace; yields the process that it is named by."""
+    """Keeps a namespace; yields the id of a process in it."""
     with _attached([*unshare, "sh", "-c", "echo; exec cat"]) as process:
         yield process
 
 
 @contextmanager
 def _attached(command: list[str], folder: Path | None = None) -> Iterator[int]:
-    """A process that says a line when it is ready and ends with its standard input, so with ours at the latest."""
+    """Runs a process that prints a line when it is ready and ends when its standard input is closed."""
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=folder) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -122,9 +122,9 @@ def _attached(command: list[str], folder: Path | None = None) -> Iterator[int]:
 
 
 def carry(taps: Sequence[int], latency: float) -> None:
-    """Hands frames on between each two of the devices until standard input ends.
+    """Forwards frames between each two of the devices until standard input is closed.
 
-    A frame for a device that is down is lost, as on a wire that was pulled.
+    A frame for a device that is down is lost.
     """
     ends = dict(zip(taps, (tap for pair in zip(taps[1::2], taps[::2], strict=True) for tap in pair), strict=True))
     under_way: deque[tuple[float, int, bytes]] = deque()

@@ -1,4 +1,4 @@
-"""A run over four hosts, each with an address: producer, broker and two workers, some of them cut off at times."""
+"""A run over four hosts with addresses: producer, broker and two workers, some of which are disconnected at times."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from nermill.worker.contracts.layout import SUCCESS_FILE, RunFolder
 from tests.harness import Harness, harness, rows, texts
 from tests.hosts import Hosts, hosts
 
-PASSWORD = "grist"
+PASSWORD = "test-password"
 PORT = 6379
 WORKERS = ("worker1", "worker2")
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """One run and what befalls it.
+    """One run and its faults.
 
     Attributes:
         documents: Size of the run.
-        batch_seconds: How slow each worker's engine is.
-        latency: Seconds on each wire, each way; two wires lie between two hosts.
+        batch_seconds: Seconds for each batch of a worker's engine.
+        latency: Seconds on each link, each way; there are two links between two hosts.
         lease_seconds: Lease of the workers.
-        worker_away: Seconds for which one worker's host is cut off; longer than the lease.
-        broker_away: Seconds for which the broker's host is cut off, after that.
+        worker_away: Seconds for which one worker's host is disconnected; longer than the lease.
+        broker_away: Seconds for which the broker's host is disconnected, after that.
     """
 
     documents: int
@@ -41,18 +41,20 @@ class Rehearsal:
 
 SHORT = Rehearsal(documents=1_200, batch_seconds=0.3, lease_seconds=1.5, worker_away=2.2, broker_away=1.0)
 LONG = Rehearsal(documents=20_000, batch_seconds=0.35, lease_seconds=5.0, worker_away=12.0, broker_away=20.0)
-SWIFT = Rehearsal(documents=20_000, batch_seconds=0.12)  # undisturbed
+SWIFT = Rehearsal(documents=20_000, batch_seconds=0.12)  # without faults
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it: the table, what the producer was told, and the seconds until parts came again.
+    """The result.
 
     Attributes:
+        table: Rows of all parts.
+        report: What the producer printed.
         redeliveries: Shards that were tried again.
-        pause: Seconds without a new part after the broker was back.
-        told_after: Seconds from the run's end to the producer's.
-        harmed_to_the_end: Whether the run was still on when the last host came back.
+        pause: Seconds without a new part after the broker was connected again.
+        told_after: Seconds from the end of the run to the end of the producer.
+        harmed_to_the_end: Whether the run was still going when the last host was connected again.
     """
 
     table: list[dict[str, Any]]

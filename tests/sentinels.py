@@ -1,4 +1,4 @@
-"""A primary, a replica and three sentinels on this machine, and a run whose primary is killed in the middle."""
+"""A primary, a replica and three sentinels on this machine, and a run during which the primary is killed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nermill.producer.runs.status import part_stats
 from nermill.worker.contracts.layout import SUCCESS_FILE, RunFolder
 from tests.harness import DOUBLE, Harness, Server, free_port, harness, rows, texts
 
-PASSWORD = "grist"
+PASSWORD = "test-password"
 SERVICE = "nermill"
 SENTINELS = 3
 CONFIGURATION = """
@@ -39,13 +39,13 @@ sentinel failover-timeout {service} 10000
 
 @dataclass(frozen=True)
 class Failover:
-    """One run whose primary dies.
+    """One run during which the primary is killed.
 
     Attributes:
         documents: Size of the run.
-        app: Which worker tags it.
-        batch_seconds: How slow the double's engine is.
-        down_after: Seconds of silence after which sentinels give a primary up.
+        app: Module of the worker's application.
+        batch_seconds: Seconds for each batch of the double's engine.
+        down_after: Seconds without an answer after which sentinels take the primary to be down.
     """
 
     documents: int

@@ -1,4 +1,4 @@
-"""Runs of texts made by hand: parts as a worker writes them, with the entities that a test wants."""
+"""Runs over texts for tests: parts as a worker writes them, with given entities."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def make_run(
     run_id: str = "made",
     missing: int = 0,
 ) -> RunFolder:
-    """A run over texts; None is a rejected document; without ``keep_text`` the texts lie in the shards alone.
+    """Writes a run over texts.
 
     Args:
-        folder: Folder or URI above the run.
-        documents: Texts with their entities.
+        folder: Folder or URI that contains the run.
+        documents: Texts with their entities; None for a rejected document.
         per_shard: Documents of a part.
-        keep_text: Whether parts carry the text.
+        keep_text: Whether the texts are in the parts, or in the shards alone.
         run_id: The run's id.
-        missing: Parts at the end that are not there.
+        missing: Number of parts at the end that are left out.
     """
     run = RunFolder(f"{folder}/run={run_id}")
     shards = []

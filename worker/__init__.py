@@ -1,4 +1,4 @@
-"""The worker: what stands between the queue and the tables. ``Tagger`` is its face without a queue."""
+"""The worker, which tags the documents of the queue; ``Tagger`` tags documents in the caller's process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Tagger"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports the engine's libraries when the Tagger is asked for, not when a contract is."""
+    """Imports ``Tagger`` on first access: it brings in the engine's libraries, which the contracts do not need."""
     if name != "Tagger":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from nermill.worker.tagging.pipeline import Tagger

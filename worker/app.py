@@ -42,7 +42,7 @@ from nermill.worker.contracts.ledger import Ledger
 from nermill.worker.contracts.manifest import resolve_artifact
 from nermill.worker.contracts.message import FINISH_RUN, QUEUE, TAG_DOCUMENTS, TAG_SHARD
 from nermill.worker.process import logs, tracing
-from nermill.worker.process.heartbeat import beat
+from nermill.worker.process.health import send_heartbeats
 from nermill.worker.process.metrics import Metrics, serve
 from nermill.worker.process.settings import Settings, read_settings
 from nermill.worker.queue import requests
@@ -79,7 +79,7 @@ def _configure() -> tuple[Settings, Celery]:
         warnings.filterwarnings("ignore", category=SecurityWarning)  # of root and pickle; JSON alone is accepted
         app = celery_app(settings.broker_url, results=True, result_seconds=settings.result_seconds)
     except NermillError as error:
-        logs.complain(error)
+        logs.report_error(error)
         raise SystemExit(error.exit_code) from None
     app.conf.update(
         worker_concurrency=settings.concurrency + REQUEST_THREADS,
@@ -99,13 +99,13 @@ class Process:
 
     shards: ShardWorker
     stop: threading.Event
-    keeper: threading.Thread
+    lease_renewer: threading.Thread
 
     def end(self) -> None:
         """Releases what is held and signs off from the ledger, unless that does not answer."""
         self.stop.set()
         if self.shards.release_all():
-            self.keeper.join(RELEASE_SECONDS)
+            self.lease_renewer.join(RELEASE_SECONDS)
 
 
 _process: Process | None = None
@@ -186,7 +186,7 @@ def _start(sender: Any, **_: Any) -> None:
     try:
         _check_pool(get_implementation(sender.pool_cls))
     except UsageError as error:
-        logs.complain(error)
+        logs.report_error(error)
         raise SystemExit(error.exit_code) from None
     try:
         metrics = Metrics()
@@ -195,11 +195,11 @@ def _start(sender: Any, **_: Any) -> None:
         client = redis_client(settings.broker_url)
         ledger = Ledger(client)
         shards = ShardWorker(pipeline, ledger, Dispatcher(celery_app(settings.broker_url), ledger), settings, metrics)
-        metrics.observe(pipeline, lambda: len(shards.held), shards.complaint, settings.device_name)
+        metrics.observe(pipeline, lambda: len(shards.held), shards.problem, settings.device_name)
         if settings.metrics_port:
-            serve(metrics, settings.metrics_port, shards.complaint)
+            serve(metrics, settings.metrics_port, shards.problem)
     except NermillError as error:  # the device or the port may be free next time
-        logs.complain(error)
+        logs.report_error(error)
         raise SystemExit(1) from None
     except Exception:  # Celery would log it and go on without a model
         log.exception("the worker cannot start")
@@ -212,11 +212,11 @@ def _start(sender: Any, **_: Any) -> None:
     loops: dict[str, Callable[[], None]] = {
         "keep": lambda: shards.keep(stop),
         "watch": lambda: shards.watch(stop),
-        "beat": lambda: beat(os.environ, shards.complaint, stop),
+        "heartbeat": lambda: send_heartbeats(os.environ, shards.problem, stop),
         "broker": lambda: _watch_broker(client, metrics, stop),
     }
     threads = {name: threading.Thread(target=loop, name=name, daemon=True) for name, loop in loops.items()}
-    _process = Process(shards, stop, keeper=threads["keep"])
+    _process = Process(shards, stop, lease_renewer=threads["keep"])
     for thread in threads.values():
         thread.start()
 

@@ -45,21 +45,21 @@ def _current(folder: RunFolder, plan: Plan, find_queue: Callable[[], Queue | Non
     """A run's status now, or at its end where it is watched; a complete one needs no queue."""
     from nermill.producer.runs.progress import watching
     from nermill.producer.runs.run import open_run
-    from nermill.producer.runs.status import Tally, look
+    from nermill.producer.runs.status import PartTotals, look
 
-    tally = Tally(folder)
-    current = look(folder, plan, None, tally)
+    totals = PartTotals(folder)
+    current = look(folder, plan, None, totals)
     if current.state == "complete":
         return current
     queue = find_queue()
-    current = look(folder, plan, queue, tally)
+    current = look(folder, plan, queue, totals)
     if watch:
         with watching() as show:
             while current.state == "running":
                 show(current)
                 time.sleep(WATCH_SECONDS)
                 folder, plan = open_run(folder.uri)
-                current = look(folder, plan, queue, tally)
+                current = look(folder, plan, queue, totals)
     return current
 
 

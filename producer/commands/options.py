@@ -1,4 +1,4 @@
-"""The command line's options, each described once: flag, ``NERMILL_*`` twin, help."""
+"""The options of the command line, each defined once: flag, ``NERMILL_*`` environment variable, help."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ MaybeBroker = Annotated[
     typer.Option(
         "--broker",
         metavar="URL",
-        help="Have the workers at this broker tag the texts, instead of a model on this machine.",
+        help="Let the workers at this broker tag the texts, instead of a model on this machine.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", envvar="NERMILL_JSON", help="One JSON object on standard output.")]

@@ -1,4 +1,4 @@
-"""Commands that look at a run's result: evaluate, show."""
+"""Commands that read a run or the environment: evaluate, compact, doctor, show."""
 
 from __future__ import annotations
 
@@ -32,23 +32,26 @@ def evaluate(
     ] = None,
     compare: Annotated[
         str | None,
-        typer.Option("--compare", metavar="RUN", help="Another run over the same documents, to tell the difference."),
+        typer.Option(
+            "--compare", metavar="RUN", help="Another run over the same documents; its difference is reported."
+        ),
     ] = None,
     word_column: o.WordColumn = None,
     tag_column: o.TagColumn = None,
     label_map: o.LabelMap = "",
     only: o.OnlyLabels = "",
     min_score: o.MinScore = 0.0,
-    partial: Annotated[bool, typer.Option("--partial", help="Evaluate what is there of an unfinished run.")] = False,
+    partial: Annotated[bool, typer.Option("--partial", help="Evaluate the parts of an unfinished run.")] = False,
     seqeval: Annotated[
         bool,
-        typer.Option("--seqeval", help="Have seqeval score all documents, also where there are more than 20,000."),
+        typer.Option("--seqeval", help="Let seqeval score all documents, even more than 20,000."),
     ] = False,
     json: o.Json = False,
 ) -> int:
     """Score a run against gold tags and measure its throughput; writes _report.json and _report.html.
 
-    The columns are those of the gold file. Labels are mapped and left out on both sides, after what the run did.
+    The columns are those of the gold file. Labels are mapped and left out in gold and prediction, after the run's own
+    options.
     """
     from nermill.producer.entities.view import comparison_line, print_json, score_line
     from nermill.producer.runs.progress import say
@@ -56,7 +59,7 @@ def evaluate(
     from nermill.worker.contracts.labels import LabelChoice
     from nermill.worker.evaluation import GoldOptions, write_report
     from nermill.worker.evaluation import evaluate as evaluated
-    from nermill.worker.evaluation.floors import below_floors
+    from nermill.worker.evaluation.thresholds import below_thresholds
 
     folders = [folder for folder, _ in open_runs(runs)]
     other = open_run(compare)[0] if compare else None
@@ -66,7 +69,9 @@ def evaluate(
     code = 0
     for folder in folders:
         report = evaluated(folder, gold=file, partial=partial, compare=other, choice=choice, seqeval=seqeval)
-        missed = below_floors(report, f1=min_f1, accuracy=min_accuracy, documents_per_second=min_documents_per_second)
+        missed = below_thresholds(
+            report, f1=min_f1, accuracy=min_accuracy, documents_per_second=min_documents_per_second
+        )
         write_report(folder, report)
         if json:
             print_json(report)
@@ -91,15 +96,15 @@ def compact(
             "--part-mib",
             metavar="MIB",
             min=1,
-            help="Size that a part should have, in MiB (of long texts less: 16 Mi characters at most).",
+            help="Target size of a part in MiB; at most 16 Mi characters.",
         ),
     ] = 128,
     json: o.Json = False,
 ) -> int:
     """Join small parts into large ones; no reader sees a document twice.
 
-    On a disk the new files take the place of the old ones in one step. On a store, which has no such step, _SUCCESS
-    is away meanwhile: list the folder, then look for _SUCCESS, then read.
+    On a disk the new files replace the old ones in one step. A store has no such step, so _SUCCESS is removed
+    meanwhile: list the folder, then check for _SUCCESS, then read.
     """
     from nermill.producer.entities.view import print_json
     from nermill.producer.runs.compact import compact as compacted
@@ -126,7 +131,7 @@ def doctor(
     ] = None,
     json: o.Json = False,
 ) -> int:
-    """Find what does not work (broker, workers, model, devices, write access) and say how to mend it."""
+    """Check broker, workers, model, devices and write access, and say how to correct what fails."""
     from dataclasses import asdict
 
     from nermill.producer.doctor import examine
@@ -170,9 +175,9 @@ def show(
             continue
         if len(runs) > 1 and not json:
             console.print(f"{folder.uri}:", style="bold", soft_wrap=True)
-        for shown in read_rows(folder, plan, limit or 20):
+        for document in read_rows(folder, plan, limit or 20):
             if json:
-                print_json({"run": folder.uri, **shown.row, "text": shown.text})
+                print_json({"run": folder.uri, **document.row, "text": document.text})
             else:
-                print_marked(shown, console)
+                print_marked(document, console)
     return 0

@@ -1,4 +1,4 @@
-"""What ``run``, ``plan`` and ``submit`` have in common: inputs and options that make a Request."""
+"""The parameters that ``run``, ``plan`` and ``submit`` share: inputs and options, which make a Request."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 
 def takes_request(command: Callable[..., int]) -> Callable[..., int]:
-    """Gives a command the parameters of ``make_request``; it is called with their Request first."""
+    """Decorator: adds the parameters of ``make_request`` to a command, which gets the Request as its first argument.
+
+    Typer reads parameters from a function's signature and has no groups of options, so the signature is composed here.
+    A parameter that the command has too is the command's: its default and help apply.
+    """
     shared = inspect.signature(make_request).parameters
     own = dict(list(inspect.signature(command).parameters.items())[1:])
 
@@ -64,7 +68,7 @@ def make_request(
     """The request that the options describe.
 
     Raises:
-        UsageError: a value that an option does not have.
+        UsageError: an option has an invalid value.
     """
     from nermill.producer.runs.planning import Request
     from nermill.producer.runs.shards import ShardLimits
@@ -114,10 +118,10 @@ def _check(flag: str, value: str | None, allowed: tuple[str | None, ...]) -> Non
 
 
 def column(flag: str, number: int | None) -> int | None:
-    """The number of a CoNLL column.
+    """Checks the number of a CoNLL column and returns it.
 
     Raises:
-        UsageError: it is 0.
+        UsageError: the number is 0.
     """
     if number == 0:
         raise UsageError(f"{flag} 0: columns count from 1, or back from -1")
@@ -125,10 +129,10 @@ def column(flag: str, number: int | None) -> int | None:
 
 
 def mapping(value: str) -> dict[str, str]:
-    """The names that ``--map`` gives.
+    """New names by label, from the value of ``--map``.
 
     Raises:
-        UsageError: an entry is not FROM=TO, or a label is given two names.
+        UsageError: an entry is not FROM=TO, or a label has two new names.
     """
     names: dict[str, str] = {}
     for entry in _entries(value):
@@ -174,6 +178,6 @@ def _tag_names(value: str) -> tuple[str, ...]:
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    # Request is known to type checkers alone: importing it would bring in pyarrow. Not get_type_hints, which
-    # on Python 3.10 wraps a parameter with default None in an Optional that hides its Annotated.
+    # Request is imported for type checkers only, since it brings in pyarrow. get_type_hints is not used, since on
+    # Python 3.10 it wraps a parameter with default None in an Optional, which hides its Annotated.
     return inspect.get_annotations(function, eval_str=True, locals={"Request": Any})

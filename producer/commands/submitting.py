@@ -22,18 +22,19 @@ if TYPE_CHECKING:
 @takes_request
 def run(request: Request, model: o.Model = "demo", devices: o.Devices = "auto", json: o.Json = False) -> int:
     """Run the whole mill on this machine: broker, a worker a device, tables, scores where there is gold."""
-    from nermill.producer.local.worker import check_devices, local_mill
+    from nermill.producer.local.worker import local_worker
     from nermill.producer.runs.planning import make_plan
     from nermill.producer.runs.progress import reading, watching
     from nermill.producer.runs.run import finish, resume, wait
     from nermill.producer.runs.status import look
+    from nermill.worker.contracts.device import parse_devices
 
-    check_devices(devices)
+    parse_devices(devices)  # refused before anything is written
     with reading() as on_read:
         folder, plan = make_plan(request, on_read)
     say_left_out(plan.details.get("left_out", ()))
     if not finish(folder, plan):
-        with told_how_to_go_on("the same command again"), local_mill(model, devices, folder.uri) as (queue, worker):
+        with told_how_to_go_on("the same command again"), local_worker(model, devices, folder.uri) as (queue, worker):
 
             def follow(status: Status) -> None:
                 worker.check()

@@ -1,4 +1,4 @@
-"""The command that tags a text at once: tag."""
+"""The command that tags texts at once: tag."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nermill.worker.contracts.errors import UsageError
 def tag(
     texts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[TEXT]...", help="Texts; without one, standard input is one.", show_default=False),
+        typer.Argument(metavar="[TEXT]...", help="Texts; default: standard input is the text.", show_default=False),
     ] = None,
     model: o.Model = "demo",
     device: Annotated[
@@ -27,18 +27,18 @@ def tag(
 ) -> int:
     """Mark the entities of a text at once, on this machine or by the workers at a broker (--json: one object a text).
 
-    Offsets count Unicode code points of the text. Many documents are faster with nermill run.
+    Offsets count Unicode code points of the text. For many documents, nermill run is faster.
     """
 
     from nermill.producer.entities.tagging import RemoteTagger, local_tagger
 
     tagging = nullcontext(RemoteTagger(broker)) if broker else local_tagger(model, device)
-    with tagging as tagger:  # the model loads while standard input and our own code are read
+    with tagging as tagger:  # the model loads while modules are imported and standard input is read
         from dataclasses import asdict
 
         from rich.console import Console
 
-        from nermill.producer.entities.show import Shown
+        from nermill.producer.entities.show import TaggedDocument
         from nermill.producer.entities.view import print_json, print_marked
         from nermill.producer.runs.progress import say
 
@@ -52,7 +52,7 @@ def tag(
         if json:
             print_json({"text": text, "status": status, "entities": entities})
         else:
-            print_marked(Shown({"doc_id": "", "status": status, "entities": entities}, text), console)
+            print_marked(TaggedDocument({"doc_id": "", "status": status, "entities": entities}, text), console)
         if annotation.fault:
             say(f"text {number}: {annotation.fault.reason}: {annotation.fault.message}")
             code = 3
@@ -63,7 +63,7 @@ def _standard_input(lines: bool) -> list[str]:
     """The texts of standard input.
 
     Raises:
-        UsageError: there is none, or it is not UTF-8.
+        UsageError: there is no text, or it is not UTF-8.
     """
     if sys.stdin.isatty():
         print("nermill: type a text and end it with Ctrl-D", file=sys.stderr)

@@ -1,1 +1,1 @@
-"""What is done with entities: shown, counted, redacted, exported, published."""
+"""Shows, exports, redacts and publishes the entities of a run."""

@@ -1,4 +1,4 @@
-"""A complete run for annotators and other tools: CoNLL columns, JSON lines, or CSV with a row an entity."""
+"""Exports a complete run for annotation tools: as CoNLL columns, JSON lines, or CSV with one row an entity."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from functools import lru_cache
 from itertools import groupby
 from typing import Any, Literal, get_args
 
-from nermill.producer.entities.show import Shown, read_rows
+from nermill.producer.entities.show import TaggedDocument, read_rows
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.layout import RunFolder
 from nermill.worker.contracts.plan import Plan
@@ -23,23 +23,23 @@ CSV_COLUMNS = ("doc_index", "id", "start", "end", "label", "text", "score")
 
 _DOCSTART = "-DOCSTART-"
 _SPACE = frozenset(" \t\r\n")
-_UNREADABLE = "\N{REPLACEMENT CHARACTER}"  # the one word of a document whose words nobody knows
+_UNREADABLE = "\N{REPLACEMENT CHARACTER}"  # the word of a rejected document, whose words are not known
 
 
 def export_lines(run: RunFolder, plan: Plan, form: Format) -> Iterator[str]:
-    """The run as lines, without their ends; a document at a time is in memory.
+    """The run as lines, without line ends; one document at a time is in memory.
 
-    ``conll``: word and IOB2 tag, an empty line after each document, ``-DOCSTART-`` before it where a document is more
-    than a sentence. Texts are cut at white space, at punctuation and at the ends of entities. Rejected documents are
-    there with ``O``, so that the file, corrected, has the run's documents in their order: ``evaluate --gold`` takes it
-    where the input came as words; that of a text is an input of its own.
+    ``conll``: word and IOB2 tag, an empty line after each document, ``-DOCSTART-`` before it where documents are more
+    than a sentence. Texts are split at white space, at punctuation and at the edges of entities. Rejected documents are
+    included with ``O``, so the file has all documents of the run in their order. A corrected file is gold for
+    ``evaluate --gold`` where the input came as words; that of texts is a new input.
 
     ``jsonl``: ``id``, ``text``, ``label`` (``[start, end, label]``, as doccano reads) and ``spans`` (as spaCy and
     Prodigy read); where the input came as words, ``tokens`` and ``ner_tags`` too. ``csv``: CSV_COLUMNS, a row an
     entity. Both leave rejected documents out. Offsets are half-open code points.
 
     Raises:
-        UsageError: a word that CoNLL cannot hold, or texts that are not there.
+        UsageError: CoNLL cannot represent a word, or the run's texts do not exist any more.
         StoreError: a part cannot be read.
     """
     lines = {"conll": _conll, "jsonl": _jsonl, "csv": _csv}[form]
@@ -47,11 +47,14 @@ def export_lines(run: RunFolder, plan: Plan, form: Format) -> Iterator[str]:
 
 
 def words_of(text: str, edges: Sequence[int] = ()) -> Iterator[tuple[int, int]]:
-    """Words of a text as half-open offsets: runs of letters, digits and marks, and every other sign alone.
+    """Splits a text into words: runs of letters, digits and marks; every other sign is a word.
 
     Args:
         text: A text.
-        edges: Offsets at which a word ends whatever it is.
+        edges: Offsets at which a word ends in any case.
+
+    Yields:
+        Half-open offsets in code points.
     """
     cuts = set(edges)
     at = 0
@@ -73,31 +76,31 @@ def _kind(letter: str) -> str:
     return "word" if letter.isalnum() or letter == "_" or category[0] == "M" or category == "Cf" else "sign"
 
 
-def _conll(documents: Iterator[Shown], unit: str) -> Iterator[str]:
-    for shown in documents:
+def _conll(documents: Iterator[TaggedDocument], unit: str) -> Iterator[str]:
+    for document in documents:
         if unit == "document":
             yield f"{_DOCSTART} {OUTSIDE}"
             yield ""
-        words, tags = _tagged(shown)
+        words, tags = _words_and_tags(document)
         for word, tag in zip(words, tags, strict=True):
             if not word or word == _DOCSTART or not _SPACE.isdisjoint(word):
                 raise UsageError(
-                    f"document {shown.row['doc_id']!r:.80} has the word {word!r:.80}, which CoNLL cannot hold; "
+                    f"document {document.row['doc_id']!r:.80} has the word {word!r:.80}, which CoNLL cannot represent; "
                     "use --format jsonl"
                 )
             yield f"{word} {tag}"
         yield ""
 
 
-def _tagged(shown: Shown) -> tuple[Sequence[str], Sequence[str]]:
-    """A document's words and their tags; of a text, those that its entities make."""
-    row = shown.row
+def _words_and_tags(document: TaggedDocument) -> tuple[Sequence[str], Sequence[str]]:
+    """A document's words and tags; for a text, they are derived from its entities."""
+    row = document.row
     if row["words"] is not None:
         return row["words"], row["tags"] or [OUTSIDE] * len(row["words"])
     if row["status"] != "ok":
         return [_UNREADABLE], [OUTSIDE]
     entities = sorted(row["entities"], key=lambda e: (e["start"], e["end"]))
-    spans = list(words_of(shown.text, [edge for e in entities for edge in (e["start"], e["end"])]))
+    spans = list(words_of(document.text, [edge for e in entities for edge in (e["start"], e["end"])]))
     tags: list[str] = []
     waiting = iter(entities)
     entity: dict[str, Any] | None = next(waiting, None)
@@ -110,17 +113,17 @@ def _tagged(shown: Shown) -> tuple[Sequence[str], Sequence[str]]:
             is_first = False
         else:
             tags.append(OUTSIDE)
-    return [shown.text[start:end] for start, end in spans], tags
+    return [document.text[start:end] for start, end in spans], tags
 
 
-def _jsonl(documents: Iterator[Shown], _: str) -> Iterator[str]:
-    for shown in documents:
-        row = shown.row
+def _jsonl(documents: Iterator[TaggedDocument], _: str) -> Iterator[str]:
+    for document in documents:
+        row = document.row
         if row["status"] != "ok":
             continue
         body: dict[str, Any] = {
             "id": row["doc_id"],
-            "text": shown.text,
+            "text": document.text,
             "label": [[e["start"], e["end"], e["label"]] for e in row["entities"]],
             "spans": [{name: e[name] for name in ("start", "end", "label", "score")} for e in row["entities"]],
         }
@@ -129,7 +132,7 @@ def _jsonl(documents: Iterator[Shown], _: str) -> Iterator[str]:
         yield json.dumps(body, ensure_ascii=False)
 
 
-def _csv(documents: Iterator[Shown], _: str) -> Iterator[str]:
+def _csv(documents: Iterator[TaggedDocument], _: str) -> Iterator[str]:
     buffer = io.StringIO(newline="")
     rows = csv.writer(buffer, lineterminator="")
 
@@ -140,8 +143,8 @@ def _csv(documents: Iterator[Shown], _: str) -> Iterator[str]:
         return buffer.getvalue()
 
     yield line(CSV_COLUMNS)
-    for shown in documents:
-        row = shown.row
+    for document in documents:
+        row = document.row
         for e in row["entities"]:
             cells = (row["doc_index"], row["doc_id"], e["start"], e["end"], e["label"], e["text"], round(e["score"], 6))
             yield line(cells)

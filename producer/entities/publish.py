@@ -1,4 +1,4 @@
-"""A complete run as one commit of a Delta table; however often it is published, its rows are there once."""
+"""Publishes a complete run as one commit of a Delta table; publishing it again adds nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from deltalake import DeltaTable
 
 LAYOUTS = ("documents", "entities")
-ATTEMPTS = 10  # commits that are tried again because another one changed the table meanwhile
+ATTEMPTS = 10  # tries of a commit that fails because other commits changed the table
 _COLOURS = re.compile("\x1b\\[[0-9;]*m")
 _LOG = "_delta_log"
 _RUN_ID = "nermill.run_id"
@@ -33,11 +33,11 @@ _ORIGIN = [pa.field("run", pa.string()), pa.field("model", pa.string())]
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """How a run was published.
+    """The result of publishing a run.
 
     Attributes:
         table: The table's path or URI.
-        version: The table's version that added the rows; None where its log no longer says so.
+        version: The table's version that added the rows; None where the table's log does not have it any more.
         rows: Rows that this call added; 0 where the run was in the table already.
         is_new: Whether this call added them.
     """
@@ -51,23 +51,23 @@ class Published:
 def publish(
     run: RunFolder, plan: Plan, table: str, layout: str = "documents", *, merge_schema: bool = False
 ) -> Published:
-    """Adds a complete run's rows to a Delta table in one commit; a table that is not there is created.
+    """Adds a complete run's rows to a Delta table in one commit; the table is created where it does not exist.
 
-    The commit carries the run's id as Delta's application transaction. A table that has it is left as it is, and of
-    two calls at once the second to commit is refused by Delta's conflict check. A call that is killed leaves at most
-    files that no version of the table names, which ``VACUUM`` removes, or a new table without rows.
+    The commit contains the run's id as Delta's application transaction. A table that has this transaction is not
+    changed. Of two concurrent calls, Delta's conflict check refuses the second commit. A call that is killed leaves at
+    most files that no version of the table refers to, which ``VACUUM`` removes, or a new table without rows.
 
     Args:
         run: The run's folder.
         plan: Its plan.
         table: Path or URI of the table.
-        layout: ``documents``: a row a document, the part's columns and ``run`` and ``model``; ``entities``: a row an
-            entity, with ``run``, ``model``, ``doc_index`` and ``doc_id``.
+        layout: ``documents``: one row a document, with the part's columns and ``run`` and ``model``; ``entities``: one
+            row an entity, with ``run``, ``model``, ``doc_index`` and ``doc_id``.
         merge_schema: Add columns that the table does not have.
 
     Raises:
-        UsageError: deltalake is not installed, the place holds something else, or the columns do not fit.
-        StoreError: the table cannot be written, or a part not be read; no row was added.
+        UsageError: deltalake is not installed, the folder holds something else, or the columns differ.
+        StoreError: the table cannot be written, or a part cannot be read; no row was added.
     """
     uri = absolute(table)
     schema = _schema(plan, layout)
@@ -93,18 +93,18 @@ def publish(
         except CommitFailedError:
             continue  # another commit was first: it may be this very run's
         except Exception as error:
-            raise rows.error or _refusal(uri, error) from None
+            raise rows.error or _write_error(uri, error) from None
         return Published(uri, _version_of(_open(uri, schema, options), plan), rows.count, True)
-    raise StoreError(f"{uri}: other commits went before ours {ATTEMPTS} times; publish again when the table is quieter")
+    raise StoreError(f"{uri}: other commits changed the table {ATTEMPTS} times before ours; publish again later")
 
 
 def _application(plan: Plan) -> str:
-    """The name under which Delta remembers that the run is in the table."""
+    """The name of the application transaction that marks a run as published."""
     return f"nermill.run={plan.run_id}"
 
 
 def _schema(plan: Plan, layout: str) -> pa.Schema:
-    """The rows' columns; all may be null, so that a table may have more or fewer of them."""
+    """The columns of the rows; all are nullable, so that a table may have more of them or fewer."""
     part = part_schema(keep_text=plan.options.keep_text, keep_fields=plan.options.keep_fields)
     own = [part.field("doc_index"), part.field("doc_id"), *ENTITY] if layout == "entities" else list(part)
     return _nullable(pa.schema([*_ORIGIN, *own]))
@@ -122,36 +122,36 @@ def _nullable(schema: pa.Schema) -> pa.Schema:
 
 
 def _storage_options(uri: str) -> dict[str, str]:
-    """What deltalake does not take from the environment by itself: that an endpoint may be plain HTTP."""
+    """Options that deltalake does not read from the environment: whether the endpoint may use plain HTTP."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
     return {"allow_http": "true"} if uri.startswith("s3") and endpoint.startswith("http://") else {}
 
 
 def _open(uri: str, schema: pa.Schema, options: dict[str, str]) -> DeltaTable:
-    """The table, created where nothing is there.
+    """Opens the table, and creates it where the folder is empty or missing.
 
     Raises:
-        UsageError: something else is there.
-        StoreError: the place cannot be read or written.
+        UsageError: the folder holds something else.
+        StoreError: the folder cannot be read or written.
     """
     from deltalake import DeltaTable
 
     try:
         if os.path.isfile(uri) or not DeltaTable.is_deltatable(uri, options):
-            _check_vacant(uri)
+            _check_empty(uri)
             try:
                 DeltaTable.create(uri, schema, mode="ignore", storage_options=options)
             except Exception:
-                if not DeltaTable.is_deltatable(uri, options):  # else another call created it just now
+                if not DeltaTable.is_deltatable(uri, options):  # unless a concurrent call has created it
                     raise
         return DeltaTable(uri, storage_options=options)
     except NermillError:
         raise
     except Exception as error:
-        raise _refusal(uri, error) from None
+        raise _write_error(uri, error) from None
 
 
-def _check_vacant(uri: str) -> None:
+def _check_empty(uri: str) -> None:
     if not is_remote(uri):
         names = [uri] if os.path.isfile(uri) else os.listdir(uri) if os.path.isdir(uri) else []
     else:
@@ -165,16 +165,17 @@ def _check_vacant(uri: str) -> None:
 
 
 def _schema_mode(table: DeltaTable, uri: str, ours: pa.Schema, merge_schema: bool) -> Any:
-    """How deltalake shall bring the columns together: None where they are the same.
+    """Value of deltalake's ``schema_mode``: ``merge`` where the columns differ, None where they are the same.
 
     Raises:
-        UsageError: the table has a column of another type, or none of that name.
+        UsageError: a column of the table has another type, or is missing and ``merge_schema`` is not set.
     """
-    theirs = _nullable(pa.schema(table.schema().to_arrow()))
+    arrow: Any = table.schema().to_arrow()
+    theirs = _nullable(pa.schema(arrow))
     for field in ours:
         if field.name in theirs.names and theirs.field(field.name).type != field.type:
-            told = f"its column {field.name} is {theirs.field(field.name).type}, the run's is {field.type}"
-            raise UsageError(f"{uri}: a table of another schema ({told}); publish to another table")
+            difference = f"its column {field.name} is {theirs.field(field.name).type}, the run's is {field.type}"
+            raise UsageError(f"{uri}: a table of another schema ({difference}); publish to another table")
     missing = [name for name in ours.names if name not in theirs.names]
     if missing and not merge_schema:
         raise UsageError(
@@ -185,7 +186,12 @@ def _schema_mode(table: DeltaTable, uri: str, ours: pa.Schema, merge_schema: boo
 
 
 class _Rows:
-    """The run's rows as a stream of batches; an error stays here, since Arrow's stream carries only its text."""
+    """The run's rows as a stream of batches.
+
+    Attributes:
+        count: Rows so far.
+        error: The error that ended the stream; Arrow's stream passes on only its text.
+    """
 
     def __init__(self, run: RunFolder, plan: Plan, layout: str, schema: pa.Schema) -> None:
         self._run, self._plan, self._schema = run, plan, schema
@@ -222,10 +228,10 @@ class _Rows:
                 )
 
 
-def _entity_columns(batch: pa.RecordBatch) -> dict[str, pa.Array]:
+def _entity_columns(batch: pa.RecordBatch) -> dict[str, pa.Array[Any]]:
     entities = batch["entities"]
     of_document = batch.select(["doc_index", "doc_id"]).take(pc.list_parent_indices(entities))
-    values = pc.list_flatten(entities)
+    values: Any = pc.list_flatten(entities)
     return {
         **{name: of_document[name] for name in of_document.schema.names},
         **{field.name: values.field(field.name) for field in ENTITY},
@@ -237,6 +243,6 @@ def _version_of(table: DeltaTable, plan: Plan) -> int | None:
     return next((int(commit["version"]) for commit in commits), None)
 
 
-def _refusal(uri: str, error: Exception) -> StoreError:
+def _write_error(uri: str, error: Exception) -> StoreError:
     reason = " ".join(_COLOURS.sub("", str(error)).split()) or type(error).__name__
     return StoreError(f"{uri}: deltalake cannot publish there ({reason}); no row was added")

@@ -1,4 +1,4 @@
-"""The texts of a run with their entities replaced, and back: spans, replacements and offsets of one document."""
+"""Replaces the entities of a text and restores them: spans, replacements and offsets of one document."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any, Literal, get_args
 
-How = Literal["label", "mask", "hash", "pseudonym"]
-HOWS: tuple[How, ...] = get_args(How)
+Method = Literal["label", "mask", "hash", "pseudonym"]
+METHODS: tuple[Method, ...] = get_args(Method)
 MASK = "*"
 
 Entity = dict[str, Any]
-Replace = Callable[[str, str], str]  # label and text of an entity to what stands in its place
+Replace = Callable[[str, str], str]  # from label and text of an entity to its replacement
 
 
-def replacement(how: How, secret: bytes = b"", pseudonym: Replace | None = None) -> Replace:
-    """How entities are replaced.
+def replacement(method: Method, secret: bytes = b"", pseudonym: Replace | None = None) -> Replace:
+    """The function that computes replacements.
 
     Args:
-        how: ``label``: ``[PER]``; ``mask``: one ``*`` a code point; ``hash``: ``PER_`` and 16 hexadecimal digits of
-            an HMAC-SHA256 of label and text; ``pseudonym``: what ``pseudonym`` says.
-        secret: Key of ``hash``.
-        pseudonym: Of ``pseudonym``, one for each label and text.
+        method: ``label``: ``[PER]``; ``mask``: one ``*`` a code point; ``hash``: ``PER_`` and 16 hexadecimal digits of
+            an HMAC-SHA256 of label and text; ``pseudonym``: the result of the function ``pseudonym``.
+        secret: Key of the HMAC.
+        pseudonym: Returns the pseudonym of a label and a text.
     """
 
     def hashed(label: str, text: str) -> str:
         digest = hmac.new(secret, f"{label}\0{text}".encode(), hashlib.sha256).hexdigest()
         return f"{label}_{digest[:16]}"
 
-    if how == "label":
+    if method == "label":
         return lambda label, _: f"[{label}]"
-    if how == "mask":
+    if method == "mask":
         return lambda _, text: MASK * len(text)
-    if how == "hash":
+    if method == "hash":
         return hashed
     assert pseudonym is not None
     return pseudonym
@@ -44,20 +44,20 @@ def replacement(how: How, secret: bytes = b"", pseudonym: Replace | None = None)
 def redact(
     text: str, entities: Sequence[Entity], replace: Replace, only: frozenset[str] = frozenset(), min_score: float = 0.0
 ) -> tuple[str, list[Entity]]:
-    """A text with its entities replaced; every code point outside of them stays as it is.
+    """Replaces the entities of a text; all other code points stay.
 
-    Entities that overlap are replaced as one span, with the label of the longest; entities that meet stay apart.
+    Entities that overlap are replaced as one span, with the label of the longest; adjacent entities stay separate.
 
     Args:
         text: The document.
         entities: ``start``, ``end``, ``label``, ``text``, ``score``; offsets are half-open code points, in any order.
-        replace: What stands in an entity's place.
-        only: Labels to replace; all where it is empty.
-        min_score: Entities below it stay.
+        replace: Returns an entity's replacement.
+        only: Labels to replace; empty for all.
+        min_score: Entities with a lower score stay.
 
     Returns:
-        The new text; and its entities in order, with offsets in the new text, ``text`` as it stands there, and
-        ``redacted``. Entities that stay but were touched by a replaced span are left out.
+        The new text, and its entities in order, with ``start``, ``end`` and ``text`` of the new text and ``redacted``.
+        Entities that are not replaced and overlap a replaced span are left out.
     """
     chosen = [e for e in entities if (not only or e["label"] in only) and e["score"] >= min_score]
     spans = _union(chosen)
@@ -71,7 +71,7 @@ def redact(
     parts += [(e["start"], e["end"], False, e) for e in entities if not is_touched(e)]
     out: list[str] = []
     found: list[Entity] = []
-    at = length = 0  # in the text, and in what replaces it
+    at = length = 0  # positions in the old text and in the new one
     for start, end, is_span, entity in sorted(parts, key=itemgetter(0, 1)):
         out.append(text[at:start])
         length += start - at
@@ -87,12 +87,12 @@ def redact(
 
 
 def restore(text: str, entities: Sequence[Entity], original: Callable[[str], str]) -> str:
-    """The text before it was redacted.
+    """The original of a redacted text.
 
     Args:
         text: A redacted text.
-        entities: Its entities, as ``redact`` gives them.
-        original: The text that stood in the place of a replacement.
+        entities: Its entities, as ``redact`` returns them.
+        original: Returns the text that a replacement stands for.
     """
     out: list[str] = []
     at = 0
@@ -104,7 +104,7 @@ def restore(text: str, entities: Sequence[Entity], original: Callable[[str], str
 
 
 def _union(entities: Sequence[Entity]) -> list[Entity]:
-    """Spans that cover all entities, those that overlap joined; an empty entity covers nothing."""
+    """Disjoint spans that cover all entities; entities that overlap become one span, empty ones are ignored."""
     spans: list[Entity] = []
     longest = 0
     for entity in sorted(entities, key=lambda e: (e["start"], -e["end"])):

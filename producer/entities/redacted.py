@@ -1,4 +1,4 @@
-"""A run's redacted texts as a file, and the key that takes them back: streams, in the memory of a few documents."""
+"""Writes a run's redacted texts and the key that restores them; few documents at a time are in memory."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from nermill.producer.entities.redact import Entity, How, Replace, redact, replacement, restore
+from nermill.producer.entities.redact import Entity, Method, Replace, redact, replacement, restore
 from nermill.producer.entities.show import read_rows
 from nermill.producer.entities.tables import read_table, table_writer
 from nermill.producer.sources.files import is_remote
 from nermill.worker.contracts.errors import StoreError, UsageError
 from nermill.worker.contracts.layout import RunFolder
 from nermill.worker.contracts.plan import Plan
-from nermill.worker.contracts.store import telling
+from nermill.worker.contracts.store import store_errors
 
 _SECRET = re.compile(rb"[0-9a-f]{64}\n?")
 _KEY_SCHEMA = """
@@ -35,9 +35,9 @@ class Redacted:
     """What was written.
 
     Attributes:
-        documents: Documents of the run, the rejected included.
-        left_out: Rejected documents: nobody looked for entities in them, so that their text is left out.
-        entities: Replacements by label.
+        documents: Documents of the run, rejected ones included.
+        left_out: Rejected documents; their text is left out, since it was not searched for entities.
+        entities: Number of replacements by label.
     """
 
     documents: int
@@ -49,32 +49,33 @@ def redact_run(
     run: RunFolder,
     plan: Plan,
     to: str,
-    how: How = "label",
+    method: Method = "label",
     key: str | None = None,
     only: frozenset[str] = frozenset(),
     min_score: float = 0.0,
 ) -> Redacted:
-    """Writes a complete run's texts with their entities replaced: a row a document, in the order of the input.
+    """Writes a complete run's texts with their entities replaced, one row a document, in the order of the input.
 
     Columns: ``doc_index``, ``id``, ``status``, ``text`` (null where rejected), ``entities`` (offsets in that text)
-    and ``key``, which names the key of pseudonyms.
+    and ``key``, the id of the key of pseudonyms.
 
     Args:
         run: The run's folder.
         plan: Its plan.
-        to: A file that is not there yet: ``.jsonl``, ``.parquet`` or ``.csv``.
-        how: See ``replacement``.
-        key: Of ``pseudonym``: a new file that takes pseudonyms back, SQLite; of ``hash``: the secret, 64 hexadecimal
-            digits, made where the file is not there. Mode 0600, never overwritten.
-        only: Labels to replace; all where it is empty.
-        min_score: Entities below it stay.
+        to: A new file: ``.jsonl``, ``.parquet`` or ``.csv``.
+        method: See ``replacement``.
+        key: With ``pseudonym``: a new SQLite file, which restores the texts. With ``hash``: a file with the secret, 64
+            hexadecimal digits, which is created where it does not exist. The mode is 0600; files are not overwritten.
+        only: Labels to replace; empty for all.
+        min_score: Entities with a lower score stay.
 
     Raises:
-        UsageError: a file that exists or cannot be named so, texts that are not there, a label that the run has not.
-        StoreError: a file cannot be read or written. In both cases neither file is there.
+        UsageError: a file exists or has a wrong name, the run's texts do not exist any more, or no entity of the run
+            has a label of ``only``. Neither file is written.
+        StoreError: a file cannot be read or written. Neither file is written.
     """
-    if key is not None and how not in ("hash", "pseudonym"):
-        raise UsageError(f"--key goes with --with hash or pseudonym, not with {how}")
+    if key is not None and method not in ("hash", "pseudonym"):
+        raise UsageError(f"--key goes with --with hash or pseudonym, not with {method}")
     if key is not None and os.path.abspath(key) == os.path.abspath(to):
         raise UsageError(f"{key}: named as --key and as --to; name two files")
     entities: Counter[str] = Counter()
@@ -82,16 +83,16 @@ def redact_run(
     documents = left_out = 0
     with ExitStack() as stack:
         aside = stack.enter_context(new_file(to))
-        replace, key_id = _replacing(how, key, stack)
+        replace, key_id = _make_replacement(method, key, stack)
         write = stack.enter_context(table_writer(to, aside, _COLUMNS))
-        for shown in read_rows(run, plan, None):
-            row = shown.row
+        for document in read_rows(run, plan, None):
+            row = document.row
             documents += 1
             text: str | None = None
             found: list[Entity] = []
             if row["status"] == "ok":
                 labels.update(entity["label"] for entity in row["entities"])
-                text, found = redact(shown.text, row["entities"], replace, only, min_score)
+                text, found = redact(document.text, row["entities"], replace, only, min_score)
                 entities.update(entity["label"] for entity in found if entity["redacted"])
             else:
                 left_out += 1
@@ -115,15 +116,15 @@ def redact_run(
 
 
 def restore_file(source: str, key: str, to: str) -> int:
-    """Writes the texts that a file of pseudonyms stood for; returns how many documents.
+    """Writes the original texts of a file with pseudonyms; returns the number of documents.
 
     Args:
-        source: What ``redact_run`` wrote with ``pseudonym``.
+        source: A file that ``redact_run`` wrote with ``pseudonym``.
         key: Its key.
-        to: A file that is not there yet.
+        to: A new file.
 
     Raises:
-        UsageError: a file that is not of that kind, another key, or a file that exists.
+        UsageError: ``source`` or ``key`` is no such file, the key is another one's, or ``to`` exists.
         StoreError: a file cannot be read or written.
     """
     documents = 0
@@ -145,10 +146,14 @@ def restore_file(source: str, key: str, to: str) -> int:
 
 @contextmanager
 def new_file(path: str, mode: int = 0o666) -> Iterator[str]:
-    """A path to write to, which becomes ``path`` at the end, whole or not at all; nothing is ever replaced.
+    """Creates a file whole or not at all: what is written to the path that it yields appears at ``path`` at the end.
+
+    Args:
+        path: The new file; an existing one is not replaced.
+        mode: Permissions before the umask.
 
     Raises:
-        UsageError: the file exists, or is not on a disk.
+        UsageError: the file exists, or is not on a local disk.
         StoreError: it cannot be written.
     """
     if is_remote(path):
@@ -157,11 +162,11 @@ def new_file(path: str, mode: int = 0o666) -> Iterator[str]:
         raise UsageError(f"{path}: exists already, and is not overwritten; name another file")
     folder, name = os.path.split(os.path.abspath(path))
     aside = f"{folder}/.{name}.{uuid.uuid4().hex}"
-    with telling("write", path):
+    with store_errors("write", path):
         os.close(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
     try:
         yield aside
-        with telling("write", path):
+        with store_errors("write", path):
             with open(aside, "rb") as stream:
                 os.fsync(stream.fileno())
             os.link(aside, path)
@@ -170,19 +175,21 @@ def new_file(path: str, mode: int = 0o666) -> Iterator[str]:
             os.unlink(aside)
 
 
-def _replacing(how: How, key: str | None, stack: ExitStack) -> tuple[Replace, str | None]:
-    """How entities are replaced, and the key's name where there is one."""
-    if how == "pseudonym":
-        aside = stack.enter_context(new_file(key, 0o600)) if key else ""  # an empty name is a file that goes by itself
+def _make_replacement(method: Method, key: str | None, stack: ExitStack) -> tuple[Replace, str | None]:
+    """The function that computes replacements, and the id of the key where there is one."""
+    if method == "pseudonym":
+        aside = (
+            stack.enter_context(new_file(key, 0o600)) if key else ""
+        )  # SQLite removes a database with an empty name when it is closed
         key_id = secrets.token_hex(8)
-        return replacement(how, pseudonym=_new_pseudonyms(aside, key_id, stack)), key_id if key else None
-    return replacement(how, secret=_secret(key, stack) if how == "hash" else b""), None
+        return replacement(method, pseudonym=_new_pseudonyms(aside, key_id, stack)), key_id if key else None
+    return replacement(method, secret=_read_or_create_secret(key, stack) if method == "hash" else b""), None
 
 
 def _new_pseudonyms(path: str, key_id: str, stack: ExitStack) -> Replace:
-    """A pseudonym for each label and text, numbered by label as they come; all are in the file in the end."""
+    """A function that returns the pseudonym of a label and a text, numbered by label, and stores it in the key file."""
     database = stack.enter_context(closing(sqlite3.connect(path, isolation_level=None)))
-    database.execute("PRAGMA journal_mode = OFF")  # the file is named when it is whole
+    database.execute("PRAGMA journal_mode = OFF")  # the file gets its name when it is complete
     database.execute("PRAGMA synchronous = OFF")
     database.executescript(_KEY_SCHEMA)
     database.execute("INSERT INTO key VALUES (?)", (key_id,))
@@ -190,7 +197,7 @@ def _new_pseudonyms(path: str, key_id: str, stack: ExitStack) -> Replace:
     name = path or "the temporary file of pseudonyms"
 
     def commit() -> None:
-        with telling("write", name):
+        with store_errors("write", name):
             database.execute("COMMIT")
 
     stack.callback(commit)
@@ -203,7 +210,7 @@ def _new_pseudonyms(path: str, key_id: str, stack: ExitStack) -> Replace:
             return str(known[0])
         numbers[label] += 1
         new = f"{label}_{numbers[label]}"
-        with telling("write", name):
+        with store_errors("write", name):
             database.execute("INSERT INTO pseudonyms VALUES (?, ?, ?)", (new, label, text))
         return new
 
@@ -211,7 +218,7 @@ def _new_pseudonyms(path: str, key_id: str, stack: ExitStack) -> Replace:
 
 
 def _open_key(path: str, stack: ExitStack) -> tuple[Any, str]:
-    """What a pseudonym stands for, and the key's name."""
+    """A function that returns the text of a pseudonym, and the key's id."""
     if not os.path.isfile(path):
         raise UsageError(f"{path}: no such key file; name what nermill redact --with pseudonym --key wrote")
     database = stack.enter_context(closing(sqlite3.connect(path)))
@@ -231,8 +238,8 @@ def _open_key(path: str, stack: ExitStack) -> tuple[Any, str]:
     return original, key_id
 
 
-def _secret(path: str | None, stack: ExitStack) -> bytes:
-    """The secret of hashes: that of a file, made where the file is not there; without a file one that nobody keeps."""
+def _read_or_create_secret(path: str | None, stack: ExitStack) -> bytes:
+    """The secret of hashes: read from the file, which is created where it does not exist; random without a file."""
     if path is not None and os.path.lexists(path):
         try:
             with open(path, "rb") as stream:

@@ -1,4 +1,4 @@
-"""A run's result for the eye: entities marked in their text, or CoNLL columns."""
+"""Reads the tagged documents of a run with their texts, and writes them as CoNLL columns."""
 
 from __future__ import annotations
 
@@ -19,14 +19,19 @@ from nermill.worker.contracts.shard import read_documents, read_shard
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One row of a part with the text that its offsets count in."""
+class TaggedDocument:
+    """One tagged document.
+
+    Attributes:
+        row: Its row in the part, by column.
+        text: The text to which the offsets of entities refer; empty where it is not known.
+    """
 
     row: dict[str, Any]
     text: str
 
     def pieces(self) -> Iterator[tuple[str, str]]:
-        """The text cut into (piece, label); the label is empty outside entities."""
+        """The text as pairs of piece and label; the label is empty outside of entities."""
         at = 0
         for entity in self.row["entities"]:
             if entity["start"] > at:
@@ -37,22 +42,32 @@ class Shown:
             yield self.text[at:], ""
 
 
-def read_rows(run: RunFolder, plan: Plan, limit: int | None) -> Iterator[Shown]:
-    """The first documents of the committed parts, in the order of the input."""
+def read_rows(run: RunFolder, plan: Plan, limit: int | None) -> Iterator[TaggedDocument]:
+    """The documents of the committed parts, in the order of the input.
+
+    Args:
+        run: The run's folder.
+        plan: Its plan.
+        limit: Most documents; None for all.
+
+    Raises:
+        UsageError: the texts are neither in the parts nor in the shards.
+        StoreError: a part or shard cannot be read.
+    """
     committed = run.committed()
     shards = (shard for shard in plan.shards if shard.index in committed)
-    return islice((shown for shard in shards for shown in _rows(run, shard)), limit)
+    return islice((document for shard in shards for document in _rows(run, shard)), limit)
 
 
 def conll_lines(run: RunFolder, plan: Plan, limit: int | None) -> Iterator[str]:
-    """Two columns, word and predicted IOB2 tag; a blank line after each document.
+    """Lines of word and predicted IOB2 tag, and a blank line after each document; rejected documents are left out.
 
     Raises:
-        UsageError: the run's documents were not split into words.
+        UsageError: the run's documents are texts, not lists of words.
     """
-    for shown in read_rows(run, plan, limit):
-        words, tags = shown.row["words"], shown.row["tags"]
-        if shown.row["status"] != "ok":
+    for document in read_rows(run, plan, limit):
+        words, tags = document.row["words"], document.row["tags"]
+        if document.row["status"] != "ok":
             continue
         if words is None or tags is None:
             raise UsageError(f"{run.uri}: its documents are texts, not words; --format conll needs CoNLL input")
@@ -60,7 +75,7 @@ def conll_lines(run: RunFolder, plan: Plan, limit: int | None) -> Iterator[str]:
         yield ""
 
 
-def _rows(run: RunFolder, shard: Shard) -> Iterator[Shown]:
+def _rows(run: RunFolder, shard: Shard) -> Iterator[TaggedDocument]:
     documents = None
     try:
         with open_part(run, shard.index) as part:
@@ -72,18 +87,18 @@ def _rows(run: RunFolder, shard: Shard) -> Iterator[Shown]:
                     elif text is None and row["status"] == "ok":
                         documents = documents or _documents(run, shard)
                         text = document_text(documents[row["doc_index"] - shard.first])
-                    yield Shown(row, text or "")
+                    yield TaggedDocument(row, text or "")
     except (pa.ArrowException, FileNotFoundError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise StoreError(
-            f"{run.path(part_name(shard.index))}: damaged part ({reason}); remove it and nermill resume"
+            f"{run.path(part_name(shard.index))}: damaged part ({reason}); remove it and run nermill resume"
         ) from None
 
 
 def _documents(run: RunFolder, shard: Shard) -> list[Document]:
     if not run.exists(run.shard_file(shard.index)):
         raise UsageError(
-            f"{run.uri}: its texts are not there (neither kept in its parts nor in {run.shard_file(shard.index)}); "
+            f"{run.uri}: its texts do not exist any more (neither in its parts nor in {run.shard_file(shard.index)}); "
             "tag the input again with --keep-text"
         )
     return read_documents(read_shard(run, shard.index, shard.sha256))

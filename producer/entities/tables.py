@@ -1,4 +1,4 @@
-"""Files of rows by their suffix, JSONL, Parquet or CSV, written and read as streams."""
+"""Writes and reads files of rows as streams: JSONL, Parquet or CSV, by their suffix."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pyarrow import parquet as pq
 from nermill.worker.contracts.content import unreadable
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.schema import ENTITY
-from nermill.worker.contracts.store import telling
+from nermill.worker.contracts.store import store_errors
 
 SUFFIXES = (".jsonl", ".parquet", ".csv")
-_BLOCK_ROWS, _BLOCK_CHARACTERS = 8192, 8 << 20  # of a row group of Parquet
+_BLOCK_ROWS, _BLOCK_CHARACTERS = 8192, 8 << 20  # of one row group of Parquet
 
 Row = dict[str, Any]
 Write = Callable[[Row], object]
@@ -31,28 +31,29 @@ _TYPES = {
 
 
 def suffix_of(name: str) -> str:
-    """The suffix that says a file's format.
+    """The suffix of a file, which determines its format.
 
     Raises:
-        UsageError: there is none that does.
+        UsageError: it is none of SUFFIXES.
     """
     suffix = os.path.splitext(name)[1].lower()
     if suffix not in SUFFIXES:
-        raise UsageError(f"{name}: its name says no format; let it end in {', '.join(SUFFIXES)}")
+        raise UsageError(f"{name}: its name shows no format; let it end in {', '.join(SUFFIXES)}")
     return suffix
 
 
 @contextmanager
 def table_writer(name: str, path: str, columns: Sequence[str]) -> Iterator[Write]:
-    """What takes rows for a file; the file is whole when the ``with`` block ends.
+    """A function that writes one row; the file is complete when the ``with`` block ends.
 
     Args:
-        name: The name that the file will have; its suffix says the format.
-        path: Where it is written.
-        columns: Their names, in order; ``doc_index`` is an integer, ``entities`` a list (JSON in CSV), others text.
+        name: The final name of the file; its suffix determines the format.
+        path: Where the file is written.
+        columns: Names of the columns, in order; ``doc_index`` is an integer, ``entities`` a list (JSON in CSV), the
+            others are text.
 
     Raises:
-        UsageError: the suffix is of no format.
+        UsageError: the suffix is none of SUFFIXES.
         StoreError: the file cannot be written.
     """
     opened = {".jsonl": _write_jsonl, ".csv": _write_csv, ".parquet": _write_parquet}[suffix_of(name)](path, columns)
@@ -60,7 +61,7 @@ def table_writer(name: str, path: str, columns: Sequence[str]) -> Iterator[Write
     add = stack.enter_context(opened)
 
     def write(row: Row) -> None:
-        with telling("write", name):
+        with store_errors("write", name):
             add(row)
 
     try:
@@ -69,15 +70,19 @@ def table_writer(name: str, path: str, columns: Sequence[str]) -> Iterator[Write
         with suppress(Exception):
             stack.close()
         raise
-    with telling("write", name):
+    with store_errors("write", name):
         stack.close()
 
 
 def read_table(name: str, columns: Sequence[str]) -> Iterator[Row]:
     """The rows of a file that ``table_writer`` wrote.
 
+    Args:
+        name: The file.
+        columns: Columns that every row must have.
+
     Raises:
-        UsageError: it cannot be read, or is of another kind.
+        UsageError: the file cannot be read, is damaged, or lacks a column.
     """
     read = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}[suffix_of(name)]
     number = 0

@@ -1,9 +1,8 @@
-"""A few texts to their entities at once: by a model in a process of its own, or by the workers at a broker."""
+"""Tags a few texts at once: with a model in a child process, or through the workers at a broker."""
 
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,19 +10,19 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from nermill.worker.contracts.command import python_command
+from nermill.worker.contracts.device import find_device
 from nermill.worker.contracts.document import Annotation, Entity, Fault
 from nermill.worker.contracts.errors import EngineError, UsageError
 
-if TYPE_CHECKING:  # each costs time before the child with the model starts
+if TYPE_CHECKING:  # importing them would delay the start of the child process
     from nermill.producer.runs.queue import Queue
     from nermill.worker.contracts.plan import Options
 
 REQUEST_SECONDS = 60.0
-_DEVICE = re.compile(r"cpu|cuda:\d+|npu:\d+")
 
 
 class LocalTagger:
-    """A model in a child process, which loads while the texts are still being read.
+    """A model in a child process, which loads while the caller reads the texts.
 
     Args:
         process: The child, ``nermill.worker.process.tag_lines``.
@@ -33,31 +32,31 @@ class LocalTagger:
         self._process = process
 
     def tag(self, texts: list[str]) -> list[Annotation]:
-        """One annotation a text, in order; ``fault`` is set where one could not be tagged. To be called once.
+        """One annotation for each text, in order; ``fault`` is set where a text could not be tagged. Call it once.
 
         Raises:
-            UsageError: the model or the device cannot be served here.
+            UsageError: the model cannot be loaded on the device.
             EngineError: the process failed.
         """
         out, err = self._process.communicate("".join(json.dumps(text) + "\n" for text in texts))
         if code := self._process.returncode:
-            told = err.strip().rpartition("\n")[2] or f"the process of the model ended with {code}"
-            raise UsageError(told) if code == UsageError.exit_code else EngineError(told)
+            message = err.strip().rpartition("\n")[2] or f"the process of the model ended with {code}"
+            raise UsageError(message) if code == UsageError.exit_code else EngineError(message)
         return [_annotation(json.loads(line)) for line in out.splitlines()]
 
 
 @contextmanager
 def local_tagger(model: str = "demo", device: str = "cpu") -> Iterator[LocalTagger]:
-    """Starts to load a model; its process ends with the ``with`` block.
+    """Starts a process that loads a model; it ends with the ``with`` block.
 
     Args:
         model: Artifact, by name or path.
         device: ``cpu``, ``cuda:N`` or ``npu:N``.
 
     Raises:
-        UsageError: ``device`` names no device.
+        UsageError: ``device`` is no device's name.
     """
-    if not _DEVICE.fullmatch(device):
+    if find_device(device) is None:
         raise UsageError(f"--device {device!r}: say cpu, cuda:N or npu:N")
     process = subprocess.Popen(
         python_command("nermill.worker.process.tag_lines", model, device),
@@ -71,7 +70,7 @@ def local_tagger(model: str = "demo", device: str = "cpu") -> Iterator[LocalTagg
         try:
             yield LocalTagger(process)
         finally:
-            process.kill()  # one that has ended is left as it is
+            process.kill()  # has no effect where it has ended
 
 
 class RemoteTagger:
@@ -81,8 +80,8 @@ class RemoteTagger:
         broker: Broker URL.
 
     Raises:
-        UsageError: a URL that cannot be served.
-        BrokerError: nobody answers at the broker.
+        UsageError: the URL is invalid.
+        BrokerError: the broker does not answer.
     """
 
     def __init__(self, broker: str) -> None:
@@ -91,7 +90,7 @@ class RemoteTagger:
         self._queue = Queue(broker)
 
     def tag(self, texts: list[str]) -> list[Annotation]:
-        """One annotation a text, in order; see ``request_annotations``."""
+        """One annotation for each text, in order; see ``request_annotations``."""
         from nermill.worker.contracts.plan import Options
 
         return request_annotations(self._queue, texts, Options())
@@ -105,18 +104,18 @@ def request_annotations(
     model: str | None = None,
     timeout: float = REQUEST_SECONDS,
 ) -> list[Annotation]:
-    """Has the workers at a broker tag a few documents.
+    """Sends a few documents to the workers at a broker and waits for the annotations.
 
     Args:
         queue: The broker.
         documents: Texts, or lists of words.
-        options: How they are tagged.
-        model: Artifact that must tag them, by name or path; None leaves it to the workers.
-        timeout: Seconds to wait for the answer.
+        options: Options of tagging.
+        model: Artifact that must tag them, by name or path; None for that of any worker.
+        timeout: Most seconds to wait.
 
     Raises:
-        UsageError: the workers refuse the request; the model is not there.
-        BrokerError: no answer in time.
+        UsageError: the workers refuse the request, or the model does not exist.
+        BrokerError: there was no answer in time.
     """
     from nermill.producer.runs.planning import model_identity
 

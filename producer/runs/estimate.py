@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from nermill.producer.runs.planning import Request, check_writable, model_identity, normalised, planned_run_id
-from nermill.producer.runs.shards import cut, document_text, estimated_tokens
+from nermill.producer.runs.shards import document_text, estimated_tokens, group_documents
 from nermill.producer.sources import open_sources
 from nermill.producer.sources.files import is_remote
-from nermill.producer.sources.reading import OnRead, Reading, unheard
+from nermill.producer.sources.reading import OnRead, Reading, ignore_progress
 from nermill.worker.contracts.document import Document
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.layout import PLAN_FILE, RunFolder
@@ -89,7 +89,7 @@ class Estimate:
         }
 
 
-def estimate(request: Request, costs: Path | None = None, on_read: OnRead = unheard) -> Estimate:
+def estimate(request: Request, costs: Path | None = None, on_read: OnRead = ignore_progress) -> Estimate:
     """Reads an input as ``submit`` would, and counts.
 
     Args:
@@ -122,7 +122,7 @@ def estimate(request: Request, costs: Path | None = None, on_read: OnRead = unhe
     ]
     hashes = array("q")
     reading = Reading(sources, [size for _, size in prints], request.read, on_read)
-    for group in cut(reading.documents(), request.limits):
+    for group in group_documents(reading.documents(), request.limits):
         found.shards += 1
         hashes.extend(hash(document.id) for document in group)
         _count(found, group, lengths)

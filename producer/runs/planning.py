@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 
-from nermill.producer.runs.recovery import put_back
-from nermill.producer.runs.shards import ShardLimits, cut, write_shard, write_shards
+from nermill.producer.runs.recovery import finish_swap
+from nermill.producer.runs.shards import ShardLimits, group_documents, write_shard, write_shards
 from nermill.producer.sources import ReadOptions, Source, open_sources
 from nermill.producer.sources.files import absolute, filesystem, is_remote
-from nermill.producer.sources.reading import OnRead, Reading, unheard
+from nermill.producer.sources.reading import OnRead, Reading, ignore_progress
 from nermill.worker.contracts.errors import StoreError, UsageError
 from nermill.worker.contracts.labels import bare_labels, choice_of
 from nermill.worker.contracts.layout import FIRST_LAYOUT, PLAN_FILE, SHARD_FOLDER, RunFolder
@@ -92,7 +92,9 @@ def without_tagged(out: str, found: Found) -> Found:
     return Found([found.sources[at] for at in new], [found.prints[at] for at in new], found.left_out)
 
 
-def make_plan(request: Request, on_read: OnRead = unheard, found: Found | None = None) -> tuple[RunFolder, Plan]:
+def make_plan(
+    request: Request, on_read: OnRead = ignore_progress, found: Found | None = None
+) -> tuple[RunFolder, Plan]:
     """Plans a run, or finds the one that the same request made before, and mends its shards.
 
     Args:
@@ -112,7 +114,7 @@ def make_plan(request: Request, on_read: OnRead = unheard, found: Found | None =
     run = RunFolder(f"{out}/run={run_id}")
     if not is_remote(out):
         check_writable(out)
-        put_back(run)
+        finish_swap(run)
     reading = Reading(sources, [size for _, size in prints], request.read, on_read)
     if run.exists(PLAN_FILE):
         plan = _mended(run, read_plan(run), reading, request.limits)
@@ -150,7 +152,7 @@ def _mended(run: RunFolder, plan: Plan, reading: Reading, limits: ShardLimits) -
     if not broken or plan.details.get("compacted"):
         return plan
     shards: list[Shard] = []
-    for shard, group in zip_longest(plan.shards, cut(reading.documents(), limits)):
+    for shard, group in zip_longest(plan.shards, group_documents(reading.documents(), limits)):
         if shard is None or group is None or shard.documents != len(group):
             raise UsageError(
                 f"{run.uri}: planned by another version of nermill, which cuts the input into other shards; "

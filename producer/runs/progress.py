@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from nermill.producer.runs.run import OnStatus
 from nermill.producer.runs.status import Status
-from nermill.producer.sources.reading import OnRead, unheard
+from nermill.producer.sources.reading import OnRead, ignore_progress
 from nermill.worker.contracts.console import visible
 from nermill.worker.contracts.ledger import WorkerProcess
 
@@ -56,7 +56,7 @@ def paused(show: OnStatus) -> OnStatus:
 def reading() -> Iterator[OnRead]:
     """A bar for the reading of inputs, on a terminal alone."""
     if not sys.stderr.isatty():
-        yield unheard
+        yield ignore_progress
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn

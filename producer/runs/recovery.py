@@ -11,7 +11,7 @@ from nermill.producer.runs.queue import Queue
 from nermill.worker.contracts.errors import StoreError
 from nermill.worker.contracts.layout import PLAN_FILE, RunFolder
 from nermill.worker.contracts.plan import Plan, Shard
-from nermill.worker.contracts.store import telling
+from nermill.worker.contracts.store import store_errors
 
 BEFORE = "before"  # what a run's folder is called beside its place until the compacted one is there
 
@@ -59,7 +59,7 @@ def beside(run: RunFolder, name: str) -> str:
     return f"{folder}/.{base}.{name}"
 
 
-def put_back(run: RunFolder) -> None:
+def finish_swap(run: RunFolder) -> None:
     """Ends the swap of a local run's folder that was interrupted: the new one is in its place, or the old one again.
 
     Raises:
@@ -68,7 +68,7 @@ def put_back(run: RunFolder) -> None:
     before = beside(run, BEFORE)
     if not run.is_local or not os.path.exists(before):
         return
-    with telling("put back", before):
+    with store_errors("put back", before):
         if run.exists(PLAN_FILE):
             shutil.rmtree(before)
         else:

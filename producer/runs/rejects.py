@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from nermill.producer.runs.compact import take_up
+from nermill.producer.runs.compact import finish_interrupted_swap
 from nermill.producer.runs.queue import Queue
 from nermill.producer.runs.run import send
 from nermill.worker.contracts.layout import REJECT_FILE, REPORT_HTML, REPORT_JSON, SUCCESS_FILE, RunFolder, part_name
@@ -31,7 +31,7 @@ def retry(run: RunFolder, plan: Plan, queue: Queue) -> tuple[int, int]:
     Returns:
         Rejects that are tried again, and those that are not because the fault is the document's own.
     """
-    plan = take_up(run) or plan
+    plan = finish_interrupted_swap(run) or plan
     again, own_fault, shards = 0, 0, []
     for shard, table in rejects_of(run, _committed(run, plan)):
         reasons = table["reason"].to_pylist()

@@ -8,8 +8,8 @@ from contextlib import suppress
 from dataclasses import replace
 
 from nermill.producer.runs.queue import HIGH_WATER, Queue
-from nermill.producer.runs.recovery import put_back, recover
-from nermill.producer.runs.status import Status, Tally, artifact_of_parts, look
+from nermill.producer.runs.recovery import finish_swap, recover
+from nermill.producer.runs.status import PartTotals, Status, artifact_of_parts, look
 from nermill.producer.sources.files import absolute, suggestion
 from nermill.worker.contracts.errors import BrokerError, StoreError, UsageError
 from nermill.worker.contracts.layout import FIRST_LAYOUT, PLAN_FILE, SUCCESS_FILE, RunFolder
@@ -40,7 +40,7 @@ def open_run(uri: str) -> tuple[RunFolder, Plan]:
     """
     run = RunFolder(absolute(uri))
     if not run.exists(PLAN_FILE):
-        put_back(run)
+        finish_swap(run)
     if not run.exists(PLAN_FILE) and not run.exists(FIRST_LAYOUT):
         if inside := [name for name in run.list() if name.startswith("run=")]:
             names = ", ".join(f"{run.uri}/{name}" for name in inside[:5])
@@ -92,11 +92,11 @@ def send(run: RunFolder, plan: Plan, queue: Queue, high_water: int = HIGH_WATER,
         run.remove(SUCCESS_FILE)  # a part of a complete run was taken away
     else:
         finish(run, plan, queue)
-    tally = Tally(run)
+    totals = PartTotals(run)
     sent = 0
     for at in range(0, len(missing), _BATCH):
         while at and is_above(queue, plan, high_water):
-            on_wait(look(run, plan, queue, tally))
+            on_wait(look(run, plan, queue, totals))
             time.sleep(_POLL_SECONDS[1])
         sent += send_shards(queue, plan, missing[at : at + _BATCH])
     return sent
@@ -104,11 +104,11 @@ def send(run: RunFolder, plan: Plan, queue: Queue, high_water: int = HIGH_WATER,
 
 def resume(run: RunFolder, plan: Plan, queue: Queue, high_water: int = HIGH_WATER, on_wait: OnStatus = ignore) -> Plan:
     """Sends again what has no part; a cancelled run is taken up again, an abandoned stream is closed."""
-    run.sweep()
+    run.remove_stale_files()
     if not run.is_local:
-        from nermill.producer.runs.compact import take_up
+        from nermill.producer.runs.compact import finish_interrupted_swap
 
-        plan = take_up(run) or plan
+        plan = finish_interrupted_swap(run) or plan
     if plan.is_open:
         plan = recover(run, plan, queue)
     if plan.cancelled:
@@ -134,17 +134,17 @@ def wait(run: RunFolder, plan: Plan, queue: Queue, on_status: OnStatus = ignore)
         BrokerError: the broker stays away.
         StoreError: workers refuse the run, or the folder cannot be read.
     """
-    tally = Tally(run)
+    totals = PartTotals(run)
     pause, lost, answered, complete_since = _POLL_SECONDS[0], False, time.monotonic(), 0.0
     while True:
         began = time.monotonic()
         try:
-            status = look(run, plan, queue, tally)
+            status = look(run, plan, queue, totals)
             answered = began
         except BrokerError:
             if began - answered > BROKER_TIMEOUT:
                 raise
-            status = look(run, plan, None, tally)
+            status = look(run, plan, None, totals)
         on_status(status)
         if answered == began:
             with suppress(BrokerError):
@@ -155,7 +155,7 @@ def wait(run: RunFolder, plan: Plan, queue: Queue, on_status: OnStatus = ignore)
             is_settled = began - complete_since > SETTLE_SECONDS
             if not working or (is_settled and not status.progress.leased):
                 finish(run, plan, queue)
-                return look(run, plan, None, tally)
+                return look(run, plan, None, totals)
         if status.state == "cancelled" and not status.progress.leased:
             return status
         idle = not working and status.state not in ("complete", "cancelled")

@@ -31,7 +31,7 @@ class ShardLimits:
     tokens: int = 1 << 15
 
 
-def cut(documents: Iterable[Document], limits: ShardLimits) -> Iterator[list[Document]]:
+def group_documents(documents: Iterable[Document], limits: ShardLimits) -> Iterator[list[Document]]:
     """Groups consecutive documents of one kind, texts or words; only one group is in memory at a time."""
     group: list[Document] = []
     characters = tokens = 0
@@ -77,7 +77,7 @@ def write_shard(run: RunFolder, index: int, first: int, documents: list[Document
 def write_shards(run: RunFolder, documents: Iterable[Document], limits: ShardLimits) -> Iterator[Shard]:
     """Writes the documents' shards in order."""
     first = 0
-    for index, group in enumerate(cut(documents, limits)):
+    for index, group in enumerate(group_documents(documents, limits)):
         yield write_shard(run, index, first, group)
         first += len(group)
 

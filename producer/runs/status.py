@@ -122,7 +122,7 @@ class Status:
         return body
 
 
-class Tally:
+class PartTotals:
     """The sums over a run's parts; a part is read once, however often one looks."""
 
     def __init__(self, run: RunFolder) -> None:
@@ -170,20 +170,20 @@ class Tally:
         return (entry for entries in self._stats.values() for entry in entries)
 
 
-def look(run: RunFolder, plan: Plan, queue: Queue | None = None, tally: Tally | None = None) -> Status:
+def look(run: RunFolder, plan: Plan, queue: Queue | None = None, totals: PartTotals | None = None) -> Status:
     """A run's status now; without a queue only what the folder knows.
 
     Raises:
         StoreError: the folder cannot be read.
         BrokerError: the queue does not answer.
     """
-    tally = tally or Tally(run)
+    totals = totals or PartTotals(run)
     progress, listening = Progress(), tuple[WorkerProcess, ...]()
     if queue is not None:
         with queue.ledger() as ledger:
             progress, listening = ledger.progress(plan.run_id), tuple(ledger.workers())
     planned = run.shards() if plan.is_open else {shard.index for shard in plan.shards}
-    committed = tally.update(planned)
+    committed = totals.update(planned)
     busy = bool(progress.waiting or progress.leased)
     state: State
     if not plan.is_open and planned <= committed:
@@ -193,7 +193,7 @@ def look(run: RunFolder, plan: Plan, queue: Queue | None = None, tally: Tally | 
     else:
         state = "running" if busy or progress.state == "open" else "incomplete"
     if committed:
-        seconds = tally.seconds(time.time() if progress.leased and state == "running" else 0.0)
+        seconds = totals.seconds(time.time() if progress.leased and state == "running" else 0.0)
     else:
         seconds = time.time() - progress.started if progress.leased and progress.started else 0.0
     return Status(
@@ -202,14 +202,14 @@ def look(run: RunFolder, plan: Plan, queue: Queue | None = None, tally: Tally | 
         state=state,
         planned=len(planned),
         committed=len(committed),
-        total=max(progress.submitted, tally.sum("documents")) if plan.is_open else plan.documents,
-        ok=tally.sum("ok"),
-        rejected=tally.sum("rejected"),
-        tokens=tally.sum("tokens"),
-        computed_tokens=tally.sum("computed_tokens"),
+        total=max(progress.submitted, totals.sum("documents")) if plan.is_open else plan.documents,
+        ok=totals.sum("ok"),
+        rejected=totals.sum("rejected"),
+        tokens=totals.sum("tokens"),
+        computed_tokens=totals.sum("computed_tokens"),
         seconds=seconds,
         progress=progress,
-        workers=tally.workers(),
+        workers=totals.workers(),
         listening=listening,
         scores=scores_of(run),
     )

@@ -1,7 +1,7 @@
-"""Files become documents: one stream, whatever the format, the compression or the place.
+"""Reads input files of all formats as documents.
 
-A reader is a function of a file and the options that yields documents; ``_READERS`` names one for each format.
-A record that cannot be read is yielded as a document with a fault; what is wrong with a file as a whole is raised.
+A reader is a function that takes a file and the options and yields documents; ``_READERS`` has one for each format. For
+a record that cannot be read it yields a document with a fault; for a file that cannot be read it raises UsageError.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Reader = Callable[[SourceFile, ReadOptions], Iterator[Document]]
 
 
 def _read_parquet(file: SourceFile, options: ReadOptions) -> Iterator[Document]:
-    from nermill.producer.sources.parquet import read_parquet  # pyarrow takes its time to import
+    from nermill.producer.sources.parquet import read_parquet  # importing pyarrow takes time
 
     return read_parquet(file, options)
 
@@ -46,17 +46,17 @@ _READERS: dict[Format, Reader] = {
 
 @dataclass(frozen=True)
 class Source:
-    """An input file and the format it is in."""
+    """An input file and its format."""
 
     file: SourceFile
     format: Format
 
     def documents(self, options: ReadOptions) -> Iterator[Document]:
-        """Its documents, one by one, in its order.
+        """The file's documents, in order.
 
         Raises:
-            UsageError: the file as a whole is wrong, such as one whose every record is malformed; or a record is and
-                ``options.on_error`` says ``fail``. The message names file and line.
+            UsageError: the file cannot be read, is empty, or has only malformed records; or a record cannot be read and
+                ``options.on_error`` is ``fail``. The message names file and line.
         """
         first: Document | None = None
         is_malformed = True
@@ -64,29 +64,29 @@ class Source:
             first = first or document
             is_malformed &= document.fault is not None and document.fault.reason == "malformed"
             if document.fault is not None and options.on_error == "fail":
-                raise UsageError(f"{self._told(document)}; mend it, or go on without it: --on-error reject")
+                raise UsageError(f"{self._located_fault(document)}; correct it, or leave it out with --on-error reject")
             yield document
         if first is None:
             raise empty(self.file)
         if is_malformed:
             raise UsageError(
-                f"{self._told(first)}; no record of the file can be read: is it {self.format}? Say --format"
+                f"{self._located_fault(first)}; no record of the file can be read: is it {self.format}? Say --format"
             )
 
-    def _told(self, document: Document) -> str:
-        """What is wrong with a document, and where."""
+    def _located_fault(self, document: Document) -> str:
+        """A document's fault and its position in the file."""
         assert document.fault is not None
-        told = document.fault.message
-        return told if told.startswith(f"{self.file.uri}:") else f"{document.id}: {told}"
+        message = document.fault.message
+        return message if message.startswith(f"{self.file.uri}:") else f"{document.id}: {message}"
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the arguments led to.
+    """The files that the arguments stand for.
 
     Attributes:
         sources: The files that are read, in order.
-        left_out: The files that are not, each with the reason.
+        left_out: The files that are not read, each with the reason.
     """
 
     sources: list[Source]
@@ -94,13 +94,14 @@ class Inputs:
 
 
 def open_sources(inputs: Sequence[str], options: ReadOptions) -> Inputs:
-    """Finds the inputs and the format of each.
+    """Finds the input files and the format of each.
 
-    Left out are documentation (README.md, LICENSE ...) beside data, however it was named, for a shell's pattern is not
-    to be told from names; and files of no known format in a folder.
+    Two kinds of files are left out: documentation (README.md, LICENSE ...) where there are other files, even if it was
+    named, since a file name cannot be distinguished from a pattern that the shell expanded; and files of unknown format
+    in a folder.
 
     Raises:
-        UsageError: a file that is missing, empty, of no known format, or of another format than its folder.
+        UsageError: a file is missing or empty, its format is unknown, or it differs from others in its folder.
     """
     files = find_files(inputs)
     data = [file for file in files if not is_documentation(file)] or files

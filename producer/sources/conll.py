@@ -1,4 +1,4 @@
-"""CoNLL columns as documents: the sentences of a file, or what it calls documents."""
+"""Reads CoNLL files; a document is a sentence or, with ``--unit document``, a document of the file."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from nermill.worker.contracts.document import Document
 
 
 def read_conll(file: SourceFile, options: ReadOptions) -> Iterator[Document]:
-    """The sentences or documents of a CoNLL file, called as its comments call them, or by their first line.
+    """The sentences or documents of a CoNLL file.
+
+    The id is that of the comments ``# sent_id`` and ``# newdoc id``, else ``path:line`` of the first word.
 
     Raises:
-        UsageError: no column holds tags, or columns that were asked for are not there.
+        UsageError: no column holds tags, or a column in the options does not exist.
     """
     head = [(raw or b"").decode(errors="replace") for _, raw in islice(file.lines(), LAYOUT_LINES)]
     layout = find_layout(head, file.uri, options.word_column, options.tag_column)

@@ -1,7 +1,7 @@
-"""CSV and TSV with a header: one record a row, the id and the text from two columns; quotes as in RFC 4180.
+"""Reads CSV and TSV files with a header, quoted as in RFC 4180; each row is a record.
 
-The standard library's parser reads them, since it knows the line of each record, whatever line breaks fields have,
-and goes on after one that is damaged.
+The standard library's parser is used, since it can continue after a damaged record, and the line of each record is
+known although fields may contain line breaks.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from nermill.worker.contracts import content
 from nermill.worker.contracts.document import Document
 from nermill.worker.contracts.errors import UsageError
 
-DELIMITERS = (",", ";", "\t", "|")  # between which is chosen where a CSV's own is not given
+DELIMITERS = (",", ";", "\t", "|")  # candidates where --delimiter is not given
 
 
 def read_delimited(file: SourceFile, options: ReadOptions, format_: Format) -> Iterator[Document]:
     """The rows of a CSV or TSV file.
 
     Raises:
-        UsageError: the header lacks a column that was asked for.
+        UsageError: there is no header, or it lacks a column of the options.
     """
     rows = _rows(file, options, format_)
     header = next(rows, None)
@@ -61,7 +61,7 @@ def _checked(names: list[str], where: str, options: ReadOptions) -> list[str]:
 
 
 def _rows(file: SourceFile, options: ReadOptions, format_: Format) -> Iterator[tuple[int, list[str] | str]]:
-    """Each record's first line and its cells, or what is wrong with it."""
+    """First line and cells of each record; a message in the place of the cells where it cannot be read."""
     csv.field_size_limit(content.MAX_LINE_BYTES)
     lines = _Lines(file)
     try:
@@ -74,7 +74,7 @@ def _rows(file: SourceFile, options: ReadOptions, format_: Format) -> Iterator[t
             except StopIteration:
                 return
             except csv.Error as error:
-                yield first, _told(error, lines)
+                yield first, _explain(error, lines)
                 continue
             if lines.too_long:
                 yield first, f"longer than {content.MAX_LINE_BYTES >> 20} MiB"
@@ -84,10 +84,10 @@ def _rows(file: SourceFile, options: ReadOptions, format_: Format) -> Iterator[t
         lines.close()
 
 
-def _told(error: csv.Error, lines: _Lines) -> str:
+def _explain(error: csv.Error, lines: _Lines) -> str:
     reason = str(error)
     if "unexpected end of data" in reason or "field larger" in reason:
-        lines.again()
+        lines.replay()
         return "a quote is opened and never closed"
     if "expected after" in reason:
         return "text behind a closing quote; within a quoted field a quote is written twice"
@@ -95,7 +95,7 @@ def _told(error: csv.Error, lines: _Lines) -> str:
 
 
 def _sniff(header: str, options: ReadOptions) -> str:
-    """The delimiter whose columns are those that are looked for, else the one that makes most of them."""
+    """The delimiter with which the header has a column of text or words, else the one that makes most columns."""
 
     def rank(delimiter: str) -> tuple[bool, int]:
         names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
@@ -105,12 +105,12 @@ def _sniff(header: str, options: ReadOptions) -> str:
 
 
 class _Lines:
-    """Lines of a file for the parser, which may give the lines of a record that failed once more, but the first."""
+    """The lines of a file for the parser; after a record that failed, its lines but the first can be read again."""
 
     def __init__(self, file: SourceFile) -> None:
         self._lines = file.lines(keep_ends=True)
         self._taken: list[tuple[int, str]] = []
-        self._waiting: list[tuple[int, str]] = []  # the next one last
+        self._waiting: list[tuple[int, str]] = []  # in reverse order
         self._next = 1
         self.too_long = False
 
@@ -128,18 +128,18 @@ class _Lines:
         return line[1]
 
     def peek(self) -> str:
-        """The first line, which stays; empty for an empty file."""
+        """The first line, without consuming it; empty for an empty file."""
         line = next(self, "")
         self._waiting, self._taken = self._taken, []
         return line
 
     def begin(self) -> int:
-        """Begins a record; the number of its first line."""
+        """Begins a record; returns the number of its first line."""
         self._taken, self.too_long = [], False
         return self._waiting[-1][0] if self._waiting else self._next
 
-    def again(self) -> None:
-        """Takes back all lines of the record but the first."""
+    def replay(self) -> None:
+        """Makes all lines of the record but the first be read again."""
         self._waiting += reversed(self._taken[1:])
         self._taken = []
 

@@ -1,4 +1,4 @@
-"""Which format a file is in: by its suffix, by its content where the suffix leaves it open; prose is not guessed."""
+"""Detects the format of a file by its suffix, or by its content; an unknown format is never taken to be plain text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SUFFIXES: dict[str, Format] = {
     ".bioes": "conll",
 }
 _TABS = (".tsv", ".tab")  # a table, or CoNLL
-_TEXTS = (".txt", ".md", ".text", ".markdown")  # prose, unless the content is plainly something else
+_TEXTS = (".txt", ".md", ".text", ".markdown")  # plain text, unless the content is clearly of another format
 _DOCUMENTATION = re.compile(
     r"(readme|licen[cs]e|notice|copying|changelog|changes|citation|authors|contributing)"
     r"([-_ ][^.]*)?(\.(md|txt|rst|cff|html|markdown))?",
@@ -37,11 +37,11 @@ _TABLE_LINES = 20
 
 
 class UnknownFormatError(UsageError):
-    """A file of no known format."""
+    """A file whose format is unknown."""
 
 
 def is_documentation(file: SourceFile) -> bool:
-    """Whether a file's name says that it is about the data beside it: README.md, LICENSE ..."""
+    """Whether a file's name is that of documentation, such as README.md or LICENSE."""
     return _DOCUMENTATION.fullmatch(file.uri.rsplit("/", 1)[-1]) is not None
 
 
@@ -49,7 +49,7 @@ def format_of(file: SourceFile, options: ReadOptions) -> Format:
     """The format of a file.
 
     Raises:
-        UsageError: the file cannot be read, is empty, or of no known format.
+        UsageError: the file cannot be read, is empty, or has an unknown format.
     """
     with file.open() as stream:
         head = stream.read(_HEAD).removeprefix(BOM)
@@ -63,7 +63,7 @@ def format_of(file: SourceFile, options: ReadOptions) -> Format:
 
 
 def empty(file: SourceFile) -> UsageError:
-    """What to say of a file without documents."""
+    """The error for a file without documents."""
     return UsageError(f"{file.uri}: the file is empty; name a file with documents, or leave it out")
 
 
@@ -91,9 +91,9 @@ def _by_content(head: bytes, suffix: str, uri: str) -> Format:
     if suffix == ".json":
         raise UsageError(f"{uri}:1: no JSON; a JSON array of objects, or JSONL with one object a line, is wanted")
     if delimiter := _table_delimiter(complete):
-        told = "tabs" if delimiter == "\t" else f"{delimiter!r}"
+        separator = "tabs" if delimiter == "\t" else f"{delimiter!r}"
         raise UsageError(
-            f"{uri}: looks like a table with {told} between its columns; say --format csv, or --format text"
+            f"{uri}: looks like a table with {separator} between its columns; say --format csv, or --format text"
         )
     if suffix not in _TEXTS:
         raise _unknown(uri, suffix, "its content does not show one")
@@ -116,7 +116,7 @@ def _json_kind(head: bytes, uri: str) -> Format | None:
 
 
 def _table_delimiter(lines: list[str]) -> str:
-    """What separates the columns of a text that is plainly a table; empty for prose."""
+    """The delimiter of a text that is clearly a table; empty for other texts."""
     rows = [line for line in lines if line.strip()][:_TABLE_LINES]
     for delimiter in ("\t", ",", ";", "|"):
         table = list(csv.reader(rows, delimiter=delimiter))

@@ -1,4 +1,4 @@
-"""Where input comes from: paths, globs, folders, fsspec URIs and standard input, opened as plain bytes."""
+"""Finds and opens input files: paths, globs, folders, fsspec URIs, pipes and standard input."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, cast
 
 from nermill.worker.contracts.content import BLOCK, numbered_lines, open_content, unreadable
 from nermill.worker.contracts.errors import UsageError
+from nermill.worker.contracts.store import without_local_scheme
 
 STDIN = "-"
 
@@ -26,10 +27,10 @@ class SourceFile:
     """One input file.
 
     Attributes:
-        uri: As it was given, or as its glob or folder named it; ``-`` is standard input.
-        given: The argument that led to it.
-        in_folder: Whether that argument is a folder, whose other files the user may never have looked at.
-        spool: Content of standard input or a named pipe, kept because it is read more than once.
+        uri: Path or URI; ``-`` is standard input.
+        given: The argument that it was found by: the file itself, or a glob or folder.
+        in_folder: Whether that argument is a folder.
+        spool: Copy of the content of standard input or a pipe, which is read more than once.
     """
 
     uri: str
@@ -40,20 +41,20 @@ class SourceFile:
 
     @property
     def is_named(self) -> bool:
-        """Whether the user named this very file, not a glob or folder around it."""
+        """Whether the user named this file itself, not a glob or folder."""
         return self.uri == self.given
 
     def open_raw(self) -> BinaryIO:
-        """The file's bytes as they are stored, seekable.
+        """The file's stored bytes, seekable.
 
         Raises:
-            UsageError: it is missing or cannot be read.
+            UsageError: the file is missing or cannot be read.
         """
         self._opened[:] = [self._open_raw()]
         return self._opened[0]
 
     def position(self) -> int:
-        """How many stored bytes whoever opened it last has passed; 0 once it is closed."""
+        """Position in the stored bytes of the stream that was opened last; 0 once it is closed."""
         return 0 if not self._opened or self._opened[0].closed else self._opened[0].tell()
 
     def _open_raw(self) -> BinaryIO:
@@ -73,12 +74,13 @@ class SourceFile:
         """The file's content, decompressed.
 
         Raises:
-            UsageError: it is missing or cannot be read; reading raises it too, for a damaged or hostile stream.
+            UsageError: the file is missing or cannot be read. Reading raises it too, for data that are damaged or
+                expand too much.
         """
         return open_content(self.open_raw(), self.uri)
 
     def fingerprint(self) -> tuple[str, int]:
-        """sha256 of the stored bytes, and how many there are."""
+        """sha256 of the stored bytes, and their number."""
         digest, size = hashlib.sha256(), 0
         with self.open_raw() as stream:
             try:
@@ -90,16 +92,16 @@ class SourceFile:
         return digest.hexdigest(), size
 
     def lines(self, *, keep_ends: bool = False) -> Generator[tuple[int, bytes | None], None, None]:
-        """Its content by numbered lines."""
+        """The content as numbered lines; see ``contracts.content.numbered_lines``."""
         with self.open() as stream:
             yield from numbered_lines(stream, keep_ends=keep_ends)
 
 
 def find_files(inputs: Sequence[str]) -> list[SourceFile]:
-    """The files that the arguments name, in the order of the arguments, each folder and glob sorted.
+    """The files that the arguments stand for, in the order of the arguments; those of a folder or glob are sorted.
 
     Raises:
-        UsageError: nothing is there, or nobody serves the URI.
+        UsageError: there is no such file, or the URI's scheme is unknown.
     """
     if not inputs:
         raise UsageError("no input; name files, folders, globs or URIs, or - for standard input")
@@ -116,8 +118,8 @@ def find_files(inputs: Sequence[str]) -> list[SourceFile]:
 
 
 def absolute(place: str) -> str:
-    """A place as processes in other folders understand it too: a URI, or an absolute path."""
-    place = place.removeprefix("file://")
+    """A place as a URI or an absolute path, which does not depend on the working directory."""
+    place = without_local_scheme(place)
     return place.rstrip("/") if is_remote(place) else os.path.abspath(place)
 
 
@@ -126,10 +128,10 @@ def is_remote(uri: str) -> bool:
 
 
 def filesystem(uri: str) -> tuple[Any, str]:
-    """The store that serves a URI, and the path there.
+    """The store that serves a URI, and the path in it.
 
     Raises:
-        UsageError: nobody serves the scheme, or its package is not installed.
+        UsageError: the scheme is unknown, or the package that serves it is not installed.
     """
     import fsspec
 
@@ -142,7 +144,7 @@ def filesystem(uri: str) -> tuple[Any, str]:
 
 @cache
 def _spool(name: str) -> BinaryIO:
-    """A pipe's content in a file, kept as long as the process lives, for it is read more than once."""
+    """Copies a pipe's content into a temporary file, which is kept until the process ends."""
     spool = tempfile.TemporaryFile()  # noqa: SIM115
     with nullcontext(sys.stdin.buffer) if name == STDIN else open(name, "rb") as stream:
         shutil.copyfileobj(stream, spool, BLOCK)
@@ -196,11 +198,11 @@ def _keep_visible(subfolders: list[str]) -> bool:
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith((".", "_", "run="))  # an output within its input's folder is no input
+    return name.startswith((".", "_", "run="))  # runs that lie within the input's folder are no input
 
 
 def suggestion(path: str) -> str:
-    """What somebody may have meant who mistyped a path, as the end of a message."""
+    """The end of a message about a path that does not exist: the most similar path in its folder, or nothing."""
     folder, name = os.path.split(path)
     try:
         close = difflib.get_close_matches(name, os.listdir(folder or "."), 1)

@@ -22,8 +22,8 @@ def read_json_array(file: SourceFile, options: ReadOptions) -> Iterator[Document
     """The documents of a JSON array.
 
     Raises:
-        UsageError: it is no array, or broken somewhere: what follows cannot be told from what was meant. Or no object
-            has the text field, or the id field that was asked for.
+        UsageError: the file is no JSON array of objects, or is invalid JSON somewhere, after which nothing can be read;
+            or no object has the text field or the id field of the options.
     """
     records = Records(options)
     for line, record in _elements(file):
@@ -32,7 +32,7 @@ def read_json_array(file: SourceFile, options: ReadOptions) -> Iterator[Document
 
 
 def _elements(file: SourceFile) -> Iterator[tuple[int, object]]:
-    """The array's elements, each with the line on which it begins."""
+    """The elements of the array, each with its first line."""
     decoder = json.JSONDecoder(parse_constant=lambda _: None)
     with file.open() as stream:
         text = _Text(stream, file.uri)
@@ -57,7 +57,7 @@ def _elements(file: SourceFile) -> Iterator[tuple[int, object]]:
 
 
 class _Text:
-    """A window over a stream of UTF-8 that knows its line."""
+    """A buffer over a stream of UTF-8 text that counts lines."""
 
     def __init__(self, stream: BinaryIO, uri: str) -> None:
         self._stream, self._uri = stream, uri
@@ -65,7 +65,7 @@ class _Text:
         self._buffer, self._at, self.line, self._ended = "", 0, 1, False
 
     def next(self) -> str:
-        """The next character that is no white space, which stays; empty at the end."""
+        """The next character that is no white space, without consuming it; empty at the end."""
         while True:
             if space := _SPACE.match(self._buffer, self._at):
                 self.skip(space.end() - self._at)
@@ -96,12 +96,12 @@ class _Text:
             except RecursionError:
                 raise self.broken("nested too deep") from None
             if end == len(self._buffer) and self._read(content.BLOCK):
-                continue  # a number may go on
+                continue  # a number may continue
             self.skip(end - self._at)
             return value
 
     def broken(self, what: str) -> UsageError:
-        return UsageError(f"{self._uri}:{self.line}: {what}; mend the file")
+        return UsageError(f"{self._uri}:{self.line}: {what}; correct the file")
 
     def _read(self, size: int) -> bool:
         if self._ended:

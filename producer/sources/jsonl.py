@@ -1,4 +1,4 @@
-"""JSON lines: one object a line with a text or words and, if it likes, an id and other fields."""
+"""Reads JSON lines: one object a line, with a text or a list of words, optionally an id and other fields."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from nermill.worker.contracts.errors import UsageError
 
 
 def read_jsonl(file: SourceFile, options: ReadOptions) -> Iterator[Document]:
-    """The documents of a JSONL file; lines without content are passed over.
+    """The documents of a JSONL file; blank lines are skipped.
 
     Raises:
-        UsageError: no line has the text field, or the id field that was asked for.
+        UsageError: no object has the text field or the id field of the options.
     """
     records = Records(options)
     for number, line in file.lines():
@@ -31,17 +31,17 @@ def parse_line(line: bytes | None, where: str, options: ReadOptions, records: Re
     """One line's document.
 
     Args:
-        line: The line; None for one that is too long to be read.
-        where: ``path:line``: its id where it has none, its place in messages.
+        line: The line; None for a line that is too long.
+        where: ``path:line``, for messages and for a record without an id.
         options: Names of the id and text fields.
-        records: What takes notice of the fields.
+        records: Notes which fields occur in the file; None to ignore them.
     """
     if line is None:
         return reject(where, where, "too_large", f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
     try:
         record = json.loads(line.decode(), parse_constant=lambda _: None)
     except UnicodeDecodeError as error:
-        return not_utf8(_salvaged_id(line, where, options), where, error)
+        return not_utf8(_id_of_damaged_line(line, where, options), where, error)
     except (ValueError, RecursionError) as error:
         return reject(where, where, "malformed", f"broken JSON ({_reason(error)})")
     return (records or Records(options)).document(record, where)
@@ -51,12 +51,12 @@ def parse_live_line(line: bytes | None, where: str, options: ReadOptions) -> Doc
     """One line of a stream.
 
     Raises:
-        UsageError: it cannot be tagged, and ``--on-error fail`` wants none of those.
+        UsageError: the record cannot be read, and ``options.on_error`` is ``fail``.
     """
     document = parse_line(line, where, options)
     if document.fault is not None and options.on_error == "fail":
-        told = document.fault.message.removeprefix(f"{where}: ")
-        raise UsageError(f"{where}: {told}; mend it, or go on without it: --on-error reject")
+        message = document.fault.message.removeprefix(f"{where}: ")
+        raise UsageError(f"{where}: {message}; correct it, or leave it out with --on-error reject")
     return document
 
 
@@ -71,7 +71,7 @@ def _identity(record: Any, where: str, options: ReadOptions) -> str:
         return where
 
 
-def _salvaged_id(line: bytes, where: str, options: ReadOptions) -> str:
+def _id_of_damaged_line(line: bytes, where: str, options: ReadOptions) -> str:
     try:
         return _identity(json.loads(line.decode(errors="replace")), where, options)
     except (ValueError, RecursionError):

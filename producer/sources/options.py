@@ -1,4 +1,4 @@
-"""How inputs are to be read, and what every reader says of a bad record in the same words."""
+"""Options of the readers, and the faults and errors that several readers share."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ class ReadOptions:
     """How inputs are read.
 
     Attributes:
-        format: ``None`` looks at suffix and content of each file.
-        unit: What a document of a CoNLL file is: a sentence, or what stands between ``-DOCSTART-`` or ``# newdoc``.
-        id_column: Field or column of the id; a record without one is called ``path:line``. Where it is not the default,
-            a file in which no record has it is refused.
-        text_column: Field or column of the text, or of a list of words. Records without a field of the default name
-            may have ``tokens`` or ``words`` instead.
-        keep_fields: Whether the other fields travel along.
+        format: Format of all files; ``None`` detects it for each file.
+        unit: What a document of a CoNLL file is: a sentence, or the sentences between ``-DOCSTART-`` or ``# newdoc``.
+        id_column: Field or column of the id; a record without it has the id ``path:line``. Where the name is not the
+            default, a file in which no record has the field is refused.
+        text_column: Field or column of the text, or of a list of words. Where the name is the default, records may have
+            ``tokens`` or ``words`` instead.
+        keep_fields: Whether the other fields of a record are written into the parts.
         lines: Whether each line of a plain text is a document.
-        on_error: What a record that cannot be read costs: itself (``reject``), or the whole run (``fail``).
-        delimiter: Between the fields of a CSV or TSV file, one character; empty looks at suffix and header.
-        word_column, tag_column: Columns of a CoNLL file, from 1, or negative from the end; None looks for them.
-        tag_names: Names of tags that are given as numbers, by number; empty takes a Parquet file's own.
+        on_error: What happens for a record that cannot be read: it is rejected (``reject``), or nothing is written
+            (``fail``).
+        delimiter: Character between the fields of a CSV or TSV file; empty detects it.
+        word_column, tag_column: Columns of a CoNLL file, from 1, or negative from the end; None searches for them.
+        tag_names: Names of tags that are given as numbers, by number; empty takes the names in a Parquet file.
     """
 
     format: Format | None = None
@@ -49,13 +50,20 @@ class ReadOptions:
 
 
 def reject(identity: str, where: str, reason: Reason, message: str) -> Document:
-    """A document that cannot be tagged; its id or its message says where it stands."""
-    told = message if identity == where else f"{where}: {message}"
-    return Document(printable(identity), fault=Fault(reason, told))
+    """A document that cannot be tagged.
+
+    Args:
+        identity: Its id.
+        where: ``path:line``; added to the message where the id does not say it.
+        reason: Reason for programs.
+        message: What is wrong.
+    """
+    located = message if identity == where else f"{where}: {message}"
+    return Document(printable(identity), fault=Fault(reason, located))
 
 
 def text_document(identity: str, text: str, fields: dict[str, Any] | None = None, where: str = "") -> Document:
-    """A document, or a reject where its text is empty or no Unicode text at all."""
+    """A document, or a reject where the text is empty or has lone surrogates."""
     if not text.strip():
         return reject(identity, where or identity, "empty", "the text is empty")
     if not is_unicode(text):
@@ -69,19 +77,19 @@ def not_utf8(identity: str, where: str, error: UnicodeDecodeError) -> Document:
 
 
 def no_text_field(where: str, fields: Sequence[str], options: ReadOptions) -> UsageError:
-    """What to say of an input in which no record has the text field."""
+    """The error for a file in which no record has the text field."""
     found = printable(", ".join(fields[:20])) or "none"
     return UsageError(f"{where}: no field {options.text_column!r} (found: {found}); name the text with --text-column")
 
 
 def no_id_field(where: str, fields: Sequence[str], options: ReadOptions) -> UsageError:
-    """What to say of an input in which no record has the id field that was asked for."""
+    """The error for a file in which no record has the id field of the options."""
     found = printable(", ".join(fields[:20])) or "none"
-    return UsageError(f"{where}: no field {options.id_column!r} (found: {found}); mend --id-column")
+    return UsageError(f"{where}: no field {options.id_column!r} (found: {found}); name the id with --id-column")
 
 
 def is_unicode(text: str) -> bool:
-    """False for lone surrogates, which no UTF-8 file can hold."""
+    """Whether a text can be encoded as UTF-8: it has no lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -90,5 +98,5 @@ def is_unicode(text: str) -> bool:
 
 
 def printable(text: str) -> str:
-    """Text with ``?`` for lone surrogates."""
+    """The text with lone surrogates replaced by ``?``."""
     return text.encode(errors="replace").decode()

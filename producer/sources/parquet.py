@@ -1,4 +1,4 @@
-"""Parquet tables: one row a document, the id and the text or the words from two columns, tags from a third."""
+"""Reads Parquet files: each row is a record, with columns for the id, the text or the words, and the tags."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read_parquet(file: SourceFile, options: ReadOptions) -> Iterator[Document]:
     """The rows of a Parquet file.
 
     Raises:
-        UsageError: not a Parquet file, or without the columns that were asked for.
+        UsageError: the file is no Parquet file, is damaged, or lacks a column of the options.
     """
     with file.open_raw() as stream:
         try:
@@ -39,12 +39,12 @@ def read_parquet(file: SourceFile, options: ReadOptions) -> Iterator[Document]:
         except (pa.ArrowException, OSError, ValueError) as error:
             if getattr(error, "errno", None):
                 raise unreadable(file.uri, error) from None
-            reason = " ".join(str(error).split())  # Arrow's own may have several lines
+            reason = " ".join(str(error).split())  # Arrow's messages may have several lines
             raise UsageError(f"{file.uri}: not a whole Parquet file ({reason}); copy it again") from None
 
 
 def class_names(schema: pa.Schema, column: str | None) -> tuple[str, ...]:
-    """Names of a column's classes, as Hugging Face's datasets writes them into the file's metadata; else none."""
+    """Names of a column's classes from the metadata that Hugging Face datasets writes; empty where there are none."""
     try:
         feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
         while isinstance(feature, list) or "names" not in feature:
@@ -61,9 +61,11 @@ def _columns(schema: pa.Schema, uri: str, options: ReadOptions) -> list[str]:
         raise no_text_field(uri, names, options)
     if options.id_column not in names and options.id_column != ReadOptions.id_column:
         raise no_id_field(uri, names, options)
-    kind = _plain(schema.field(content).type)
+    kind: Any = _plain(schema.field(content).type)
     if not _is_text(kind) and not (_is_list(kind) and _is_text(_plain(kind.value_type))):
-        raise UsageError(f"{uri}: column {content!r} is {kind}, not a string or a list of words; mend --text-column")
+        raise UsageError(
+            f"{uri}: column {content!r} is {kind}, not a string or a list of words; name another with --text-column"
+        )
     tags = tags_field(names) if _is_list(kind) else None
     if options.keep_fields:
         return names
@@ -90,7 +92,7 @@ def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
             yield {name: _value(batch.column(name)[at]) for name in batch.schema.names}
 
 
-def _value(scalar: pa.Scalar) -> Any:
+def _value(scalar: pa.Scalar[Any]) -> Any:
     try:
         return scalar.as_py()
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""All sources of a run as one stream of documents that says how far it is."""
+"""Reads all sources of a run as one stream of documents, and reports the progress."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ from dataclasses import dataclass
 from nermill.producer.sources import ReadOptions, Source
 from nermill.worker.contracts.document import Document
 
-_TOLD_SECONDS = 0.1
+REPORT_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
 class ReadProgress:
-    """How far the reading of a run's input is: documents so far, and stored bytes of all."""
+    """Progress of reading a run's input.
+
+    Attributes:
+        documents: Documents read so far.
+        bytes: Stored bytes read so far.
+        total_bytes: Stored bytes of all files.
+    """
 
     documents: int
     bytes: int
@@ -24,8 +30,8 @@ class ReadProgress:
 OnRead = Callable[[ReadProgress], None]
 
 
-def unheard(_: ReadProgress) -> None:
-    """For those who do not watch."""
+def ignore_progress(_: ReadProgress) -> None:
+    """An ``OnRead`` that does nothing."""
 
 
 class Reading:
@@ -33,39 +39,39 @@ class Reading:
 
     Args:
         sources: The files.
-        sizes: Stored bytes of each.
-        options: How they are read.
-        on_read: Told ten times a second, and after each file, how far the reading is.
+        sizes: Stored bytes of each file.
+        options: Options of the readers.
+        on_read: Called every REPORT_SECONDS and after each file.
 
     Attributes:
         counts: Documents of each source so far.
-        has_gold: Whether any had gold tags.
+        has_gold: Whether any document so far had gold tags.
     """
 
     def __init__(
-        self, sources: Sequence[Source], sizes: Sequence[int], options: ReadOptions, on_read: OnRead = unheard
+        self, sources: Sequence[Source], sizes: Sequence[int], options: ReadOptions, on_read: OnRead = ignore_progress
     ) -> None:
         self._sources, self._sizes, self._options, self._on_read = sources, sizes, options, on_read
         self.counts = [0] * len(sources)
         self.has_gold = False
 
     def documents(self) -> Iterator[Document]:
-        """The documents, from the first on at each call.
+        """All documents; each call reads from the begin.
 
         Raises:
             UsageError: as ``Source.documents``.
         """
-        told = time.monotonic()
+        reported = time.monotonic()
         self.counts = [0] * len(self._sources)
         for at, source in enumerate(self._sources):
             for document in source.documents(self._options):
                 self.counts[at] += 1
                 self.has_gold |= document.gold_tags is not None
                 yield document
-                if time.monotonic() - told > _TOLD_SECONDS:
-                    told = time.monotonic()
-                    self._tell(at, source.file.position())
-            self._tell(at, self._sizes[at])
+                if time.monotonic() - reported > REPORT_SECONDS:
+                    reported = time.monotonic()
+                    self._report(at, source.file.position())
+            self._report(at, self._sizes[at])
 
-    def _tell(self, at: int, position: int) -> None:
+    def _report(self, at: int, position: int) -> None:
         self._on_read(ReadProgress(sum(self.counts), sum(self._sizes[:at]) + position, sum(self._sizes)))

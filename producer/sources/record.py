@@ -1,4 +1,4 @@
-"""A record, whatever format it came in, becomes a document: a text, or words with or without tags."""
+"""Converts a record of any format to a document: a text, or words with or without tags."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from nermill.producer.sources.options import (
 from nermill.worker.contracts.document import Document
 from nermill.worker.contracts.tags import is_tag, to_iob2
 
-WORDS_FIELDS = ("tokens", "words")  # where there is no field of the text's default name
+WORDS_FIELDS = ("tokens", "words")  # used where no field has the default name of the text
 TAGS_FIELDS = ("ner_tags", "tags")
 
 _TYPES = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
 
 
 class Records:
-    """Turns the records of one file into documents, and refuses a file in which no record has the field asked for.
+    """Converts the records of one file, and refuses a file in which no record has the fields of the options.
 
     Args:
         options: Names of the fields.
-        tag_names: Names of tags that are numbers; those of the options come first.
+        tag_names: Names of tags that are numbers; ``options.tag_names`` takes precedence.
     """
 
     def __init__(self, options: ReadOptions, tag_names: Sequence[str] = ()) -> None:
@@ -36,7 +36,12 @@ class Records:
         self._without: tuple[str, list[str]] | None = None
 
     def document(self, record: Any, where: str) -> Document:
-        """The document of a record: an object with fields, or something that should be one."""
+        """The document of a record; a reject where the record is no object.
+
+        Args:
+            record: The record.
+            where: ``path:line``, for messages and for a record without an id.
+        """
         if not isinstance(record, dict):
             self._without = self._without or (where, [])
             return reject(where, where, "wrong_type", f"a {_type_name(record)} where an object should be")
@@ -48,10 +53,10 @@ class Records:
         return record_document(record, where, self._options, self._names)
 
     def check(self) -> None:
-        """Looks, after the last record, whether any had the fields.
+        """Checks, after the last record, that any record had the fields.
 
         Raises:
-            UsageError: none had; a file of which no record could be read is not refused.
+            UsageError: no record had. A file without readable records is not refused here.
         """
         if self._without is None:
             return
@@ -62,7 +67,7 @@ class Records:
 
 
 def content_field(names: Any, options: ReadOptions) -> str | None:
-    """Which of a record's fields has its text or its words.
+    """The name of the field that has a record's text or words; None where there is none.
 
     Args:
         names: The record, or the names of its fields.
@@ -75,18 +80,18 @@ def content_field(names: Any, options: ReadOptions) -> str | None:
 
 
 def tags_field(names: Any) -> str | None:
-    """Which of a record's fields has the tags of its words, if any has."""
+    """The name of the field that has the tags of a record's words; None where there is none."""
     return next((name for name in TAGS_FIELDS if name in names), None)
 
 
 def record_document(
     record: dict[str, Any], where: str, options: ReadOptions, tag_names: Sequence[str] = ()
 ) -> Document:
-    """A record's document; a reject where it has none.
+    """The document of a record; a reject where the record cannot be tagged.
 
     Args:
-        record: Values by field. An exception as a value says why it could not be read.
-        where: ``path:line``: its id where it has none, its place in messages.
+        record: Values by field; a value that could not be read is an exception.
+        where: ``path:line``, for messages and for a record without an id.
         options: Names of the fields.
         tag_names: Names of tags that are numbers.
     """
@@ -109,8 +114,7 @@ def record_document(
     if isinstance(content, str):
         return text_document(identity, content, fields, where)
     if not isinstance(content, list):
-        told = f"{name!r} is a {_type_name(content)}, not a string"
-        return reject(identity, where, "wrong_type", told)
+        return reject(identity, where, "wrong_type", f"{name!r} is a {_type_name(content)}, not a string")
     tags = None if tags_name is None else record[tags_name]
     try:
         words = _words(content, name)
@@ -144,9 +148,9 @@ def _words(content: list[Any], name: str) -> tuple[str, ...]:
     """The words of a list.
 
     Raises:
-        TypeError: one is no string.
-        LookupError: there is none, or one is empty.
-        ValueError: one is no Unicode text.
+        TypeError: a word is no string.
+        LookupError: there is no word, or one is empty.
+        ValueError: a word has lone surrogates.
     """
     if not content:
         raise LookupError(f"{name!r} has no words")
@@ -164,8 +168,8 @@ def _gold(tags: Any, words: int, names: Sequence[str]) -> tuple[str, ...] | None
     """Tags as IOB2; None where there are none.
 
     Raises:
-        TypeError: no list of strings or numbers.
-        ValueError: a number without a name, a tag of no scheme, or not one for each word.
+        TypeError: the tags are no list of strings or numbers.
+        ValueError: a number has no name, a tag belongs to no scheme, or there is not one tag for each word.
     """
     if tags is None:
         return None
@@ -173,7 +177,7 @@ def _gold(tags: Any, words: int, names: Sequence[str]) -> tuple[str, ...] | None
         raise TypeError(f"the tags are a {_type_name(tags)}, not a list")
     if len(tags) != words:
         raise ValueError(f"{len(tags)} tags for {words} words")
-    return to_iob2([_tag(tag, names) for tag in tags], "BIOES")  # whose rules cover those of the other schemes
+    return to_iob2([_tag(tag, names) for tag in tags], "BIOES")  # its rules include those of the other schemes
 
 
 def _tag(tag: Any, names: Sequence[str]) -> str:

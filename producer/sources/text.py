@@ -1,4 +1,4 @@
-"""Plain text: a document a file, or a document a line."""
+"""Reads plain text; a document is a file or, with ``--lines``, a line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nermill.worker.contracts.document import Document
 
 
 def read_text(file: SourceFile, options: ReadOptions) -> Iterator[Document]:
-    """The documents of a plain text: the file, called by its path, or its lines that are not blank."""
+    """The documents of a plain text file: the file, with its path as id, or its lines that are not blank."""
     if not options.lines:
         with file.open() as stream:
             yield _decode(stream.read(MAX_LINE_BYTES + 1).removeprefix(BOM), file.uri)

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 from nermill.producer.sources import ReadOptions, Unit, open_sources
 from nermill.worker.contracts.manifest import TOKENIZER_FILE, load_manifest, resolve_artifact
 from nermill.worker.contracts.plan import Options
-from nermill.worker.tagging.windows import cut, tokenize
+from nermill.worker.tagging.tokens import tokenize
+from nermill.worker.tagging.windows import split_into_windows
 
 ROOT = Path(__file__).parents[2]
 CONLL = ROOT.parent / "shared" / "data" / "conll2003" / "valid.txt"
@@ -82,4 +83,4 @@ def _texts(data: Path, unit: Unit) -> list[str]:
 def _corpus(tokenizer: Tokenizer, name: str, texts: Sequence[str]) -> Corpus:
     longest = load_manifest(resolve_artifact("demo")).max_length
     tokens = tokenize(tokenizer, texts, split=False)
-    return Corpus(name, tuple(texts), cut(tokens.bounds, longest, Options().overlap).lengths)
+    return Corpus(name, tuple(texts), split_into_windows(tokens.bounds, longest, Options().overlap).lengths)

@@ -16,11 +16,12 @@ from tokenizers import Tokenizer
 from nermill.model_build.shapes import best_shapes, load_costs, packing
 from nermill.producer.runs.shards import ShardLimits
 from nermill.producer.runs.status import Status
+from nermill.worker.contracts.device import Device
 from nermill.worker.contracts.document import Document
 from nermill.worker.contracts.manifest import TOKENIZER_FILE, load_manifest, resolve_artifact
 from nermill.worker.contracts.plan import Options
 from nermill.worker.contracts.shard import shard_table
-from nermill.worker.process.supervisor import Device, cores_of
+from nermill.worker.process.supervisor import cores_of
 from nermill.worker.tagging.pipeline import Pipeline
 from tests.benchmarks.corpora import Corpus
 from tests.benchmarks.engines import NullEngine

@@ -151,21 +151,22 @@ def engine(form: str) -> Way:
         from nermill.worker.contracts.plan import Options
         from nermill.worker.engine import load_engine
         from nermill.worker.tagging.batching import place
-        from nermill.worker.tagging.pool import Job, Work, lay_out
-        from nermill.worker.tagging.windows import cut, tokenize
+        from nermill.worker.tagging.pool import Job, Work, build_batch
+        from nermill.worker.tagging.tokens import tokenize
+        from nermill.worker.tagging.windows import split_into_windows
 
         artifact = getattr(models, form)
         runner = load_engine(artifact)
         manifest = runner.manifest
         tokens = tokenize(Tokenizer.from_file(str(artifact / TOKENIZER_FILE)), texts, split=False)
-        windows = cut(tokens.bounds, manifest.max_length, Options().overlap)
+        windows = split_into_windows(tokens.bounds, manifest.max_length, Options().overlap)
         job = Job(tokens, windows, np.empty((0, 0), np.float32))
         batches, waiting = [], np.arange(len(windows))
         while len(waiting):
             placement = place(windows.lengths[waiting], manifest)
             number = waiting[placement.window]
             work = Work([job], np.array([0, len(number)]), windows.of(number), placement)
-            batches.append(lay_out(work, manifest))
+            batches.append(build_batch(work, manifest))
             waiting = np.delete(waiting, placement.window)
         padding = 1 - float(windows.lengths.sum()) / sum(batch.input_ids.size for batch in batches)
         runner.run(batches[0])

@@ -1,20 +1,21 @@
-"""The real worker application around an engine without a model, with faults on demand.
+"""The real worker application with an engine without a model, and with faults on demand.
 
-``celery -A tests.doubles.app worker`` obeys these variables:
+``celery -A tests.doubles.app worker`` reads these environment variables:
 
-- ``FAULT_BATCH_SECONDS``: how long each batch takes.
-- ``FAULT_ABORT_WORD``: a word whose presence in a batch kills the process by SIGABRT.
-- ``FAULT_REFUSE_WORD``: a word whose presence in a batch makes the engine refuse the batch.
-- ``FAULT_HANG_WORD``: a word whose presence in a batch hangs the engine for ever; once for all processes that share
-  ``FAULT_ONCE_FILE``, where that is set.
-- ``FAULT_DIE_AT``: ``sync``, ``rename``, ``done`` or ``ack``: the process is killed right after it wrote a part aside,
-  committed it, told the ledger, or returned from the task; once for all processes that share ``FAULT_ONCE_FILE``.
-- ``FAULT_EVALUATION_SECONDS``: how long a run's evaluation takes at least.
-- ``FAULT_MEET``: a folder; a worker whose part is committed waits until another's is before it tells the ledger.
-- ``FAULT_TRACE``: a file to which each process appends when it did what: ``batch``, ``evaluates``, ``evaluated``.
+- ``FAULT_BATCH_SECONDS``: seconds that each batch takes.
+- ``FAULT_ABORT_WORD``: a batch with this word kills the process with SIGABRT.
+- ``FAULT_REFUSE_WORD``: a batch with this word raises EngineError.
+- ``FAULT_HANG_WORD``: a batch with this word hangs the engine for ever; where ``FAULT_ONCE_FILE`` is set, once for all
+  processes that share that file.
+- ``FAULT_DIE_AT``: ``sync``, ``rename``, ``done`` or ``ack``: the process is killed right after it has written a part's
+  temporary file, committed the part, recorded it in the ledger, or returned from the task; once for all processes that
+  share ``FAULT_ONCE_FILE``.
+- ``FAULT_EVALUATION_SECONDS``: shortest time of a run's evaluation.
+- ``FAULT_MEET``: a folder; a worker that has committed a part waits for another one to do so before it records it.
+- ``FAULT_TRACE``: a file to which each process appends the times of ``batch``, ``evaluates`` and ``evaluated``.
 - ``FAULT_STORE``: folder of the ``faulty://`` store (tests.doubles.store).
-- ``FAULT_STORE_SECONDS``: how long a store may be silent.
-- ``FAULT_DEFECT``: reading a shard raises what no store, device or ledger raises.
+- ``FAULT_STORE_SECONDS``: deadline of calls to a store.
+- ``FAULT_DEFECT``: reading a shard raises an error that no store, device or ledger raises.
 """
 
 from __future__ import annotations

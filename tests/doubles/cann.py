@@ -15,7 +15,7 @@ WHEELS = Path(__file__).parent / "ascend"
 
 
 def environment(folder: Path, *, version: str = "8.0.RC1", socs: tuple[str, ...] = ("Ascend310P3",)) -> dict[str, str]:
-    """Variables of a process on such a machine; ``folder`` becomes its toolkit."""
+    """Environment variables of a process on such a machine; its toolkit is written into ``folder``."""
     home = folder / "ascend-toolkit"
     machine = home / f"{platform.machine()}-linux"
     config = machine / "data" / "platform_config"

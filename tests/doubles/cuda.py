@@ -1,4 +1,4 @@
-"""CUDA graphs without CUDA: a capture records the CPU's operators, a replay does them again in the same memory."""
+"""CUDA graphs without CUDA: a capture records operators on the CPU, a replay runs them again on the same memory."""
 
 from __future__ import annotations
 

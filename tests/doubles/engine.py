@@ -1,4 +1,4 @@
-"""An engine without a model: its logits are a function of a window's own tokens and positions, and of nothing else."""
+"""An engine without a model: its logits depend only on the tokens and positions of the window."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nermill.worker.contracts.errors import EngineError
-from nermill.worker.contracts.manifest import Input, Manifest
+from nermill.worker.contracts.manifest import GraphInput, Manifest
 from nermill.worker.engine import Batch
 
 LABELS = ("O", "B-MISC", "I-MISC", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC")
@@ -25,7 +25,7 @@ def manifest(
         model_file="",
         layout=layout,  # type: ignore[arg-type]
         precision="fp32",
-        inputs=tuple(Input(name, "int64") for name in ("input_ids", "segments", "position_ids")),
+        inputs=tuple(GraphInput(name, "int64") for name in ("input_ids", "segments", "position_ids")),
         shapes=shapes,
         token_budget=token_budget,
         max_length=max_length,
@@ -44,7 +44,7 @@ def manifest(
 
 
 class HashEngine:
-    """Logits from a hash of (token, position, all tokens of the window): a window that leaks changes them.
+    """Logits from a hash of the token, its position and all tokens of its window; tokens of others would change them.
 
     Args:
         manifest: Shapes and labels; a batch of another shape is refused.

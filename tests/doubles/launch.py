@@ -1,4 +1,4 @@
-"""``nermill-worker`` around the double: ``python -m tests.doubles.launch`` starts ``tests.doubles.app`` a device."""
+"""``nermill-worker`` with the double: ``python -m tests.doubles.launch`` starts ``tests.doubles.app`` a device."""
 
 from __future__ import annotations
 

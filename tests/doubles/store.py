@@ -1,7 +1,8 @@
-"""``faulty://``: an fsspec store that several processes share and that fails or hangs while a file says so.
+"""``faulty://``: an fsspec store that several processes share, and that fails or hangs on demand.
 
-It lies in the folder ``FAULT_STORE``; ``FAULT_STORE/.fault`` holds ``500`` (each call fails), ``500 0.3`` (that share
-of the calls fails) or ``hang`` (calls wait until the file is gone). A put is atomic, as on an object store.
+Its files are in the folder ``FAULT_STORE``. The file ``FAULT_STORE/.fault`` holds ``500`` (each call fails),
+``500 0.3`` (that share of the calls fails) or ``hang`` (calls wait until the file is removed). A put is atomic, as on
+an object store.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fsspec.spec import AbstractFileSystem
 
 
 class FaultyStore(AbstractFileSystem):
-    """The store; its answers are those of the folder."""
+    """The store."""
 
     protocol = "faulty"
     cachable = False

@@ -1,4 +1,4 @@
-"""TLS in front of a server that has none: a certificate of our own, and a proxy process that takes it off.
+"""TLS for a server without TLS: a self-signed certificate, and a proxy process that decrypts.
 
 ``python -m tests.doubles.tls SOCKET KEY CERTIFICATE`` listens on a port of localhost and prints it.
 """
@@ -26,7 +26,7 @@ def make_certificate(folder: Path) -> tuple[Path, Path]:
 
 @contextmanager
 def tls_proxy(unix_socket: Path, key: Path, certificate: Path) -> Iterator[int]:
-    """Hands every byte that comes with TLS on to a socket; yields the port."""
+    """Forwards decrypted data to a socket; yields the port of the proxy."""
     command = [sys.executable, "-m", __name__, str(unix_socket), str(key), str(certificate)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -75,7 +75,7 @@ def test_no_one_else_may_enter_and_no_port_is_open() -> None:
         assert stat.S_IMODE(socket.parent.stat().st_mode) == 0o700
         assert stat.S_IMODE(socket.stat().st_mode) == 0o700
         running = servers_of(socket.parent)
-        assert len(running) == 2, "the keeper and its server"
+        assert len(running) == 2, "the parent process and its server"
         assert [c for p in running for c in p.net_connections("inet")] == []
 
 
@@ -141,13 +141,13 @@ def test_the_named_server_comes_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "complaint"), [("echo 'Redis server v=6.0.16 sha=0'", "6.2"), ("exit 1", "6.2"), (None, "no such program")]
+    ("body", "problem"), [("echo 'Redis server v=6.0.16 sha=0'", "6.2"), ("exit 1", "6.2"), (None, "no such program")]
 )
-def test_a_named_server_that_cannot_serve_is_refused(tmp_path: Path, body: str | None, complaint: str) -> None:
+def test_a_named_server_that_cannot_serve_is_refused(tmp_path: Path, body: str | None, problem: str) -> None:
     path = tmp_path / "server"
     if body is not None:
         write_program(path, body)
-    with pytest.raises(UsageError, match=complaint):
+    with pytest.raises(UsageError, match=problem):
         find_server_binary({"NERMILL_REDIS_BIN": str(path)})
 
 

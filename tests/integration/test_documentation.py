@@ -1,68 +1,84 @@
-"""What the README shows is run: its console blocks in order, in one folder, and its Python as it stands."""
+"""What the pages show is run: their commands in order, in one folder, and their Python as it stands."""
 
 from __future__ import annotations
 
-import os
 import re
-import shlex
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-MAKES_ITS_OWN_ENVIRONMENT = {"make demo"}  # run from a fresh clone by hand; too long for every test run
+from nermill.worker.process.settings import Settings
+from tests.reference import PAGES, REASONS, SKIPPED, commands, comparable, generated, stage, steps
 
-
-def steps(page: Path) -> Iterator[str]:
-    """Shell commands of a page in order; a block of Python is one of them."""
-    text = page.read_text("utf-8")
-    for language, block in re.findall(r"^```(console|python)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
-        if language == "python":
-            yield f"python -c {shlex.quote(block)}"
-            continue
-        shown = [line.removeprefix("$ ") for line in block.splitlines() if line.startswith("$ ")]
-        yield from (command for command in shown if command not in MAKES_ITS_OWN_ENVIRONMENT)
+RUN = [
+    page for page in PAGES if page not in {"worker/queue/README.md", "producer/entities/README.md"}
+]  # their own tests
 
 
 @pytest.mark.timeout(300)
-def test_everything_that_the_readme_shows_runs(root: Path, tmp_path: Path, embedded_broker_url: str) -> None:
-    (tmp_path / "model_build").symlink_to(root / "model_build")
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "NERMILL_BROKER_URL": embedded_broker_url,
-    }
-    background: list[subprocess.Popen[bytes]] = []
-    commands = list(steps(root / "README.md"))
-    assert len(commands) >= 10
-    try:
-        for command in commands:
-            if command.endswith("&"):
-                words = command.removesuffix("&").split()
-                background.append(subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL))
-                continue
-            done = subprocess.run(
-                command,
-                shell=True,
-                cwd=tmp_path,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=120,
-                check=False,
-            )
-            assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    finally:
-        for process in background:
-            process.send_signal(signal.SIGTERM)
-        for process in background:
-            process.wait(40)
+@pytest.mark.parametrize("page", RUN)
+def test_the_commands_of_a_page_run_and_print_what_it_shows(root: Path, page: str) -> None:
+    wanted = [step for step in steps((root / page).read_text("utf-8")) if step.command not in SKIPPED]
+    if not wanted:
+        return
+    with stage() as run:
+        for step in wanted:
+            output = run(step.command)
+            if step.shown:
+                assert comparable(output) == comparable("\n".join(step.shown)), (
+                    f"{page}: python -m tests.reference {page}"
+                )
 
 
-def test_the_readme_links_to_files_that_exist(root: Path) -> None:
-    text = (root / "README.md").read_text("utf-8")
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-        assert (root / target).exists(), target
+def test_pages_that_show_no_command_are_few(root: Path) -> None:
+    silent = {page for page in RUN if not list(steps((root / page).read_text("utf-8")))}
+    assert silent <= {"worker/contracts/README.md", "tests/README.md", "deploy/README.md", "ARCHITECTURE.md"}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_made_from_the_code_are_up_to_date(root: Path, page: str) -> None:
+    text = (root / page).read_text("utf-8")
+    assert text == generated(text), f"python -m tests.reference --generated {page}"
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, "SECURITY.md", "tests/benchmarks/README.md", "model_build/demo/MODEL_CARD.md"]
+)
+def test_links_lead_to_files_and_headings_that_exist(root: Path, page: str) -> None:
+    text = (root / page).read_text("utf-8")
+    for target, _, heading in (match.partition("#") for match in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text)):
+        place = (root / page).parent / target if target else root / page
+        assert place.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", place.read_text("utf-8"), re.MULTILINE)
+            anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert heading in anchors, f"{target}#{heading}"
+
+
+def test_paths_of_the_map_exist(root: Path) -> None:
+    text = (root / "ARCHITECTURE.md").read_text("utf-8")
+    named = set(re.findall(r"`((?:producer|worker|model_build|deploy|tests)/[\w./-]*)`", text))
+    assert len(named) > 30
+    for path in named:
+        assert "NAME" in path or (root / path).exists(), path
+
+
+@pytest.mark.parametrize(
+    ("program", "page"), [("nermill", "producer/README.md"), ("nermill-build", "model_build/README.md")]
+)
+def test_every_command_has_its_section_with_its_options(root: Path, program: str, page: str) -> None:
+    text = (root / page).read_text("utf-8")
+    for name in commands(program):
+        assert re.search(rf"^##+ {name}$", text, re.MULTILINE), name
+        assert re.search(rf"<!-- generated: options {program} {name}( \w+)? -->", text), name
+
+
+def test_settings_and_reject_reasons_are_described(root: Path) -> None:
+    settings = (root / "worker/README.md").read_text("utf-8")
+    assert all(f"NERMILL_{name.upper()}" in settings for name in vars(Settings()))
+    reasons = re.findall(r"^\| `(\w+)` \| (?:producer|worker)", (root / "worker/contracts/README.md").read_text(), re.M)
+    assert tuple(reasons) == REASONS
+
+
+def test_the_readme_is_short(root: Path) -> None:
+    assert len((root / "README.md").read_text("utf-8").splitlines()) <= 120

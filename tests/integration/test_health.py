@@ -17,7 +17,8 @@ from urllib.request import urlopen
 
 import pytest
 
-from nermill.worker.process import heartbeat, supervisor
+from nermill.worker.contracts.device import Device
+from nermill.worker.process import health, supervisor
 from nermill.worker.process.settings import Settings
 from nermill.worker.process.supervisor import SILENT_SECONDS
 from tests.harness import Harness, free_port, rows, texts
@@ -103,11 +104,11 @@ def test_a_worker_is_unhealthy_while_a_call_of_the_device_is_overdue() -> None:
     """What a probe sees in the second before the process ends itself, held still."""
     from nermill.worker.process.metrics import Metrics, serve
 
-    complaint: list[str] = []
+    problem: list[str] = []
     port = free_port()
-    serve(Metrics(), port, lambda: complaint[0] if complaint else None)
+    serve(Metrics(), port, lambda: problem[0] if problem else None)
     assert urlopen(f"http://127.0.0.1:{port}/healthz").read() == b"ok\n"
-    complaint.append("the device has not answered for 3 s")
+    problem.append("the device has not answered for 3 s")
     with pytest.raises(HTTPError) as caught:
         urlopen(f"http://127.0.0.1:{port}/healthz")
     assert (caught.value.code, caught.value.read()) == (503, b"the device has not answered for 3 s\n")
@@ -174,7 +175,7 @@ def test_a_process_that_stands_still_is_killed_and_replaced_and_systemd_is_not_t
         made.until(lambda: listen() or made.worker() != first)
         killed = time.monotonic()
         assert killed - stopped < HANG_SECONDS + SILENT_SECONDS + 3
-        assert f"nothing was heard of the worker for {HANG_SECONDS + SILENT_SECONDS:.0f} s" in made.log.read_text()
+        assert f"no heartbeat from the worker for {HANG_SECONDS + SILENT_SECONDS:.0f} s" in made.log.read_text()
         fed = [moment for moment, state in told if state == "WATCHDOG=1"]
         assert any(moment < stopped for moment in fed)
         assert not [moment for moment in fed if stopped + SILENT_SECONDS + 0.5 < moment < killed - 0.2]
@@ -189,35 +190,35 @@ def test_a_process_that_stands_still_is_killed_and_replaced_and_systemd_is_not_t
 def test_a_process_that_never_loads_its_model_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "START_SECONDS", 0.3)
     monkeypatch.setattr(supervisor, "_command", lambda device: ["sleep", "60"])
-    device = supervisor.Device("cpu", 0)
+    device = Device("cpu")
     supervised = supervisor.Supervised(device, 0, Settings(), *supervisor.cores_of([device]))
     supervised.end_if_silent(HANG_SECONDS)
-    assert supervised.is_well
+    assert supervised.is_healthy
     assert supervised.process.poll() is None
     time.sleep(0.4)
     supervised.end_if_silent(HANG_SECONDS)
-    assert not supervised.is_well
+    assert not supervised.is_healthy
     assert supervised.process.wait(10) == -signal.SIGKILL
-    supervised.heart.close()
+    supervised.heartbeat.close()
 
 
-def test_a_heart_beats_while_there_is_no_complaint_and_somebody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.05)
-    complaint: list[str] = ["the device has not answered"]
-    heart = heartbeat.Heartbeat()
-    environment = {heartbeat.VARIABLE: str(heart.writer)}
+def test_heartbeats_are_sent_while_there_is_no_problem_and_somebody_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "HEARTBEAT_SECONDS", 0.05)
+    problem: list[str] = ["the device has not answered"]
+    pipe = health.Heartbeat()
+    environment = {health.VARIABLE: str(pipe.writer)}
     process = threading.Thread(
-        target=heartbeat.beat, args=(environment, lambda: "".join(complaint) or None, threading.Event())
+        target=health.send_heartbeats, args=(environment, lambda: "".join(problem) or None, threading.Event())
     )
     process.start()
     time.sleep(0.2)
-    assert heart.silent_seconds() > 0.15
-    assert not heart.heard
-    complaint.clear()
+    assert pipe.silent_seconds() > 0.15
+    assert not pipe.received
+    problem.clear()
     time.sleep(0.2)
-    assert heart.silent_seconds() < 0.15
-    assert heart.heard
-    heart.close()
+    assert pipe.silent_seconds() < 0.15
+    assert pipe.received
+    pipe.close()
     process.join(5)
     assert not process.is_alive()
 

@@ -143,6 +143,6 @@ def test_urls_in_messages_have_no_password(url: str) -> None:
 
 
 def test_celery_takes_the_sentinels_service_apart_from_their_hosts() -> None:
-    app = celery_app("sentinel://:grist@one:26379;sentinel://:grist@two:26379/0?master_name=m")
-    assert app.conf.broker_url == "sentinel://:grist@one:26379;sentinel://:grist@two:26379/0"
+    app = celery_app("sentinel://:test-password@one:26379;sentinel://:test-password@two:26379/0?master_name=m")
+    assert app.conf.broker_url == "sentinel://:test-password@one:26379;sentinel://:test-password@two:26379/0"
     assert app.conf.broker_transport_options["master_name"] == "m"

@@ -12,7 +12,7 @@ from nermill.producer.runs.run import resume
 from nermill.producer.runs.status import look
 from nermill.worker.contracts.errors import StoreError, UnreachableError
 from nermill.worker.contracts.layout import SUCCESS_FILE
-from nermill.worker.contracts.store import telling
+from nermill.worker.contracts.store import store_errors
 from tests.harness import Harness, Worker, texts
 
 
@@ -87,7 +87,7 @@ def test_a_worker_that_cannot_see_a_run_leaves_its_last_step_too(mill: Harness, 
 def test_what_the_store_raises_is_its_fault_and_defects_of_ours_are_not(
     error: Exception, expected: type[Exception]
 ) -> None:
-    with pytest.raises(expected) as caught, telling("read", "/out/file"):
+    with pytest.raises(expected) as caught, store_errors("read", "/out/file"):
         raise error
     assert type(caught.value) is expected
 

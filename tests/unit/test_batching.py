@@ -1,4 +1,4 @@
-"""Batches: the oldest window is always in, nothing overlaps, rows are full where there is enough to fill them."""
+"""Batches: the oldest window is always included, windows do not overlap, rows are full where enough windows wait."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_the_cheapest_shape_per_token_is_chosen() -> None:
 
 
 def test_windows_one_a_row_go_to_the_nearest_of_several_lengths() -> None:
-    """Plain rows in buckets, at 310P3 costs of BERT-large, lengths as of documents: near a perfect division."""
+    """One window a row, measured costs of BERT-large on a 310P3, lengths of documents: padding is near the minimum."""
     seconds = {(32, 64): 0.0416, (16, 128): 0.0439, (8, 256): 0.0490, (4, 512): 0.0565}
     rng = np.random.default_rng(3)
     lengths = np.clip(rng.lognormal(4.2, 0.9, 6000).astype(np.int64), 3, 512)

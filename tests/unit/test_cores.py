@@ -6,8 +6,9 @@ import os
 
 import pytest
 
+from nermill.worker.contracts.device import Device
 from nermill.worker.process import supervisor
-from nermill.worker.process.supervisor import Device, cores_of
+from nermill.worker.process.supervisor import cores_of
 
 CPU, CARD = Device("cpu", 0), Device("cuda", 0)
 

@@ -1,4 +1,4 @@
-"""Compiled shapes as CUDA graphs, on a double of them: no card was at hand."""
+"""Compiled shapes as CUDA graphs, on a double of CUDA graphs; not tested on a real card."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ pytest.importorskip("torch")
 import torch
 
 from nermill.worker.engine import Batch
-from nermill.worker.engine.cuda import Lane
+from nermill.worker.engine.cuda import StreamRunner
 from nermill.worker.engine.encoder import Architecture, Encoder
 from nermill.worker.engine.inputs import named_inputs
 from nermill.worker.engine.layers import Attention, FusedAttention, replace
@@ -34,7 +34,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Encoder:
 
 
 def inputs(shape: tuple[int, int], seed: int) -> dict[str, torch.Tensor]:
-    """A packed batch: two windows a row, and nothing behind them."""
+    """A packed batch: two windows a row, then padding."""
     chance = np.random.default_rng(seed)
     segments = np.sort(chance.integers(0, 3, shape))[:, ::-1]
     batch = Batch(chance.integers(1, 150, shape), segments, chance.integers(0, 64, shape))
@@ -42,24 +42,24 @@ def inputs(shape: tuple[int, int], seed: int) -> dict[str, torch.Tensor]:
 
 
 def test_a_graph_answers_as_the_model(model: Encoder) -> None:
-    lane = Lane(model, manifest(SHAPES), CPU)
+    runner = StreamRunner(model, manifest(SHAPES), CPU)
     with torch.inference_mode():
         for seed in range(3):
             for shape in SHAPES:
                 fed = inputs(shape, seed)
-                torch.testing.assert_close(lane(fed), model(**fed))
+                torch.testing.assert_close(runner(fed), model(**fed))
 
 
 def test_compiled_shapes_are_not_launched_kernel_by_kernel(model: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    lane = Lane(model, manifest(SHAPES), CPU)
+    runner = StreamRunner(model, manifest(SHAPES), CPU)
     monkeypatch.delattr(Encoder, "forward")
     with torch.inference_mode():
-        assert lane(inputs(SHAPES[0], 1)).shape == (*SHAPES[0], len(LABELS))
+        assert runner(inputs(SHAPES[0], 1)).shape == (*SHAPES[0], len(LABELS))
 
 
 def test_free_shapes_have_no_graph(model: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.cuda, "CUDAGraph")
-    lane = Lane(model, manifest(), CPU)
+    runner = StreamRunner(model, manifest(), CPU)
     with torch.inference_mode():
         fed = inputs((3, 20), 2)
-        torch.testing.assert_close(lane(fed), model(**fed))
+        torch.testing.assert_close(runner(fed), model(**fed))

@@ -1,4 +1,4 @@
-"""Decoding agrees with seqeval's conlleval reading and with plain re-computation of every strategy."""
+"""Decoding agrees with seqeval's conlleval mode, and with a plain computation of every strategy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from seqeval.metrics.sequence_labeling import get_entities
 from nermill.worker.tagging import decode
 from tests.doubles.engine import LABELS
 
-MODEL = decode.Labels(LABELS)
+MODEL = decode.ModelLabels(LABELS)
 TAGS = st.lists(st.sampled_from(LABELS), max_size=30)
 
 
@@ -78,6 +78,6 @@ def test_a_span_scores_the_mean_of_its_words() -> None:
 
 
 def test_labels_without_prefix_are_types_of_their_own() -> None:
-    labels = decode.Labels(("O", "PER", "LOC"))
+    labels = decode.ModelLabels(("O", "PER", "LOC"))
     assert labels.names == ("LOC", "PER")
     assert labels.type.tolist() == [0, 2, 1]

@@ -1,4 +1,4 @@
-"""The files of deploy/ are what their own tools and schemas accept, and speak of settings and metrics that exist."""
+"""The files of deploy/ are valid by their tools and schemas, and refer to settings and metrics that exist."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def documents(path: Path) -> list[Object]:
 
 
 def check(resource: Object) -> None:
-    """Raises where a resource does not fit its schema or has a field that is not in it."""
+    """Raises where a resource does not match its schema or has a field that is not in it."""
     if resource["apiVersion"].startswith("keda.sh/"):
         model = getattr(keda, resource["kind"]).model_validate(resource)
         understood = model.model_dump(mode="json", by_alias=True, exclude_unset=True)
@@ -142,7 +142,7 @@ def test_schemas_refuse_what_is_misspelt(deploy: Path) -> None:
 def overlay(
     deploy: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> dict[str, Object]:
-    """An overlay as kustomize builds it, by kind; those that occur twice by kind and name."""
+    """The resources of an overlay as kustomize builds it, by kind; where a kind occurs twice, by kind and name."""
     copy = tmp_path_factory.mktemp("kubernetes") / "kubernetes"
     shutil.copytree(deploy / "kubernetes", copy)
     folder = copy / "overlays" / request.param
@@ -276,7 +276,7 @@ def test_ascend_entrypoint_becomes_the_worker(deploy: Path, tmp_path: Path) -> N
 
 
 def sections(guide: str) -> dict[str, str]:
-    """Text below each third-level heading of the operating guide."""
+    """The text below each third-level heading of the operating guide."""
     pieces = re.split(r"^#{2,3} (.+)$", guide, flags=re.MULTILINE)
     return dict(zip(pieces[1::2], pieces[2::2], strict=True))
 

@@ -1,4 +1,4 @@
-"""The engine room: inputs by name, golden windows in a batch, its size, and what the onnx engine does not import."""
+"""Engines: inputs by name, golden windows in a batch, the batch's size, and what the onnx engine does not import."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from nermill.worker.contracts.errors import ArtifactError, EngineError
-from nermill.worker.contracts.manifest import Input, load_manifest, resolve_artifact
+from nermill.worker.contracts.manifest import GraphInput, load_manifest, resolve_artifact
 from nermill.worker.engine import Batch, load_engine, warmup
 from nermill.worker.engine.golden import Golden, golden_difference, lay_rows, load_golden, run_alone, smallest_shape
 from nermill.worker.engine.inputs import check_names, named_inputs
@@ -32,7 +32,7 @@ def test_rows_hold_their_windows_one_behind_another() -> None:
 
 
 def test_plain_inputs_are_derived_and_come_in_the_graphs_order_and_type() -> None:
-    plain = replace(manifest(layout="plain"), inputs=tuple(Input(name, "int32") for name in reversed(PLAIN)))
+    plain = replace(manifest(layout="plain"), inputs=tuple(GraphInput(name, "int32") for name in reversed(PLAIN)))
     feeds = named_inputs(lay_rows([[(5, 6)], [(4,)]], (2, 3), plain), plain)
     assert list(feeds) == list(reversed(PLAIN))
     assert {array.dtype for array in feeds.values()} == {np.dtype("int32")}
@@ -55,7 +55,7 @@ def test_names_of_a_graph() -> None:
     with pytest.raises(ArtifactError, match="the graph takes segments, input_ids, position_ids and the manifest says"):
         check_names(manifest(), ["segments", "input_ids", "position_ids"])
     with pytest.raises(ArtifactError, match="are not those of the layout packed"):
-        check_names(replace(manifest(), inputs=tuple(Input(name, "int64") for name in PLAIN)), list(PLAIN))
+        check_names(replace(manifest(), inputs=tuple(GraphInput(name, "int64") for name in PLAIN)), list(PLAIN))
 
 
 def test_golden_answers_are_kept_and_compared(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_onnx_engine_imports_neither_torch_nor_transformers(root: Path) -> None:
 
 
 class Card(HashEngine):
-    """An accelerator that has the same time for every batch up to a size, as its own clock tells."""
+    """An accelerator that takes the same time for every batch up to a size, by a simulated clock."""
 
     device = "cuda:0"
 

@@ -10,32 +10,32 @@ import pytest
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.labels import LabelChoice, bare_labels, nested, suggest_map
 from nermill.worker.contracts.plan import Options, options_from
-from nermill.worker.tagging.decode import Labels, Spans, choose
+from nermill.worker.tagging.decode import ModelLabels, Spans, choose
 
 MODEL = ("O", "B-LOC", "I-LOC", "B-PER", "I-PER")
 
 
 def test_gold_tags_are_renamed_left_out_and_counted():
-    tally: Counter[str] = Counter()
+    changes: Counter[str] = Counter()
     choice = LabelChoice({"person": "PER", "thing": "O"}, only=("PER", "LOC"))
     tags = ["B-person", "I-person", "O", "B-thing", "B-LOC", "B-MISC", "B-creative-work"]
-    assert choice.tags(tags, tally) == ["B-PER", "I-PER", "O", "O", "B-LOC", "O", "O"]
-    assert nested(tally)["gold"] == {
+    assert choice.tags(tags, changes) == ["B-PER", "I-PER", "O", "O", "B-LOC", "O", "O"]
+    assert nested(changes)["gold"] == {
         "mapped": {"person": 1},
         "left_out": {"thing": 1, "MISC": 1, "creative-work": 1},
     }
 
 
 def test_spans_are_renamed_left_out_and_counted():
-    labels = Labels(MODEL)
+    labels = ModelLabels(MODEL)
     at = np.arange(4)
     spans = Spans(at * 0, at, at, np.array([1, 2, 2, 1]), np.array([0.9, 0.9, 0.4, 0.9], np.float32))
-    chosen, renamed, tally = choose(spans, labels, LabelChoice({"PER": "person"}, ("person",), 0.5))
+    chosen, renamed, changes = choose(spans, labels, LabelChoice({"PER": "person"}, ("person",), 0.5))
     assert chosen.first.tolist() == [1]
     assert renamed.names[int(chosen.type[0]) - 1] == "person"
     assert renamed.tags == ("O", "B-", "I-", "B-person", "I-person")
     assert labels.names == ("LOC", "PER")
-    assert tally == {"predicted.left_out.LOC": 2, "predicted.mapped.PER": 1, "predicted.below_min_score.PER": 1}
+    assert changes == {"predicted.left_out.LOC": 2, "predicted.mapped.PER": 1, "predicted.below_min_score.PER": 1}
     assert choose(spans, labels, LabelChoice()) == (spans, labels, Counter())
 
 

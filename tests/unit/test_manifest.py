@@ -18,7 +18,7 @@ Change = Callable[[dict[str, Any]], object]
 
 @pytest.fixture
 def artifact(tmp_path: Path) -> Path:
-    """A copy of the demo artifact that a test may spoil."""
+    """A copy of the demo artifact that a test may change."""
     return Path(shutil.copytree(resolve_artifact("demo"), tmp_path / "artifact"))
 
 
@@ -38,12 +38,12 @@ def test_the_demo_swears_to_what_it_serves(artifact: Path) -> None:
 def test_names_that_lead_out_of_the_folder_are_refused(artifact: Path, name: str) -> None:
     (artifact.parent / "secret").touch()
     change(artifact, lambda body: body["files"].update({name: "0" * 64}))
-    with pytest.raises(ArtifactError, match="files lie in the artifact's own folder"):
+    with pytest.raises(ArtifactError, match="files must be in the artifact's own folder"):
         load_manifest(artifact)
 
 
 @pytest.mark.parametrize(
-    ("how", "told"),
+    ("how", "message"),
     [
         (lambda body: body.update(model_file="../model.onnx"), "no sha256 of ../model.onnx"),
         (lambda body: body["files"].pop("model.onnx"), "no sha256 of model.onnx"),
@@ -56,9 +56,9 @@ def test_names_that_lead_out_of_the_folder_are_refused(artifact: Path, name: str
         (lambda body: body.update(files=[]), "not a manifest"),
     ],
 )
-def test_a_manifest_that_does_not_hold_is_refused_in_one_line(artifact: Path, how: Change, told: str) -> None:
+def test_a_manifest_that_does_not_hold_is_refused_in_one_line(artifact: Path, how: Change, message: str) -> None:
     change(artifact, how)
-    with pytest.raises(ArtifactError, match=told) as caught:
+    with pytest.raises(ArtifactError, match=message) as caught:
         load_manifest(artifact)
     assert len(str(caught.value).splitlines()) == 1
     assert str(artifact) in str(caught.value)

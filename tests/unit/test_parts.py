@@ -1,4 +1,4 @@
-"""A part is all that a shard writes: its rejects are rows of it, and what says so elsewhere is derived from it."""
+"""A part is the only file of a shard: its rejects are rows of it, and the file of rejects is derived from it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nermill.worker.tagging.parts import Committed, commit
 
 
 def part(*reasons: str | None, first: int = 0) -> pa.Table:
-    """A row for each reason; None is a tagged document."""
+    """One row for each reason; None stands for a tagged document."""
     rows = [
         {
             "doc_index": first + n, "doc_id": f"d{first + n}", "n_chars": 3, "n_tokens": 3, "n_windows": 1,
@@ -97,5 +97,5 @@ def test_a_damaged_part_is_named(tmp_path: Path, data: bytes | None) -> None:
     run = RunFolder(str(tmp_path))
     write(run, 0, part("empty"))
     run.write(part_name(0), run.read(part_name(0))[:-30] if data is None else data)
-    with pytest.raises(StoreError, match=r"part-00000\.parquet: damaged part .*; remove it and nermill resume"):
+    with pytest.raises(StoreError, match=r"part-00000\.parquet: damaged part .*; remove it and run nermill resume"):
         rejects(run, [0])

@@ -1,4 +1,4 @@
-"""A document's tags are its own: alone, among others, in any order, at any batch size, through any layout."""
+"""A document's tags do not depend on other documents, on their order, on the batch size or on the layout."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ from nermill.worker.contracts.plan import Options
 from nermill.worker.contracts.shard import shard_table
 from nermill.worker.engine import Batch
 from nermill.worker.tagging.pipeline import Pipeline, Tagger
-from nermill.worker.tagging.pool import Job, Pool, lay_out
-from nermill.worker.tagging.windows import SPECIAL_TOKENS, Tokens, Windows, cut
+from nermill.worker.tagging.pool import Job, Pool, build_batch
+from nermill.worker.tagging.tokens import Tokens
+from nermill.worker.tagging.windows import SPECIAL_TOKENS, Windows, split_into_windows
 from tests.doubles.engine import HashEngine, manifest
 
 PIECES = st.sampled_from(
@@ -99,8 +100,8 @@ def test_words_get_a_tag_each_and_entities_are_slices_of_their_join(
             continue
         assert annotation.tags is not None
         assert len(annotation.tags) == len(words)
-        begun = sum(one.startswith("B-") for one in annotation.tags)
-        assert begun == len(annotation.entities)
+        started = sum(one.startswith("B-") for one in annotation.tags)
+        assert started == len(annotation.entities)
         text = " ".join(words)
         for entity in annotation.entities:
             assert text[entity.start : entity.end] == entity.text
@@ -147,7 +148,7 @@ def test_a_batch_that_fails_is_run_again_in_halves(tokenizer: Tokenizer, layout:
 
 @pytest.mark.parametrize("aggregation", ["first", "average", "max", "simple", "none"])
 def test_what_failed_is_not_decoded(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, aggregation: str) -> None:
-    """Logits that were never written may be anything; here inf, of which softmax makes nan and a warning."""
+    """Logits that were not computed may have any value; here inf, for which softmax gives nan and a warning."""
     texts = ["met in London", "a poison pill " + "and more " * 80, "Turin"]
     empty, poison = np.empty, tokenizer.token_to_id("poison")
 
@@ -182,7 +183,7 @@ def test_calls_that_end_together_count_the_devices_time_once(
             return super().run(batch)
 
     class Moment(float):
-        """A time that is slow to reckon with, so that the other call comes between."""
+        """A time whose subtraction takes long, so that the other call ends in between."""
 
         def __sub__(self, other: float) -> float:
             time.sleep(0.02)
@@ -205,7 +206,7 @@ def test_the_culprit_of_a_large_batch_is_found_in_a_few_steps(tokenizer: Tokeniz
 
 
 class Small(HashEngine):
-    """A device that has memory for so many tokens."""
+    """A device with memory for a limited number of tokens."""
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         if batch.input_ids.size > 100:
@@ -231,8 +232,8 @@ def test_a_device_that_fails_for_good_blames_no_document(tokenizer: Tokenizer) -
 def test_the_next_batch_is_made_while_the_device_works(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     made_batches = threading.Semaphore(0)
 
-    def lay_out_and_tell(*arguments: Any) -> Batch:
-        batch = lay_out(*arguments)
+    def build_batch_and_tell(*arguments: Any) -> Batch:
+        batch = build_batch(*arguments)
         made_batches.release()
         return batch
 
@@ -243,7 +244,7 @@ def test_the_next_batch_is_made_while_the_device_works(tokenizer: Tokenizer, mon
                 assert made_batches.acquire(timeout=10), "nobody makes a second batch while the first one is computed"
             return super().run(batch)
 
-    monkeypatch.setattr("nermill.worker.tagging.pipeline.lay_out", lay_out_and_tell)
+    monkeypatch.setattr("nermill.worker.tagging.pipeline.build_batch", build_batch_and_tell)
     with tagger(tokenizer, Patient(manifest(token_budget=32))) as made:
         assert len(made.tag(["London and Paris and Rome"] * 20)) == 20
 
@@ -252,7 +253,7 @@ def test_an_error_of_ours_ends_the_wait_for_the_device(tokenizer: Tokenizer, mon
     def broken(*_: Any) -> Batch:
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr("nermill.worker.tagging.pipeline.lay_out", broken)
+    monkeypatch.setattr("nermill.worker.tagging.pipeline.build_batch", broken)
     with tagger(tokenizer, HashEngine(manifest())) as made, pytest.raises(EngineError, match="ZeroDivisionError: ours"):
         made.tag(["a"])
 
@@ -262,11 +263,11 @@ def test_a_shape_costs_what_the_device_took_for_it() -> None:
     lengths = np.full(8, 64)
     nothing = np.zeros(8, np.int64)
     windows = Windows(np.arange(8), nothing, lengths - SPECIAL_TOKENS, nothing, nothing)
-    tokens = Tokens(np.zeros(62, np.int64), np.zeros(9, np.int64), np.zeros(62, np.int64), ())
+    tokens = Tokens(*(np.zeros(size, np.int64) for size in (62, 9, 62, 62, 62)))
     for seconds, rows in [((1.0, 2.0), 8), ((0.1, 2.0), 1)]:
         pool = Pool(manifest(shapes))
         for shape, measured in zip(shapes, seconds, strict=True):
-            pool.learn(shape, shape[0] * shape[1], measured)
+            pool.record_duration(shape, shape[0] * shape[1], measured)
         pool.put(Job(tokens, windows, np.zeros((62, 9), np.float32)))
         work = pool.take()
         assert work is not None
@@ -275,10 +276,10 @@ def test_a_shape_costs_what_the_device_took_for_it() -> None:
 
 def test_the_device_has_spare_capacity_until_half_a_second_of_work_waits() -> None:
     nothing, bounds = np.zeros(62, np.int64), np.array([0, 62])
-    tokens, windows = Tokens(nothing, bounds, nothing, ()), cut(bounds, 64, 0)
+    tokens, windows = Tokens(nothing, bounds, nothing, nothing, nothing), split_into_windows(bounds, 64, 0)
     for tokens_per_second, jobs in [(10, 2), (1_280, 10), (1e9, 64)]:
         pool = Pool(manifest(token_budget=64))
-        pool.learn((1, 64), round(tokens_per_second / 10), 0.1)
+        pool.record_duration((1, 64), round(tokens_per_second / 10), 0.1)
         while pool.await_spare_capacity(0.01):
             pool.put(Job(tokens, windows, np.zeros((62, 9), np.float32)))
             jobs -= 1
@@ -316,7 +317,7 @@ def test_closing_closes_the_engine(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("documents", "told"),
+    ("documents", "message"),
     [
         ("Ada met Bob.", "str 'Ada met Bob.' in the place of a list of documents"),
         (b"Ada", "bytes b'Ada' in the place of a list of documents"),
@@ -330,10 +331,10 @@ def test_closing_closes_the_engine(tokenizer: Tokenizer) -> None:
     ],
 )
 def test_what_cannot_be_tagged_is_a_type_error_that_says_what_to_pass(
-    tokenizer: Tokenizer, documents: Any, told: str
+    tokenizer: Tokenizer, documents: Any, message: str
 ) -> None:
     with tagger(tokenizer, HashEngine(manifest())) as made:
-        with pytest.raises(TypeError, match=re.escape(told)) as caught:
+        with pytest.raises(TypeError, match=re.escape(message)) as caught:
             made.tag(documents)
         assert 'pass a list of texts, ["Ada met Bob."]' in str(caught.value)
         assert "\n" not in str(caught.value)

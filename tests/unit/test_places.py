@@ -1,4 +1,4 @@
-"""Where a worker may read and write, and how a run's files get there and away."""
+"""Allowed roots, and how a run's files are written and removed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from nermill.worker.contracts import deadline
 from nermill.worker.contracts.errors import StoreError, UsageError
-from nermill.worker.contracts.layout import ASIDE_SECONDS, RunFolder
+from nermill.worker.contracts.layout import TEMPORARY_SECONDS, RunFolder
 from nermill.worker.contracts.store import ObjectStore
 from nermill.worker.process.settings import Settings, is_allowed, read_settings, split_roots
 
@@ -73,7 +73,7 @@ def test_a_port_opens_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("s3:/bucket", "'s3' is no absolute path"),
         ("minio:9000/bucket", "'minio' is no absolute path"),
@@ -92,8 +92,8 @@ def test_a_port_opens_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (__file__, "is no folder"),
     ],
 )
-def test_a_root_that_makes_no_sense_is_refused_at_start(text: str, told: str) -> None:
-    with pytest.raises(UsageError, match=re.escape(told)) as caught:
+def test_an_invalid_root_is_refused_at_start(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)) as caught:
         read_settings({"NERMILL_ALLOWED_ROOTS": text})
     assert "NERMILL_ALLOWED_ROOTS" in str(caught.value)
 
@@ -114,7 +114,7 @@ def test_an_exclusive_write_leaves_what_is_there(tmp_path: Path, kind: str) -> N
 
 
 class Bucket:
-    """As much of an fsspec file system as a put needs; ``mode`` is what the put may be told."""
+    """The part of an fsspec file system that a put needs; ``mode`` is the mode that the put supports."""
 
     def __init__(self, *, takes_mode: bool) -> None:
         self.files: dict[str, bytes] = {}
@@ -179,10 +179,10 @@ def test_sweeping_takes_what_no_living_writer_can_own(tmp_path: Path) -> None:
     others = ["part-00000.parquet", ".hidden", ".part-00000.parquet.notes", "_rejects/rejects.parquet"]
     for name in of_committed + young + old + others:
         (tmp_path / name).touch()
-    before = time.time() - ASIDE_SECONDS - 10
+    before = time.time() - TEMPORARY_SECONDS - 10
     for name in [*old, ".hidden"]:
         os.utime(tmp_path / name, (before, before))
-    assert run.sweep() == len(of_committed + old)
+    assert run.remove_stale_files() == len(of_committed + old)
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert left == set(young + others)
 

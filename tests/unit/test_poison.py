@@ -10,7 +10,7 @@ from nermill.worker.queue.poison import trials
 
 
 def search(first: int, count: int, poison: set[int]) -> tuple[set[int], int]:
-    """Runs the search with real crashes until it comes through: rejected rows, and executions it took."""
+    """Runs the search with real crashes until it ends; returns the rejected rows and the number of executions."""
     strikes: dict[str, int] = {}
     for execution in range(1, 1000):
         rejected = set()

@@ -1,4 +1,4 @@
-"""The project as a whole: what is declared, pinned, packed and promised to importers is so."""
+"""The project as a whole: dependencies, pins, the wheel, and what an import brings in."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -44,7 +46,7 @@ def project(root: Path) -> dict:
 
 
 def requirements(project: dict, *extras: str) -> Iterator[Requirement]:
-    """Requirements of the base and of extras, those that extras name of ourselves followed."""
+    """Requirements of the package and of extras; extras of nermill that an extra names are followed."""
     optional = project["optional-dependencies"]
     for text in [*project["dependencies"], *(line for extra in extras for line in optional[extra])]:
         requirement = Requirement(text)
@@ -135,7 +137,7 @@ def test_import_is_light(root: Path, module: str) -> None:
 
 
 def test_the_engine_leaves_no_trace_at_home(root: Path, tmp_path: Path) -> None:
-    """ONNX Runtime >= 1.29 would write a device id and send events, unless it is told not to before it is imported."""
+    """ONNX Runtime >= 1.29 writes a device id and sends events, unless that is disabled before it is imported."""
     pytest.importorskip("onnxruntime")
     code = (
         "from nermill.worker.contracts.manifest import resolve_artifact; from nermill.worker.engine import load_engine;"
@@ -157,7 +159,7 @@ def test_each_script_starts(root: Path, project: dict, script: str) -> None:
 
 @pytest.fixture(scope="module")
 def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy without what git ignores."""
+    """The wheel, built from a copy without ignored files."""
     pytest.importorskip("hatchling")
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE", ".gitignore"):
@@ -233,3 +235,22 @@ def test_make_says_which_python_it_lacks(root: Path, tmp_path: Path, target: str
     assert answer.returncode == 2
     assert "no Python >= 3.11 with venv found at /nowhere/python" in answer.stderr
     assert not list(tmp_path.glob(".venv*"))
+
+
+def test_the_version_is_the_same_everywhere(root: Path, project: dict) -> None:
+    citation = yaml.safe_load((root / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == project["version"]
+    assert project["version"] in (root / "CHANGELOG.md").read_text("utf-8")
+
+
+def test_workflows_and_hooks_name_what_the_makefile_has(root: Path, project: dict) -> None:
+    targets = set(re.findall(r"^([\w-]+):", (root / "Makefile").read_text("utf-8"), re.MULTILINE))
+    ci = yaml.safe_load((root / ".github/workflows/ci.yml").read_text("utf-8"))
+    assert set(ci["jobs"]["tests"]["strategy"]["matrix"]["python"]) == set(PYTHONS)
+    for step in ci["jobs"]["tests"]["steps"]:
+        if (run := step.get("run", "")).startswith("make "):
+            assert {word for word in shlex.split(run)[1:] if "=" not in word} <= targets
+    release = yaml.safe_load((root / ".github/workflows/release.yml").read_text("utf-8"))
+    assert release["jobs"]["publish"]["needs"] == "build"
+    hooks = yaml.safe_load((root / ".pre-commit-config.yaml").read_text("utf-8"))["repos"][0]["hooks"]
+    assert {hook["id"] for hook in hooks} >= {"ruff", "mypy", "import-linter", "documentation"}

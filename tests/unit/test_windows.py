@@ -1,4 +1,4 @@
-"""Windows cover every token, overlap as asked, and are joined by the prediction with most context."""
+"""Windows cover every token and overlap as requested; a token's prediction is that with the most context."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nermill.worker.tagging.windows import SPECIAL_TOKENS, cut
+from nermill.worker.tagging.windows import SPECIAL_TOKENS, split_into_windows
 
 COUNTS = st.lists(st.integers(0, 200), min_size=1, max_size=8)
 
@@ -17,7 +17,7 @@ def bounds_of(counts: list[int]) -> np.ndarray:
 
 @given(COUNTS, st.integers(8, 70), st.integers(0, 40))
 def test_every_token_is_kept_from_exactly_one_window(counts: list[int], max_length: int, overlap: int) -> None:
-    windows = cut(bounds_of(counts), max_length, overlap)
+    windows = split_into_windows(bounds_of(counts), max_length, overlap)
     kept = np.zeros(sum(counts), np.int64)
     for start, end in zip(windows.keep_start, windows.keep_end, strict=True):
         kept[start:end] += 1
@@ -30,7 +30,7 @@ def test_every_token_is_kept_from_exactly_one_window(counts: list[int], max_leng
 @given(COUNTS, st.integers(8, 70), st.integers(0, 40))
 def test_windows_stay_in_their_document_and_overlap_as_asked(counts: list[int], max_length: int, overlap: int) -> None:
     bounds = bounds_of(counts)
-    windows = cut(bounds, max_length, overlap)
+    windows = split_into_windows(bounds, max_length, overlap)
     assert (windows.start >= bounds[windows.document]).all()
     assert (windows.end <= bounds[windows.document + 1]).all()
     capacity = max_length - SPECIAL_TOKENS
@@ -43,7 +43,7 @@ def test_windows_stay_in_their_document_and_overlap_as_asked(counts: list[int], 
 
 @given(st.integers(1, 400), st.integers(8, 70), st.integers(0, 40))
 def test_a_shared_token_comes_from_the_window_with_more_context(count: int, max_length: int, overlap: int) -> None:
-    windows = cut(bounds_of([count]), max_length, overlap)
+    windows = split_into_windows(bounds_of([count]), max_length, overlap)
     for token in range(count):
         owner = int(np.flatnonzero((windows.keep_start <= token) & (token < windows.keep_end))[0])
 
@@ -57,6 +57,6 @@ def test_a_shared_token_comes_from_the_window_with_more_context(count: int, max_
 
 
 def test_a_document_that_fits_is_one_window() -> None:
-    windows = cut(bounds_of([30, 0, 62]), 64, 16)
+    windows = split_into_windows(bounds_of([30, 0, 62]), 64, 16)
     assert windows.document.tolist() == [0, 2]
     assert windows.lengths.tolist() == [32, 64]

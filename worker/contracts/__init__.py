@@ -1,5 +1,4 @@
-"""What producer, worker and model_build agree on: documents, shards, the ledger, the run's folder, the artifact.
+"""What producer, worker and model_build share: documents, shards, the ledger, the run's folder, the artifact.
 
-This package imports the standard library and pyarrow only, so that whoever needs the agreement
-does not pay for an accelerator's libraries.
+This package imports no accelerator's library, and Celery and Redis only in ``broker``, so that it is fast to import.
 """

@@ -1,8 +1,8 @@
-"""The one reader of CoNLL columns, for inputs and for gold: a word a line, a blank line after each sentence.
+"""Reads CoNLL columns, for inputs and for gold files: one word a line, a blank line after each sentence.
 
-What a file looks like, its ``Layout``, is found in its first lines: tabs or blanks, leading columns of word numbers,
-where words and tags stand. ``read_sentences`` then goes through the whole file once. A line that does not fit costs
-its sentence: the sentence has a ``fault``, and the rest goes on.
+``find_layout`` finds a file's columns from its first lines: the separator, leading columns with word numbers, the
+columns of words and tags. ``read_sentences`` then reads the whole file once. A sentence with a line that cannot be read
+has a ``fault``; the other sentences are not affected.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nermill.worker.contracts.tags import OUTSIDE, Scheme, detect_scheme, is_tag
 
 DOCSTART = "-DOCSTART-"
 MAX_DOCUMENT_WORDS = 1_000_000
-LAYOUT_LINES = 1000  # lines in which a file's layout shows
+LAYOUT_LINES = 1000  # lines from which a file's layout is found
 
 _BLANKS = re.compile(r"[ \t]+")
 _NO_WORD = re.compile(r"\d+-\d+|\d+\.\d+")  # CoNLL-U: a range of words that are written as one, and an empty node
@@ -31,34 +31,34 @@ class Layout:
     """The columns of a file, numbered from 0.
 
     Attributes:
-        tabs: Whether cells are separated by single tabs, and may hold blanks; else by runs of blanks and tabs.
-        columns: Cells of a line.
+        tabs: Whether cells are separated by single tabs and may contain blanks; else by runs of blanks and tabs.
+        columns: Number of cells in a line.
         word: Column of the words.
         tag: Column of the tags; None where the file has none.
-        counter: Column of the word's number in its sentence, if there is one.
+        number_column: Column of the word's number in its sentence; None where there is none.
     """
 
     tabs: bool
     columns: int
     word: int
     tag: int | None
-    counter: int | None = None
+    number_column: int | None = None
 
 
 @dataclass
 class Sentence:
-    """Consecutive lines of words, or the sentences of one document.
+    """A sentence, or all sentences of one document.
 
     Attributes:
-        line: Line of the first word.
+        line: Line number of the first word.
         words: The words.
-        tags: An IOB2 tag a word; empty where the file has none.
-        lines: Line of each word.
-        scheme: What the tags were written in, as far as they show it.
-        id: What ``# sent_id`` says, or for a document ``# newdoc id``; else empty.
-        opens_document: Whether ``-DOCSTART-`` or ``# newdoc`` stands before it.
-        document_id: What that ``# newdoc`` says.
-        fault: Why it cannot be used, with the line.
+        tags: An IOB2 tag for each word; empty where the file has no tags.
+        lines: Line number of each word.
+        scheme: Scheme in which the tags were written, as far as these tags show it.
+        id: Value of ``# sent_id``, or for a document of ``# newdoc id``; empty where there is none.
+        opens_document: Whether ``-DOCSTART-`` or ``# newdoc`` comes before it.
+        document_id: Value of that ``# newdoc id``; empty where there is none.
+        fault: Why it cannot be used, with file and line; None where it can.
     """
 
     line: int = 0
@@ -73,16 +73,16 @@ class Sentence:
 
 
 def find_layout(lines: Sequence[str], name: str, word: int | None = None, tag: int | None = None) -> Layout:
-    """What a file looks like.
+    """Finds the columns of a file.
 
     Args:
-        lines: Its first lines; LAYOUT_LINES are enough.
+        lines: The file's first lines; LAYOUT_LINES are enough.
         name: The file's name in messages.
-        word: Column of the words, from 1, or negative from the end; None looks for it.
-        tag: Column of the tags, likewise; None looks for it, and a file of one column has none.
+        word: Column of the words, from 1, or negative from the end; None searches for it.
+        tag: Column of the tags, likewise; None searches for it, and a file of one column has none.
 
     Raises:
-        UsageError: no column holds tags, or there is no such column.
+        UsageError: no column holds tags, there is no such column, or the file is WebAnno TSV.
     """
     sample = _Sample(lines)
     if sample.is_webanno:
@@ -90,44 +90,44 @@ def find_layout(lines: Sequence[str], name: str, word: int | None = None, tag: i
     columns = sample.columns
     if not columns:
         return Layout(sample.tabs, 1, 0, None)
-    counter = sample.counter()
+    number_column = sample.number_column()
     at_word = _column("--word-column", word, columns, name)
     at_tag = _column("--tag-column", tag, columns, name)
     if at_word is None:
-        at_word = 0 if counter is None else min(counter + 1, columns - 1)
+        at_word = 0 if number_column is None else min(number_column + 1, columns - 1)
     if at_tag is None:
-        at_tag = sample.tag_column(at_word, counter)
-        if at_tag is None and word is None and counter is None and columns > 1:
+        at_tag = sample.tag_column(at_word, number_column)
+        if at_tag is None and word is None and number_column is None and columns > 1:
             raise UsageError(
-                f"{name}:{sample.first}: {columns} columns, and none holds tags (O, B-PER, I-PER ...); say where they "
-                "are: --word-column N --tag-column N, or --word-column N for words alone; or name another --format"
+                f"{name}:{sample.first}: {columns} columns, and none holds tags (O, B-PER, I-PER ...); name the "
+                "columns: --word-column N --tag-column N, or --word-column N for words alone; or name another --format"
             )
     if at_tag == at_word:
-        raise UsageError(f"{name}: words and tags cannot both be in column {at_word + 1}; mend --word-column")
-    return Layout(sample.tabs, columns, at_word, at_tag, counter)
+        raise UsageError(f"{name}: words and tags cannot both be in column {at_word + 1}; change --word-column")
+    return Layout(sample.tabs, columns, at_word, at_tag, number_column)
 
 
 def looks_like_conll(lines: Sequence[str]) -> bool:
-    """Whether a file's first lines are columns of which one holds tags, or the ten columns of CoNLL-U."""
+    """Whether a file's first lines have a column with tags, or the ten columns of CoNLL-U."""
     sample = _Sample(lines)
     if sample.is_webanno or sample.has_docstart:
         return True
-    counter = sample.counter()
+    number_column = sample.number_column()
     if not sample.is_even or sample.columns < 2:
         return False
-    word = 0 if counter is None else counter + 1
-    return sample.tag_column(word, counter) is not None or (counter == 0 and sample.columns == 10)
+    word = 0 if number_column is None else number_column + 1
+    return sample.tag_column(word, number_column) is not None or (number_column == 0 and sample.columns == 10)
 
 
 def read_sentences(lines: Iterable[tuple[int, bytes | None]], layout: Layout, name: str) -> Iterator[Sentence]:
-    """The sentences of a file; a last one without its blank line counts.
+    """The sentences of a file; the blank line after the last one may be missing.
 
     Args:
-        lines: Numbered lines without their ends; None for one that is too long.
-        layout: Its columns.
+        lines: Numbered lines without their line ends; None for a line that is too long.
+        layout: The file's columns.
         name: The file's name in messages.
     """
-    sentence, coming = Sentence(), Sentence()  # coming: what comments say of the sentence that follows
+    sentence, upcoming = Sentence(), Sentence()  # upcoming: holds what comments say about the next sentence
     for number, raw in lines:
         line = "" if raw is None else raw.decode(errors="replace").rstrip(" \t")
         cells = _cells(line, layout.tabs)
@@ -136,17 +136,21 @@ def read_sentences(lines: Iterable[tuple[int, bytes | None]], layout: Layout, na
                 yield _normalised(sentence, name)
                 sentence = Sentence()
             if line:
-                coming.opens_document, coming.document_id = True, ""
+                upcoming.opens_document, upcoming.document_id = True, ""
             continue
         if line.startswith("#") and _is_comment(cells, layout):
-            _note(line, coming)
+            _read_comment(line, upcoming)
             continue
-        if layout.counter is not None and len(cells) > layout.counter and _NO_WORD.fullmatch(cells[layout.counter]):
+        if (
+            layout.number_column is not None
+            and len(cells) > layout.number_column
+            and _NO_WORD.fullmatch(cells[layout.number_column])
+        ):
             continue
         if not sentence.lines:
-            sentence, coming = coming, Sentence()
+            sentence, upcoming = upcoming, Sentence()
             sentence.line = number
-        fault = _take(sentence, raw, line, cells, layout)
+        fault = _add_word(sentence, raw, line, cells, layout)
         sentence.lines += [number] * (len(sentence.words) - len(sentence.lines))
         if fault and sentence.fault is None:
             sentence.fault = Fault(fault.reason, f"{name}:{number}: {fault.message}")
@@ -155,10 +159,14 @@ def read_sentences(lines: Iterable[tuple[int, bytes | None]], layout: Layout, na
 
 
 def join_documents(sentences: Iterable[Sentence], name: str) -> Iterator[Sentence]:
-    """The documents of a file: what stands between ``-DOCSTART-`` or ``# newdoc`` lines.
+    """Joins the sentences between ``-DOCSTART-`` or ``# newdoc`` lines to documents.
+
+    Args:
+        sentences: As ``read_sentences`` yields them.
+        name: The file's name in messages.
 
     Raises:
-        UsageError: a document of more than MAX_DOCUMENT_WORDS words.
+        UsageError: a document has more than MAX_DOCUMENT_WORDS words.
     """
     document: Sentence | None = None
     for sentence in sentences:
@@ -182,7 +190,7 @@ def join_documents(sentences: Iterable[Sentence], name: str) -> Iterator[Sentenc
 
 
 class _Sample:
-    """The first lines of a file as cells, without comments, and what they have in common."""
+    """The first lines of a file as cells, without comments, and the properties that they share."""
 
     def __init__(self, lines: Sequence[str]) -> None:
         lines = [line.rstrip(" \t\r\n") for line in lines[:LAYOUT_LINES]]
@@ -202,8 +210,8 @@ class _Sample:
             elif len(cells) == self.columns and not line.startswith("# "):
                 self.sentences[-1].append(cells)
 
-    def counter(self) -> int | None:
-        """The last of the leading columns that numbers the words of each sentence, from 0 or 1 on."""
+    def number_column(self) -> int | None:
+        """The column that numbers the words of each sentence from 0 or 1; of several leading ones, the last."""
         found = None
         for column in range(self.columns - 1):
             numbers = [[row[column] for row in rows] for rows in self.sentences if rows]
@@ -213,11 +221,11 @@ class _Sample:
                 found = column
         return found
 
-    def tag_column(self, word: int, counter: int | None) -> int | None:
-        """The column that holds tags: the one behind the word where words are numbered, else the last that does."""
+    def tag_column(self, word: int, number_column: int | None) -> int | None:
+        """The column of tags: the one after the words where words are numbered, else the last that holds tags."""
         rows = [row for rows in self.sentences for row in rows]
         holding = [column for column in range(self.columns) if column != word and _holds_tags(rows, column)]
-        if counter is not None and word + 1 in holding:
+        if number_column is not None and word + 1 in holding:
             return word + 1
         return holding[-1] if holding else None
 
@@ -228,7 +236,10 @@ def _counts(numbers: list[str]) -> bool:
 
 
 def _holds_tags(rows: list[list[str]], column: int) -> bool:
-    """Whether most cells are tags, and most of those that are not ``O``: a tag may be mistyped."""
+    """Whether more than half of the cells are tags, and more than half of those that are not ``O``.
+
+    All of them need not be: a mistyped tag is reported when the sentence is read.
+    """
     cells = [row[column] for row in rows]
     inside = [cell for cell in cells if cell != OUTSIDE]
     good = sum(map(is_tag, inside))
@@ -240,8 +251,9 @@ def _column(flag: str, number: int | None, columns: int, name: str) -> int | Non
         return None
     at = number - 1 if number > 0 else columns + number
     if not 0 <= at < columns or number == 0:
-        told = f"{flag} says {number}; count from 1, or back from -1"
-        raise UsageError(f"{name}: its lines have {columns} columns, {told}")
+        raise UsageError(
+            f"{name}: its lines have {columns} columns, {flag} says {number}; count from 1, or back from -1"
+        )
     return at
 
 
@@ -250,23 +262,23 @@ def _cells(line: str, tabs: bool) -> list[str]:
 
 
 def _is_comment(cells: list[str], layout: Layout) -> bool:
-    """A line that begins with ``#`` is a row only where it has the columns and the tag of one."""
+    """Whether a line that begins with ``#`` is a comment: it lacks the columns or the tag of a row."""
     if len(cells) != layout.columns:
         return True
     return layout.tag is not None and not is_tag(cells[layout.tag])
 
 
-def _note(line: str, coming: Sentence) -> None:
+def _read_comment(line: str, upcoming: Sentence) -> None:
     if match := _COMMENT.fullmatch(line):
         key, value = match[1], (match[2] or "").strip()
         if key == "newdoc":
-            coming.opens_document, coming.document_id = True, value
+            upcoming.opens_document, upcoming.document_id = True, value
         else:
-            coming.id = value
+            upcoming.id = value
 
 
-def _take(sentence: Sentence, raw: bytes | None, line: str, cells: list[str], layout: Layout) -> Fault | None:
-    """Adds a line's word and tag to its sentence; returns what is wrong with the line."""
+def _add_word(sentence: Sentence, raw: bytes | None, line: str, cells: list[str], layout: Layout) -> Fault | None:
+    """Adds a line's word and tag to its sentence; returns the line's fault, if it has one."""
     if raw is not None and len(cells) == layout.columns and (word := cells[layout.word]):
         sentence.words.append(word)
         sentence.tags += [] if layout.tag is None else [cells[layout.tag]]
@@ -285,11 +297,11 @@ def _normalised(sentence: Sentence, name: str) -> Sentence:
     """The sentence with its tags as IOB2."""
     for line, tag in zip(sentence.lines, sentence.tags, strict=False):
         if not is_tag(tag):
-            told = f"the tag {tag!r} is of no known scheme; write IOB1, IOB2 or BIOES (O, B-PER, I-PER ...)"
-            sentence.fault = sentence.fault or Fault("malformed", f"{name}:{line}: {told}")
+            message = f"the tag {tag!r} is of no known scheme; write IOB1, IOB2 or BIOES (O, B-PER, I-PER ...)"
+            sentence.fault = sentence.fault or Fault("malformed", f"{name}:{line}: {message}")
             return sentence
     sentence.scheme = detect_scheme([sentence.tags])
-    sentence.tags = list(to_iob2(sentence.tags, "BIOES"))  # its rules cover those of the other schemes
+    sentence.tags = list(to_iob2(sentence.tags, "BIOES"))  # its rules include those of the other schemes
     return sentence
 
 

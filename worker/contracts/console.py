@@ -1,4 +1,4 @@
-"""How every command ends: one line for the person, the documented exit code, and no traceback for a user's mistake."""
+"""How every command ends: a documented exit code, and for a user's mistake one line on standard error."""
 
 from __future__ import annotations
 
@@ -9,36 +9,38 @@ from collections.abc import Callable
 
 from nermill.worker.contracts.errors import NermillError, UsageError
 
-INTERRUPTED = 3  # not complete; it can be gone on with
-_SHELL_INTERRUPTED = 130  # what the parser answers after Ctrl-C
+INTERRUPTED = 3  # not complete, can be resumed
+_SHELL_INTERRUPTED = 130  # exit code of the parser after Ctrl-C
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
 
 
 def exit_code(program: str, command: Callable[[], int | None], aborted: type[Exception]) -> int:
-    """Runs a command line and says how it ended.
+    """Runs a command line, prints its error if it has one, and returns its exit code.
 
     Args:
-        program: Its name, before each message.
-        command: Parses and runs; returns an exit code, or None for 0.
-        aborted: What the parser makes of Ctrl-C.
+        program: The program's name, printed before each message.
+        command: Parses the command line and runs it; returns an exit code, or None for 0.
+        aborted: Exception that the parser raises after Ctrl-C.
 
     Raises:
-        Exception: a bug of ours, with its traceback.
+        Exception: an error that is a defect of nermill; it is shown with its traceback.
     """
     try:
         code = command() or 0
-        sys.stdout.flush()  # a reader that left is met here, not when the interpreter ends
+        sys.stdout.flush()  # a closed pipe raises here, not when the interpreter ends
     except NermillError as error:
         return _fail(program, str(error), error.exit_code)
-    except (BrokenPipeError, SystemExit) as error:  # the parser and rich make an exit with 1 of the former
+    except (BrokenPipeError, SystemExit) as error:  # the parser and rich turn the first into the second
         if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is still buffered
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # where buffered output goes when the interpreter ends
         return 0
     except (KeyboardInterrupt, aborted):
         return INTERRUPTED
     except Exception as error:
-        format_message = getattr(error, "format_message", None)  # the parser's errors, whichever click typer carries
+        format_message = getattr(error, "format_message", None)  # an error of click, which typer may bundle
         if format_message is None:
             raise
         message = " ".join(format_message().split())
@@ -53,5 +55,5 @@ def _fail(program: str, message: str, code: int) -> int:
 
 
 def visible(text: str) -> str:
-    """Text of a document, a file name or the broker as it may go to a terminal: control characters could steer it."""
+    """Text that is safe to print on a terminal: control characters, which could change it, are replaced by U+FFFD."""
     return _CONTROLS.sub("\ufffd", text)

@@ -1,4 +1,4 @@
-"""The content of an input file: decompressed by its first bytes, guarded against bombs, read by numbered lines."""
+"""Reads the content of an input file: decompresses it, limits its expansion, splits it into numbered lines."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from nermill.worker.contracts.errors import UsageError
 
 COMPRESSED = (".gz", ".zst", ".zstd", ".bz2", ".xz")
 MAX_LINE_BYTES = 32 << 20
-MAX_EXPANSION = 1000  # decompressed bytes for each compressed one, once BOMB_BYTES are passed
-BOMB_BYTES = 1 << 30
+MAX_EXPANSION = 1000  # most decompressed bytes for each compressed byte, in a file of more than BOMB_BYTES
+BOMB_BYTES = 1 << 30  # decompressed
 BLOCK = 1 << 20
 BOM = b"\xef\xbb\xbf"
 
@@ -30,7 +30,7 @@ def open_content(raw: BinaryIO, uri: str) -> BinaryIO:
         uri: The file's name in messages.
 
     Raises:
-        UsageError: the file cannot be read; reading raises it too, for a damaged or hostile stream.
+        UsageError: the file cannot be read. Reading raises it too, for data that are damaged or expand too much.
     """
     try:
         return cast(BinaryIO, io.BufferedReader(_Content(raw, uri), BLOCK))
@@ -40,7 +40,15 @@ def open_content(raw: BinaryIO, uri: str) -> BinaryIO:
 
 
 def numbered_lines(stream: BinaryIO, *, keep_ends: bool = False) -> Iterator[tuple[int, bytes | None]]:
-    """Lines from 1 on, without a byte order mark and without their ends; None for a line above MAX_LINE_BYTES."""
+    """The lines of a stream, numbered from 1, without a byte order mark.
+
+    Args:
+        stream: UTF-8 text, or any bytes.
+        keep_ends: Whether lines keep their line ends.
+
+    Yields:
+        Number and bytes of each line; None in the place of the bytes for a line longer than MAX_LINE_BYTES.
+    """
     number = 0
     while line := stream.readline(MAX_LINE_BYTES):
         number += 1
@@ -55,13 +63,18 @@ def numbered_lines(stream: BinaryIO, *, keep_ends: bool = False) -> Iterator[tup
 
 
 def unreadable(uri: str, error: Exception) -> UsageError:
-    """What to say of a file that the disk or the store does not give."""
+    """The error for a file that the disk or the store does not return.
+
+    Args:
+        uri: The file.
+        error: What the disk or the store raised.
+    """
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return UsageError(f"{uri}: cannot be read ({reason}); check the path and its permissions")
 
 
 class _Content(io.RawIOBase):
-    """Stored bytes decompressed on the way, with a guard against decompression bombs."""
+    """Decompresses stored bytes while they are read, and refuses decompression bombs."""
 
     def __init__(self, raw: BinaryIO, uri: str) -> None:
         self._raw, self._uri, self._given = raw, uri, 0
@@ -107,7 +120,7 @@ def _decompressor(raw: BinaryIO, magic: bytes) -> Any:
     if magic.startswith(_ZSTD):
         import pyarrow as pa
 
-        return pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
+        return pa.CompressedInputStream(pa.PythonFile(cast(io.IOBase, raw), mode="r"), "zstd")
     if magic.startswith(_BZIP2):
         return bz2.BZ2File(raw)
     if magic.startswith(_XZ):

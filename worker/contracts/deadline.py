@@ -1,4 +1,4 @@
-"""Calls that may hang, with a deadline: a store that stays silent must not hold a worker's thread for ever."""
+"""Calls with a deadline: a store that does not answer must not block a worker's thread for ever."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import TypeVar
 
-SECONDS = 120.0  # longer than any store's own retries usually take
-MAX_HUNG = 64  # calls under way at once; beyond that, callers wait for one to come back
+SECONDS = 120.0  # longer than the retries of a store's client usually take
+MAX_HUNG = 64  # most calls under way at once; further callers wait for one to end
 
 T = TypeVar("T")
 
@@ -17,10 +17,10 @@ _slots = threading.BoundedSemaphore(MAX_HUNG)
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:
-    """The call's result, if it comes in time; a call that is late goes on alone and its result is dropped.
+    """Runs a call in a thread and returns its result; a call that is late goes on, and its result is dropped.
 
     Raises:
-        TimeoutError: it did not come within ``seconds``.
+        TimeoutError: the call did not end within ``seconds``.
         Exception: whatever the call raises.
     """
     if not _slots.acquire(timeout=seconds):

@@ -1,4 +1,4 @@
-"""A document on its way in, and what the mill says of it on the way out."""
+"""Documents as sources yield them, and annotations as the worker returns them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ Reason = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Why one document cannot be tagged; it becomes a reject and the rest goes on."""
+    """Why a document cannot be tagged; the document becomes a reject.
+
+    Attributes:
+        reason: One of the fixed reasons, for programs.
+        message: What is wrong and where, for people.
+    """
 
     reason: Reason
     message: str
@@ -20,15 +25,15 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One document: either ``text``, or ``words`` that were split before (CoNLL), or a ``fault``.
+    """One document: exactly one of ``text``, ``words`` and ``fault`` is set.
 
     Attributes:
-        id: The reader's name for it; ``path:line`` where the input has none.
-        text: Unicode text; its code points are what entity offsets count.
-        words: Words of pre-split input; the text is then their join by single spaces.
-        gold_tags: One IOB2 tag a word, where the input has them.
-        fields: Other fields of the input record, kept as JSON.
-        fault: Set by a source that found the document unfit.
+        id: The id from the input; ``path:line`` where the input has none.
+        text: Unicode text; offsets of entities count its code points.
+        words: Words of input that is split already, such as CoNLL; the text is then the words joined by single spaces.
+        gold_tags: One IOB2 tag for each word, where the input has tags.
+        fields: Other fields of the input record, written as JSON.
+        fault: Why the source could not read the document.
     """
 
     id: str
@@ -60,7 +65,13 @@ class Entity:
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """What the mill says of one document; ``fault`` is set where it could not be tagged."""
+    """The result for one document.
+
+    Attributes:
+        entities: The entities, in order.
+        tags: One IOB2 tag for each word, where the document was given as words.
+        fault: Why the document could not be tagged; None where it was.
+    """
 
     entities: tuple[Entity, ...]
     tags: tuple[str, ...] | None = None

@@ -1,4 +1,4 @@
-"""The one tree of errors; every message says what is wrong, where, and what to do.
+"""All errors that nermill raises on purpose; every message says what is wrong, where, and what to do.
 
 ::
 
@@ -6,43 +6,43 @@
     ├── UsageError          wrong input or option            exit code 2
     │   └── ArtifactError   a model folder that cannot be served
     ├── BrokerError         the queue does not answer        exit code 1
-    ├── StoreError          a folder or store that does not take or give files
-    │   └── UnreachableError    a file that is not there, or not for us
-    ├── EngineError         an accelerator that failed
-    ├── EvaluationError     scores that contradict each other
-    ├── MessageError        a queue or ledger entry that is not ours
-    └── LeaseLostError      the shard is another worker's by now
+    ├── StoreError          a file could not be read or written
+    │   └── UnreachableError    a file is missing or access to it is denied
+    ├── EngineError         an accelerator failed
+    ├── EvaluationError     scores contradict each other
+    ├── MessageError        a message or ledger entry is not valid
+    └── LeaseLostError      another worker has the shard's lease
 """
 
 from __future__ import annotations
 
 
 class NermillError(Exception):
-    """Base of all errors raised on purpose; ``str(error)`` is one line for the person at the terminal."""
+    """Base of all errors raised on purpose; ``str(error)`` is one line for the user."""
 
     exit_code = 1
 
 
 class UsageError(NermillError):
-    """A wrong input, option or file: nothing was started."""
+    """A wrong input, option or file; nothing was started."""
 
     exit_code = 2
 
 
 class ArtifactError(UsageError):
-    """A model artifact that is missing, changed, foreign or unfit for this machine."""
+    """A model artifact that is missing, changed, of another version, or cannot run on this machine."""
 
 
 class BrokerError(NermillError):
-    """The broker cannot be reached or refuses us."""
+    """The broker cannot be reached, or refuses the connection or a command."""
 
 
 class StoreError(NermillError):
-    """A file could not be read or written; the shard that needed it is handed back."""
+    """A file could not be read or written; the shard that needed it is released."""
 
 
 class UnreachableError(StoreError):
-    """A file that is missing or must not be read; on another machine it may be there."""
+    """A file that is missing or may not be read; on another machine it may be readable."""
 
 
 class EngineError(NermillError):
@@ -50,12 +50,12 @@ class EngineError(NermillError):
 
 
 class EvaluationError(NermillError):
-    """seqeval's scores and ours differ; nothing was written."""
+    """seqeval's scores and nermill's differ; nothing was written."""
 
 
 class MessageError(NermillError):
-    """A message or ledger entry that does not fit the contract; it is counted and dropped."""
+    """A message or ledger entry that is not valid; it is counted and dropped."""
 
 
 class LeaseLostError(NermillError):
-    """The shard went to another worker while we held it; what we made of it is dropped."""
+    """The lease of a shard ended and another worker got it; this worker's result is dropped."""

@@ -1,4 +1,7 @@
-"""Which labels a run writes and an evaluation counts, and under which names: ``--map``, ``--only``, ``--min-score``."""
+"""Which labels a run writes and an evaluation counts, and under which names: ``--map``, ``--only``, ``--min-score``.
+
+A *counter of label changes* is a ``Counter`` with keys such as ``gold.mapped.person``: see ``key`` and ``nested``.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nermill.worker.contracts.errors import UsageError
-from nermill.worker.contracts.tags import OUTSIDE, is_tag
+from nermill.worker.contracts.tags import OUTSIDE, split_tag
 
-# How other corpora and models call what most call PER, ORG, LOC and MISC; only for suggestions.
+# Other names of PER, ORG, LOC and MISC in corpora and models; used for suggestions only.
 _USUAL = {
     "PER": ("per", "pers", "person", "people", "human"),
     "ORG": ("org", "organisation", "organization", "corporation", "company", "group", "institution"),
@@ -21,10 +24,10 @@ _USUAL = {
 
 @dataclass(frozen=True)
 class LabelChoice:
-    """What becomes of labels, the gold tags' and the model's alike.
+    """Which labels are renamed or left out, of gold tags and of the model alike.
 
     Attributes:
-        map: New name of a label; ``O`` leaves it out. Labels that are not named keep theirs.
+        map: New name by label; ``O`` leaves the label out. A label that is not in it keeps its name.
         only: Labels that stay, by their new names; empty for all.
         min_score: Entities of the model below this score, in [0, 1], are left out.
     """
@@ -35,7 +38,7 @@ class LabelChoice:
 
     @property
     def is_all(self) -> bool:
-        """Whether everything stays as it is."""
+        """Whether no label is renamed and no entity left out."""
         return not self.map and not self.only and not self.min_score
 
     def target(self, label: str) -> str:
@@ -43,12 +46,12 @@ class LabelChoice:
         name = self.map.get(label, label)
         return "" if name == OUTSIDE or (self.only and name not in self.only) else name
 
-    def tags(self, tags: Sequence[str], tally: Counter[str]) -> list[str]:
+    def tags(self, tags: Sequence[str], changes: Counter[str]) -> list[str]:
         """IOB2 gold tags under their new names.
 
         Args:
-            tags: A tag a word.
-            tally: Counts the entities that were mapped or left out.
+            tags: One tag for each word.
+            changes: Counter of label changes; updated.
         """
         chosen = []
         for tag in tags:
@@ -56,18 +59,18 @@ class LabelChoice:
             name = self.target(label) if label else ""
             chosen.append(f"{prefix}-{name}" if name else OUTSIDE)
             if prefix == "B" and name != label:
-                tally[key("gold", label, name)] += 1
+                changes[key("gold", label, name)] += 1
         return chosen
 
     def check(self, labels: Iterable[str], model: str) -> None:
-        """Looks whether a model has what the options speak of.
+        """Checks that the labels of the options are labels of the model.
 
         Args:
             labels: The model's labels, without prefixes.
-            model: Its name in messages.
+            model: The model's name in messages.
 
         Raises:
-            UsageError: a label that is neither the model's nor mapped to one of its.
+            UsageError: a label is neither one of the model's nor mapped to one of the model's.
         """
         own = set(labels)
         new = {self.map.get(label, label) for label in own}
@@ -83,31 +86,43 @@ class LabelChoice:
 
 
 def key(side: str, label: str, name: str) -> str:
-    """How a tally calls entities of ``gold`` or ``predicted`` whose label became ``name``, or was left out."""
+    """Key in a counter of label changes.
+
+    Args:
+        side: ``gold`` or ``predicted``.
+        label: The label before the change.
+        name: The label after it; empty where it was left out.
+    """
     return f"{side}.{'mapped' if name else 'left_out'}.{label}"
 
 
-def nested(tally: Mapping[str, int]) -> dict[str, dict[str, dict[str, int]]]:
-    """A tally as the report has it: side, then what was done, then label."""
+def nested(changes: Mapping[str, int]) -> dict[str, dict[str, dict[str, int]]]:
+    """A counter of label changes as nested objects: side, then ``mapped`` or ``left_out``, then label."""
     found: dict[str, dict[str, dict[str, int]]] = {
         side: {"mapped": {}, "left_out": {}} for side in ("gold", "predicted")
     }
-    for name, count in sorted(tally.items()):
+    for name, count in sorted(changes.items()):
         side, what, label = name.split(".", 2)
         found[side].setdefault(what, {})[label] = count
     return found
 
 
 def bare_labels(labels: Iterable[str]) -> list[str]:
-    """A model's labels without their prefixes, sorted, each once."""
-    return sorted({label[2:] if is_tag(label) and label != OUTSIDE else label for label in labels} - {OUTSIDE})
+    """A model's labels without prefixes and without ``O``, sorted, each once."""
+    return sorted({bare_label(label) for label in labels} - {""})
+
+
+def bare_label(label: str) -> str:
+    """A model's label without its prefix; empty for ``O``; a label without a prefix as it is."""
+    parsed = split_tag(label)
+    return label if parsed is None else parsed[1]
 
 
 def suggest_map(gold: Sequence[str], known: Sequence[str]) -> str:
-    """A ``--map`` that gives gold labels the names that a model knows.
+    """A ``--map`` option that gives gold labels the names of a model's labels.
 
     Args:
-        gold: Gold labels that the model does not know.
+        gold: Gold labels that the model does not have.
         known: The model's labels.
     """
     called = {alias: name for name in known for alias in (name.lower(), *_USUAL.get(name.upper(), ()))}
@@ -116,5 +131,9 @@ def suggest_map(gold: Sequence[str], known: Sequence[str]) -> str:
 
 
 def choice_of(options: Any) -> LabelChoice:
-    """What a run's ``Options`` say of labels."""
+    """The label options of a run.
+
+    Args:
+        options: ``contracts.plan.Options``.
+    """
     return LabelChoice(options.map, options.only, options.min_score)

@@ -1,18 +1,18 @@
-"""Where a run keeps its files, and the little file work that both sides do there through fsspec.
+"""The files of a run and their names, and how both sides read and write them.
 
 ::
 
     OUT/run=<id>/
       part-00000.parquet           the annotations of that shard, rejected documents included
-      _plan.json                   what was asked: inputs, shards, model, options
-      _shards/shard-00000.arrow    the documents, normalised; what a worker reads
-      _rejects/rejects.parquet     documents that could not be tagged, copied from the parts when the run is complete
-      _report.json  _report.html   after evaluation
+      _plan.json                   the plan: inputs, shards, model, options
+      _shards/shard-00000.arrow    the documents of that shard, normalised, for the worker
+      _rejects/rejects.parquet     rejected documents, copied from the parts when the run is complete
+      _report.json  _report.html   the evaluation
       _SUCCESS                     every shard has its part
-      .huggingface.yaml            tells Hugging Face datasets, from then on, that the parts are the data
+      .huggingface.yaml            tells Hugging Face datasets that the parts are the data; written with _SUCCESS
 
-Readers of Parquet folders skip names that begin with ``_`` or ``.``, so that the run's folder reads as one table;
-datasets (5.2) skips only the latter, and would take ``_plan.json`` and ``_report.json`` for data beside a single part.
+Readers of Parquet folders skip names that begin with ``_`` or ``.``, so the run's folder reads as one table. Hugging
+Face datasets (5.2) skips only names with ``.``: without its file it would read ``_plan.json`` as data.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import BinaryIO
 
-from nermill.worker.contracts.store import Disk, Store, open_store, telling
+from nermill.worker.contracts.store import Disk, Store, open_store, store_errors
 
 PLAN_FILE = "_plan.json"
 SUCCESS_FILE = "_SUCCESS"
@@ -34,30 +34,33 @@ SHARD_FOLDER = "_shards"
 REJECT_FOLDER = "_rejects"
 REJECT_FILE = f"{REJECT_FOLDER}/rejects.parquet"
 DATASETS_FILE = ".huggingface.yaml"
-FIRST_LAYOUT = "plan.json"  # the plan of a run that was made before the names began with _
+FIRST_LAYOUT = "plan.json"  # name of the plan in nermill's first version
 
-ASIDE_SECONDS = 3600.0  # no file is written for so long: one aside that is older has lost its writer
+TEMPORARY_SECONDS = 3600.0  # a temporary file that is older was left by a process that ended
 
 _PART = re.compile(r"part-(\d{5,})\.parquet")
 _SHARD = re.compile(r"shard-(\d{5,})\.arrow")
-_ASIDE = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}")  # where the disk's files are written before they are renamed
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}")  # temporary files of ``store.Disk``
 
 
 def part_name(shard: int) -> str:
-    """Name of a shard's part: a function of the shard alone, so that a repeated shard meets its own part."""
+    """Name of a shard's part. It depends on the shard alone, so a shard that is tagged twice has one part."""
     return f"part-{shard:05d}.parquet"
 
 
 def shard_name(shard: int) -> str:
-    """Name of a shard's documents, below ``_shards``."""
+    """Name of the file with a shard's documents, below ``_shards``."""
     return f"shard-{shard:05d}.arrow"
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One run's folder on a local disk or on any store that fsspec serves.
+    """One run's folder, on a local disk or on any store that fsspec serves.
 
-    All methods raise StoreError with the file's name when the store does not do what is asked.
+    All methods raise StoreError, with the file's name, when the store fails.
+
+    Attributes:
+        uri: Path or URI of the folder.
     """
 
     uri: str
@@ -71,32 +74,32 @@ class RunFolder:
         return isinstance(self._place[0], Disk)
 
     def path(self, name: str) -> str:
-        """Path of a file of the run, as the store spells it."""
+        """Path of a file of the run within its store."""
         return f"{self._place[1]}/{name}"
 
     def read(self, name: str) -> bytes:
-        """A whole file."""
+        """The content of a file."""
         path = self.path(name)
-        with telling("read", path):
+        with store_errors("read", path):
             return self._place[0].read(path)
 
     def source(self, name: str) -> str | BinaryIO:
-        """What pyarrow opens: a file's path on a disk, elsewhere a seekable stream, to be closed."""
+        """A file for pyarrow to open: its path on a disk, elsewhere a seekable stream, which the caller closes."""
         return self._place[0].source(self.path(name))
 
     def write(self, name: str, data: bytes, *, exclusive: bool = False) -> bool:
-        """Makes a whole file appear at once.
+        """Writes a file; readers see the whole content or none of it.
 
         Args:
             name: File name, relative to the run's folder.
             data: The whole content.
-            exclusive: Leave a file that is already there as it is.
+            exclusive: Do not replace a file that exists.
 
         Returns:
-            Whether this call's content is what the file now holds.
+            Whether this call wrote the file; False only where ``exclusive`` and the file existed.
         """
         path = self.path(name)
-        with telling("write", path):
+        with store_errors("write", path):
             if exclusive:
                 return self._place[0].create(path, data)
             self._place[0].replace(path, data)
@@ -104,51 +107,51 @@ class RunFolder:
 
     def exists(self, name: str) -> bool:
         path = self.path(name)
-        with telling("look at", path):
+        with store_errors("look at", path):
             return self._place[0].exists(path)
 
     def sync(self, name: str) -> None:
         """Makes sure that a file which is there survives the host's failure: its writer may have died too early."""
         path = self.path(name)
-        with telling("sync", path):
+        with store_errors("sync", path):
             self._place[0].sync(path)
 
     def remove(self, name: str) -> None:
-        """Removes a file; one that is not there is fine."""
+        """Removes a file; a missing file is no error."""
         path = self.path(name)
-        with telling("remove", path):
+        with store_errors("remove", path):
             self._place[0].remove(path)
 
     def list(self, folder: str = "") -> list[str]:
-        """Names of the files in the run's folder or one below it, sorted; none where there is no folder."""
+        """Names of the files in the run's folder or a folder below it, sorted; empty where there is no such folder."""
         path = self.path(folder).rstrip("/")
-        with telling("list", path):
+        with store_errors("list", path):
             return sorted(self._place[0].list(path))
 
-    def sweep(self) -> int:
-        """Removes what killed writers left aside on a local disk (a store's put leaves nothing); returns how many.
+    def remove_stale_files(self) -> int:
+        """Removes temporary files that ended processes left on a local disk; returns how many.
 
-        What lies aside of a committed part goes at once, for nobody can commit it any more; anything else goes
-        when it is so old that its writer must be dead.
+        A temporary file of a part that is committed is removed at once, since it cannot be committed any more. Any
+        other is removed when it is older than TEMPORARY_SECONDS. Object stores have no temporary files.
         """
         if not self.is_local:
             return 0
-        committed, swept = self.committed(), 0
+        committed, removed = self.committed(), 0
         for folder in ("", REJECT_FOLDER, SHARD_FOLDER):
             for name in self.list(folder):
-                aside = _ASIDE.fullmatch(name)
+                aside = _TEMPORARY.fullmatch(name)
                 path = self.path(f"{folder}/{name}")
-                if aside and (_numbers(_PART, [aside["name"]]) & committed or _age(path) > ASIDE_SECONDS):
+                if aside and (_numbers(_PART, [aside["name"]]) & committed or _age(path) > TEMPORARY_SECONDS):
                     self.remove(f"{folder}/{name}")
-                    swept += 1
-        return swept
+                    removed += 1
+        return removed
 
     def committed(self) -> set[int]:
-        """Shards whose part is there."""
+        """Numbers of the shards whose part exists."""
         return _numbers(_PART, self.list())
 
     def shards(self) -> set[int]:
-        """Shards whose documents are there."""
+        """Numbers of the shards whose documents exist."""
         return _numbers(_SHARD, self.list(SHARD_FOLDER))
 
     def shard_file(self, shard: int) -> str:

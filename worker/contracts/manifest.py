@@ -1,4 +1,4 @@
-"""What a built artifact swears to: its files by hash, its labels, its shapes, its golden answers."""
+"""The manifest of a model artifact: its files by hash, labels, shapes, special tokens."""
 
 from __future__ import annotations
 
@@ -23,8 +23,13 @@ Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 
 @dataclass(frozen=True, slots=True)
-class Input:
-    """One input of the compiled graph, bound by name; the artifact's order is the graph's order."""
+class GraphInput:
+    """One input of the compiled graph, bound by name.
+
+    Attributes:
+        name: Such as ``input_ids``.
+        dtype: ``int32`` or ``int64``.
+    """
 
     name: str
     dtype: str
@@ -32,29 +37,30 @@ class Input:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The word of an artifact.
+    """The manifest of an artifact.
 
     Attributes:
-        name: What people call it.
-        backend: Which engine runs it.
+        name: Name for people.
+        backend: The engine that runs it.
         model_file: The compiled graph, relative to the artifact's folder.
-        layout: ``packed``: ``input_ids, segments, position_ids`` (token types where the checkpoint needs
-            them), many windows a row. ``plain``: ``input_ids, attention_mask, token_type_ids``, one window a row.
-        inputs: Graph inputs in the graph's order, all of shape (rows, length).
-        shapes: The (rows, length) pairs that were compiled, or empty where shapes are free.
-        token_budget: Padded tokens of one batch where shapes are free.
+        layout: ``packed``: several windows a row, inputs ``input_ids, segments, position_ids``. ``plain``: one window
+            a row, inputs ``input_ids, attention_mask, token_type_ids``.
+        precision: Number format in which the graph computes.
+        inputs: Inputs in the graph's order, all of shape (rows, length).
+        shapes: The (rows, length) pairs that were compiled; empty where shapes are free.
+        token_budget: Most tokens of one batch, padding included, where shapes are free.
         max_length: Longest window in tokens, special tokens included.
         labels: Label of each logit, by index.
         scheme: Tag scheme of the labels.
         lowercase: Whether the tokenizer folds case.
         cls_id, sep_id, pad_id: Special token ids.
         position_offset: Position id of a window's first token (0; RoBERTa counts from padding_idx + 1).
-        source: Where the checkpoint came from: name, revision, sha256.
-        libraries: Versions that built it.
+        source: Checkpoint that it was built from: name, revision, sha256.
+        libraries: Versions of the libraries that built it.
         files: sha256 of every file, by name relative to the folder.
         tolerance: Largest accepted absolute difference of a golden logit.
-        details: Whatever a backend needs besides (soc, precision policy, licence).
-        sha256: Of manifest.json itself; names the artifact in every part. Not stored in the file.
+        details: Further values for the backend, such as the SoC and the architecture.
+        sha256: Of manifest.json itself; identifies the artifact in every part. Not stored in the file.
     """
 
     name: str
@@ -62,7 +68,7 @@ class Manifest:
     model_file: str
     layout: Layout
     precision: Precision
-    inputs: tuple[Input, ...]
+    inputs: tuple[GraphInput, ...]
     shapes: tuple[tuple[int, int], ...]
     token_budget: int
     max_length: int
@@ -87,11 +93,14 @@ class Manifest:
 
     @property
     def window(self) -> int:
-        """Longest window in tokens that a batch has room for, special tokens included."""
+        """Length in tokens of the longest window that fits a batch, special tokens included."""
         return min(self.max_length, max((length for _, length in self.shapes), default=self.max_length))
 
     def check_overlap(self, overlap: int) -> None:
-        """Refuses an overlap that the model's windows cannot have; the default fits every model.
+        """Checks that windows are longer than their overlap; the default overlap is accepted for every model.
+
+        Args:
+            overlap: Tokens that neighbouring windows share.
 
         Raises:
             UsageError: windows are not longer than that.
@@ -107,10 +116,13 @@ class Manifest:
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """Reads an artifact's manifest and checks every file's hash against it.
+    """Reads an artifact's manifest and checks the hash of every file.
+
+    Args:
+        folder: The artifact's folder.
 
     Raises:
-        ArtifactError: the folder is no artifact, its schema is foreign, or a file was changed or is missing.
+        ArtifactError: the folder is no artifact, its schema version is another, or a file was changed or is missing.
     """
     path = folder / FILE_NAME
     try:
@@ -157,14 +169,14 @@ def _parse(body: dict[str, Any], sha256: str) -> Manifest:
     known = {f.name for f in fields(Manifest)}
     if unknown := body.keys() - known:
         raise ValueError(f"unknown {', '.join(sorted(unknown))}")
-    body["inputs"] = tuple(Input(**entry) for entry in body["inputs"])
+    body["inputs"] = tuple(GraphInput(**entry) for entry in body["inputs"])
     body["shapes"] = tuple((int(rows), int(length)) for rows, length in body["shapes"])
     body["labels"] = tuple(body["labels"])
     for name in body["files"]:
         if not _is_plain(name):
-            raise ValueError(f"file name {name!r}: files lie in the artifact's own folder")
-    if unsworn := {body["model_file"], TOKENIZER_FILE} - body["files"].keys():
-        raise ValueError(f"no sha256 of {', '.join(sorted(unsworn))}")
+            raise ValueError(f"file name {name!r}: files must be in the artifact's own folder")
+    if unhashed := {body["model_file"], TOKENIZER_FILE} - body["files"].keys():
+        raise ValueError(f"no sha256 of {', '.join(sorted(unhashed))}")
     if not (isinstance(body["token_budget"], int) and body["token_budget"] > 0):
         raise ValueError(f"token_budget {body['token_budget']!r}: at least 1")
     return Manifest(**body, sha256=sha256)
@@ -175,7 +187,14 @@ def _is_plain(name: str) -> bool:
 
 
 def resolve_artifact(model: str) -> Path:
-    """The artifact's folder for ``demo`` (the bundled model) or a path."""
+    """The folder of an artifact.
+
+    Args:
+        model: ``demo`` for the bundled model, else a path, which is not checked.
+
+    Raises:
+        ArtifactError: the bundled model is not installed.
+    """
     if model != "demo":
         return Path(model)
     spec = find_spec("nermill.model_build")

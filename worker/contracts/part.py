@@ -1,9 +1,9 @@
-"""Committed parts as their readers see them: opened safely, their measurements, their rejects, the run's end.
+"""Reads committed parts, their measurements and their rejects, and marks a run complete.
 
-pyarrow ends the process when one of its threads lets go of a Python object (an open file, or bytes in a
+pyarrow ends the process when one of its threads releases a Python object (an open file, or bytes in a
 ``BufferReader``) while the interpreter stops: ``terminate called without an active exception``. Its threads hold such
-an object where a read is buffered ahead or shared among threads. So a part on a disk is opened by its path, which
-involves no Python object, and one on a store is read in the caller's thread alone.
+an object where a read is buffered ahead or shared among threads. Therefore a part on a disk is opened by its path,
+which involves no Python object, and a part on a store is read in the caller's thread alone.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from nermill.worker.contracts.layout import DATASETS_FILE, REJECT_FILE, SUCCESS_
 from nermill.worker.contracts.schema import REJECTS, metadata_of
 
 _DATASETS = b"configs:\n- config_name: default\n  data_files: part-*.parquet\n"
-_READERS = 16  # parts that are read at once: on a store each takes a few round trips
+_READERS = 16  # parts that are read at the same time: on a store each takes a few round trips
 
 
 @contextmanager
 def open_part(run: RunFolder, shard: int) -> Iterator[pq.ParquetFile]:
-    """A committed part, to be read with ``read_columns`` or ``iter_batches(..., use_threads=run.is_local)``.
+    """Opens a committed part; read it with ``read_columns`` or ``iter_batches(..., use_threads=run.is_local)``.
 
     Raises:
-        FileNotFoundError: it is not there.
-        pyarrow.ArrowInvalid, OSError: it is damaged, or the store does not answer.
+        FileNotFoundError: the part does not exist.
+        pyarrow.ArrowInvalid, OSError: the part is damaged, or the store does not answer.
     """
     source = run.source(part_name(shard))
     with (
@@ -44,22 +44,22 @@ def open_part(run: RunFolder, shard: int) -> Iterator[pq.ParquetFile]:
 
 
 def read_columns(run: RunFolder, part: pq.ParquetFile, columns: list[str] | None = None) -> pa.Table:
-    """Columns of an open part, all where none are named."""
+    """Columns of an open part; all columns where none are named."""
     return part.read(columns, use_threads=run.is_local)
 
 
 def measurements(schema: pa.Schema) -> list[dict[str, Any]]:
-    """What workers measured for a part, from its metadata: one entry a shard, more once compacted.
+    """The workers' measurements in a part's metadata: one object for each shard of it; a compacted part has several.
 
     Raises:
-        KeyError, ValueError: the metadata is not ours.
+        KeyError, ValueError: the metadata is not nermill's.
     """
     stats = json.loads(metadata_of(schema)["stats"])
     return stats if isinstance(stats, list) else [stats]
 
 
 def file_bytes(part: pq.ParquetFile) -> int:
-    """Size of an open part, from its footer: some dozen bytes less than the file's."""
+    """Size of an open part in bytes, from its footer: some dozen bytes less than the size of the file."""
     meta = part.metadata
     groups = (meta.row_group(n) for n in range(meta.num_row_groups))
     pages = sum(group.column(n).total_compressed_size for group in groups for n in range(group.num_columns))
@@ -67,10 +67,14 @@ def file_bytes(part: pq.ParquetFile) -> int:
 
 
 def read_rejects(run: RunFolder, shards: Iterable[int]) -> Iterator[tuple[int, pa.Table]]:
-    """The rejected documents of these parts, in order; parts without any are left out.
+    """The rejected documents of parts, in order.
+
+    Args:
+        run: The run's folder.
+        shards: Numbers of the parts.
 
     Yields:
-        Shard, and its rejects with the REJECTS schema.
+        Number of each part that has rejects, and its rejects with the REJECTS schema.
 
     Raises:
         StoreError: a part cannot be read.
@@ -83,14 +87,14 @@ def read_rejects(run: RunFolder, shards: Iterable[int]) -> Iterator[tuple[int, p
 
 
 def mark_complete(run: RunFolder, shards: Iterable[int]) -> None:
-    """Copies the rejects of a run's parts to ``_rejects``, then writes ``_SUCCESS``; does nothing where that is there.
+    """Copies the rejects of a run's parts to ``_rejects``, then writes ``_SUCCESS``; does nothing where that exists.
 
     Args:
         run: A run whose planned shards all have their part.
-        shards: Those.
+        shards: Numbers of its parts.
 
     Raises:
-        StoreError: a part cannot be read, or a file not be written.
+        StoreError: a part cannot be read, or a file cannot be written.
     """
     if run.exists(SUCCESS_FILE):
         return
@@ -121,7 +125,7 @@ def _rejects(run: RunFolder, shard: int) -> pa.Table:
         return pa.table(columns, schema=_UNFILTERED).filter(is_rejected).cast(REJECTS)
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise StoreError(f"{run.path(name)}: damaged part ({reason}); remove it and nermill resume") from None
+        raise StoreError(f"{run.path(name)}: damaged part ({reason}); remove it and run nermill resume") from None
 
 
 _UNFILTERED = pa.schema([field.with_nullable(True) for field in REJECTS])

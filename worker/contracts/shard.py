@@ -1,4 +1,4 @@
-"""A shard's file: documents as an Arrow table, written by the producer, read by workers, known by its sha256."""
+"""The file of a shard: its documents as an Arrow table; the producer writes it, and a worker checks its sha256."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _WRITE = ipc.IpcWriteOptions(compression="zstd")
 
 
 def shard_table(documents: Sequence[Document]) -> pa.Table:
-    """Documents as one table with the SHARD schema."""
+    """Documents as a table with the SHARD schema."""
     faults = [document.fault for document in documents]
-    columns = [
+    columns: list[list[Any]] = [
         [document.id for document in documents],
         [document.text for document in documents],
         [document.words for document in documents],
@@ -34,7 +34,7 @@ def shard_table(documents: Sequence[Document]) -> pa.Table:
 
 
 def _as_json(fields: dict[str, Any]) -> str:
-    """JSON that every reader takes: null for NaN and infinity, text for what JSON has no word for."""
+    """Fields as standard JSON: null for NaN and infinity, a string for values that JSON cannot represent."""
 
     def text_of(value: object) -> str:
         return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
@@ -48,7 +48,7 @@ def _as_json(fields: dict[str, Any]) -> str:
 
 
 def encode_shard(table: pa.Table) -> tuple[bytes, str]:
-    """The shard file's bytes and their sha256."""
+    """The bytes of a shard's file (Arrow IPC, zstd), and their sha256 in hexadecimal."""
     sink = pa.BufferOutputStream()
     with ipc.new_file(sink, SHARD, options=_WRITE) as writer:
         writer.write_table(table)
@@ -57,18 +57,23 @@ def encode_shard(table: pa.Table) -> tuple[bytes, str]:
 
 
 def read_shard(run: RunFolder, shard: int, sha256: str) -> pa.Table:
-    """The documents of a shard.
+    """The documents of a shard, as a table with the SHARD schema.
+
+    Args:
+        run: The run's folder.
+        shard: The shard's number.
+        sha256: Expected hash of its file.
 
     Raises:
         StoreError: the file is missing or cannot be read.
-        UsageError: it is not the one that was planned; another try would find it no better.
+        UsageError: the file is not the one that was planned, so that another try would fail as well.
     """
     name = run.shard_file(shard)
     data = run.read(name)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise UsageError(
             f"{run.path(name)}: damaged since it was planned (sha256 differs); "
-            "submit the same input again, which writes it anew"
+            "submit the same input again, which writes the file again"
         )
     try:
         table = ipc.open_file(pa.BufferReader(data)).read_all()
@@ -80,7 +85,11 @@ def read_shard(run: RunFolder, shard: int, sha256: str) -> pa.Table:
 
 
 def read_documents(table: pa.Table) -> list[Document]:
-    """A shard's rows as documents, for tools that look at them one by one."""
+    """A shard's rows as documents.
+
+    Args:
+        table: Documents, with the SHARD schema.
+    """
     rows = table.to_pylist()
     return [
         Document(

@@ -1,4 +1,4 @@
-"""Whole files on a local disk or on any store that fsspec serves: each appears at once, or not at all."""
+"""Reads and writes whole files, on a local disk or on any store that fsspec serves; a file is never half-written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nermill.worker.contracts import deadline
 from nermill.worker.contracts.errors import StoreError, UnreachableError
 
 _LOCAL_SCHEMES = ("file://", "local://")
-_BYTES_PER_SECOND = 1 << 20  # the slowest store that is waited for
+_BYTES_PER_SECOND = 1 << 20  # slowest upload that does not count as failed
 _ADVICE = {
     errno.ENOSPC: "free space there",
     errno.EDQUOT: "raise the quota",
@@ -25,40 +25,45 @@ _ADVICE = {
     errno.EEXIST: "put a folder in the place of that file",
 }
 
-_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP)  # what file systems without hard links answer
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP)  # errors of file systems without hard links
 
 T = TypeVar("T")
 
 
 class Store(Protocol):
-    """What a run asks of the place where it lies; any method may raise whatever the place raises."""
+    """The operations of a run on the place that holds its files; a method may raise any error of that place."""
 
     def read(self, path: str) -> bytes: ...
     def source(self, path: str) -> str | BinaryIO:
-        """The path itself on a disk, else a seekable stream, to be closed."""
+        """The path itself on a disk, else a seekable stream, which the caller closes."""
 
     def replace(self, path: str, data: bytes) -> None: ...
     def create(self, path: str, data: bytes) -> bool:
-        """Like ``replace``, but leaves a file that is there as it is; False where it did."""
+        """Writes a file that does not exist yet; returns False, and changes nothing, where it exists."""
 
     def exists(self, path: str) -> bool: ...
     def sync(self, path: str) -> None:
         """Makes sure that a file which is there stays there, whatever its writer still did."""
 
     def remove(self, path: str) -> None:
-        """A file that is not there is fine."""
+        """Removes a file; a missing file is no error."""
 
     def list(self, path: str) -> list[str]:
-        """Names in a folder; none where there is no folder."""
+        """Names in a folder; empty where there is no such folder."""
+
+
+def without_local_scheme(uri: str) -> str:
+    """The path that a ``file://`` or ``local://`` URI stands for; any other URI or path as it is."""
+    return next((uri.removeprefix(scheme) for scheme in _LOCAL_SCHEMES if uri.startswith(scheme)), uri)
 
 
 def open_store(uri: str) -> tuple[Store, str]:
     """The store that serves a URI or path, and the path there.
 
     Raises:
-        StoreError: nobody serves the scheme, or its package is not installed.
+        StoreError: the scheme is unknown, or the package that serves it is not installed.
     """
-    path = next((uri.removeprefix(scheme) for scheme in _LOCAL_SCHEMES if uri.startswith(scheme)), uri)
+    path = without_local_scheme(uri)
     if "://" not in path:
         return Disk(), os.path.abspath(path)
     import fsspec
@@ -71,9 +76,11 @@ def open_store(uri: str) -> tuple[Store, str]:
 
 
 class Disk:
-    """A local disk: written aside, synced, then renamed, or linked where nothing may be replaced.
+    """A local disk.
 
-    A file system without hard links is looked at before the renaming: see ``ObjectStore.create``.
+    A file is written under a temporary name, synced, and then renamed; ``create`` links it instead, which fails where
+    the file exists. On a file system without hard links ``create`` looks first and then renames, so two processes that
+    create the same file at the same moment may both succeed.
     """
 
     def read(self, path: str) -> bytes:
@@ -84,13 +91,13 @@ class Disk:
         return path
 
     def replace(self, path: str, data: bytes) -> None:
-        with _aside(path, data) as aside:
-            os.replace(aside, path)
+        with _temporary_file(path, data) as temporary:
+            os.replace(temporary, path)
 
     def create(self, path: str, data: bytes) -> bool:
-        with _aside(path, data) as aside:
+        with _temporary_file(path, data) as temporary:
             try:
-                os.link(aside, path)
+                os.link(temporary, path)
             except FileExistsError:
                 return False
             except OSError as error:
@@ -98,7 +105,7 @@ class Disk:
                     raise
                 if os.path.exists(path):
                     return False
-                os.replace(aside, path)
+                os.replace(temporary, path)
         return True
 
     def exists(self, path: str) -> bool:
@@ -123,33 +130,33 @@ class Disk:
 
 
 class ObjectStore:
-    """A store behind fsspec: a file is one put; a call that is not answered in time counts as failed.
+    """A store behind fsspec; a file is written with one put, and a call without an answer in time counts as failed.
 
     Args:
-        fs: The file system, which other processes write to as well: what it remembers is not trusted.
+        fs: The fsspec file system. Other processes write to the store too, so its cached listings are not used.
     """
 
     def __init__(self, fs: Any) -> None:
         self._fs = fs
 
     def read(self, path: str) -> bytes:
-        return self._ask(lambda: bytes(self._fs.cat_file(path)))
+        return self._call(lambda: bytes(self._fs.cat_file(path)))
 
     def source(self, path: str) -> BinaryIO:
-        return self._ask(lambda: cast(BinaryIO, self._fs.open(path, "rb")))
+        return self._call(lambda: cast(BinaryIO, self._fs.open(path, "rb")))
 
     def replace(self, path: str, data: bytes) -> None:
-        self._ask(lambda: self._fs.pipe_file(path, data), len(data))
+        self._call(lambda: self._fs.pipe_file(path, data), len(data))
 
     def create(self, path: str, data: bytes) -> bool:
-        """One conditional put where the store has it (S3, Google Cloud Storage).
+        """Writes a file with one conditional put where the store has that (S3, Google Cloud Storage).
 
-        Elsewhere it looks first, and two who write the same file at the same moment may both put theirs.
+        Elsewhere it looks first, and two processes that create the same file at the same moment may both succeed.
         """
         if self.exists(path):
             return False
         try:
-            self._ask(lambda: self._fs.pipe_file(path, data, mode="create"), len(data))
+            self._call(lambda: self._fs.pipe_file(path, data, mode="create"), len(data))
         except FileExistsError:
             return False
         except (TypeError, NotImplementedError):
@@ -158,34 +165,42 @@ class ObjectStore:
 
     def exists(self, path: str) -> bool:
         self._fs.invalidate_cache(path)
-        return self._ask(lambda: bool(self._fs.exists(path)))
+        return self._call(lambda: bool(self._fs.exists(path)))
 
     def sync(self, path: str) -> None:
         """A put lasts once it is answered, and shows nothing before."""
 
     def remove(self, path: str) -> None:
         with suppress(FileNotFoundError):
-            self._ask(lambda: self._fs.rm_file(path))
+            self._call(lambda: self._fs.rm_file(path))
 
     def list(self, path: str) -> list[str]:
         self._fs.invalidate_cache(path)
         try:
-            entries = self._ask(lambda: self._fs.ls(path, detail=False))
+            entries = self._call(lambda: self._fs.ls(path, detail=False))
         except FileNotFoundError:
             return []
         return [str(entry).rsplit("/", 1)[-1] for entry in entries]
 
-    def _ask(self, call: Callable[[], T], size: int = 0) -> T:
+    def _call(self, call: Callable[[], T], size: int = 0) -> T:
         return deadline.within(deadline.SECONDS + size / _BYTES_PER_SECOND, call)
 
 
-_DEFECTS = (AssertionError, AttributeError, NameError)  # ours, not the store's
+_DEFECTS = (AssertionError, AttributeError, NameError)  # errors in this program, not in the store
 _UNREACHABLE = (FileNotFoundError, NotADirectoryError, PermissionError)
 
 
 @contextmanager
-def telling(verb: str, path: str) -> Iterator[None]:
-    """Turns whatever a store raises inside into a StoreError that names the file, the reason and the remedy."""
+def store_errors(verb: str, path: str) -> Iterator[None]:
+    """Turns an error that a store raises inside the ``with`` block into a StoreError with file, reason and remedy.
+
+    Args:
+        verb: What is done with the file, as in ``cannot write it``.
+        path: The file.
+
+    Raises:
+        StoreError, UnreachableError: in the place of the store's error.
+    """
     try:
         yield
     except _DEFECTS:
@@ -198,20 +213,26 @@ def telling(verb: str, path: str) -> Iterator[None]:
 
 
 @contextmanager
-def _aside(path: str, data: bytes) -> Iterator[str]:
-    """The data in a file beside ``path``, synced; what is done with it inside is synced as well."""
+def _temporary_file(path: str, data: bytes) -> Iterator[str]:
+    """Writes the data into a synced file beside ``path``, and removes that file after the ``with`` block.
+
+    The folder is synced at the end, so a rename or link inside the block is durable.
+
+    Yields:
+        Path of the temporary file.
+    """
     folder, base = os.path.split(path)
     _make_folder(folder)
-    aside = f"{folder}/.{base}.{uuid.uuid4().hex}"
+    temporary = f"{folder}/.{base}.{uuid.uuid4().hex}"
     try:
-        with open(aside, "xb") as stream:
+        with open(temporary, "xb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        yield aside
+        yield temporary
     finally:
         with suppress(FileNotFoundError):
-            os.unlink(aside)
+            os.unlink(temporary)
     _sync_folder(folder)
 
 

@@ -1,4 +1,4 @@
-"""Tag schemes of the field, read as conlleval reads them and written as IOB2."""
+"""Tag schemes (IOB1, IOB2, BIOES): tags are interpreted as conlleval interprets them, and converted to IOB2."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 OUTSIDE = "O"
 
 _BIOES_ONLY = "ESLU"  # L and U are BILOU's names for E and S
-_STARTING = "BSU"
+STARTING = "BSU"  # prefixes that begin a chunk, whatever stands before them
 _CLOSING = "ESLU"
 
 
 def to_iob2(tags: Sequence[str], scheme: Scheme) -> tuple[str, ...]:
-    """One sequence's tags as IOB2, with the same chunks.
+    """The tags of one sequence as IOB2, with the same chunks.
 
     Args:
-        tags: One tag a word: ``O`` or ``<prefix>-<label>``.
-        scheme: What they are written in. ``IOB1`` takes a ``B-`` anywhere, as conlleval does, so that
-            slightly mixed files keep their chunks; ``BIOES`` takes BILOU's ``L-`` and ``U-`` too.
+        tags: One tag for each word: ``O`` or ``<prefix>-<label>``.
+        scheme: Scheme of the tags. ``IOB1`` accepts a ``B-`` anywhere, as conlleval does; ``BIOES`` accepts BILOU's
+            ``L-`` and ``U-`` too.
 
     Raises:
-        ValueError: a tag that the scheme does not have, named with its index; or an unknown scheme.
+        ValueError: a tag does not belong to the scheme, or the scheme is unknown.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"unknown tag scheme {scheme!r}; one of {', '.join(SCHEMES)}")
@@ -45,13 +45,13 @@ def to_iob2(tags: Sequence[str], scheme: Scheme) -> tuple[str, ...]:
 
 
 def detect_scheme(sequences: Iterable[Sequence[str]]) -> Scheme:
-    """The scheme in which sequences of tags are written, all of them looked at.
+    """The scheme in which sequences of tags are written.
 
-    ``E-``, ``S-``, ``L-`` or ``U-`` anywhere make it BIOES; else an ``I-`` that starts a chunk makes it
-    IOB1; else it is IOB2.
+    It is BIOES where there is any ``E-``, ``S-``, ``L-`` or ``U-``, else IOB1 where any ``I-`` starts a chunk, else
+    IOB2.
 
     Raises:
-        ValueError: a tag that fits no scheme, named with its index in its sequence.
+        ValueError: a tag belongs to no scheme.
     """
     found: Scheme = "IOB2"
     for tags in sequences:
@@ -67,24 +67,24 @@ def detect_scheme(sequences: Iterable[Sequence[str]]) -> Scheme:
 
 
 def merge_schemes(one: Scheme, other: Scheme) -> Scheme:
-    """The scheme of two files, or of two parts of one: IOB2 where both are, else the one that allows more."""
+    """The scheme of the whole, from the schemes of two parts of it: the one that allows more."""
     order: tuple[Scheme, ...] = ("IOB2", "IOB1", "BIOES")
     return max(one, other, key=order.index)
 
 
 def is_tag(tag: str) -> bool:
-    """Whether a tag is of any scheme: ``O``, or a known prefix, a dash and a label."""
-    return _parse(tag) is not None
+    """Whether a tag belongs to any scheme: ``O``, or a known prefix, a dash and a label."""
+    return split_tag(tag) is not None
 
 
 def _starts_chunk(before: str, label_before: str, prefix: str, label: str) -> bool:
     if prefix == OUTSIDE:
         return False
-    return prefix in _STARTING or before == OUTSIDE or before in _CLOSING or label != label_before
+    return prefix in STARTING or before == OUTSIDE or before in _CLOSING or label != label_before
 
 
 def _split(tag: str, index: int) -> tuple[str, str]:
-    parsed = _parse(tag)
+    parsed = split_tag(tag)
     if parsed is None:
         raise ValueError(
             f"tag {tag!r} at index {index} fits none of {', '.join(SCHEMES)}; tags are 'O' or like 'B-PER'"
@@ -93,7 +93,8 @@ def _split(tag: str, index: int) -> tuple[str, str]:
 
 
 @lru_cache(maxsize=4096)
-def _parse(tag: str) -> tuple[str, str] | None:
+def split_tag(tag: str) -> tuple[str, str] | None:
+    """Prefix and label of a tag: ``("O", "")`` for ``O``, else one of ``B I E S L U`` and the label; else None."""
     if tag == OUTSIDE:
         return OUTSIDE, ""
     prefix, dash, label = tag.partition("-")

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from nermill.worker.contracts.errors import ArtifactError
 from nermill.worker.contracts.manifest import Manifest
 from nermill.worker.engine import Batch
-from nermill.worker.engine.inputs import check_names, lines_of, named_inputs, refusal
+from nermill.worker.engine.inputs import check_names, lines_of, named_inputs, npu_number, refusal
 
 PACKAGES = ("mindietorch", "torch_aie")
 
@@ -47,11 +47,8 @@ class AieEngine:
     def __init__(self, artifact: Path, manifest: Manifest, device: str = "npu:0") -> None:
         self.manifest = manifest
         self.device = device
-        kind, _, number = device.partition(":")
-        if kind != "npu":
-            raise ArtifactError(f"{artifact}: was compiled for Ascend NPUs; device {device!r} cannot run it")
+        index = npu_number(artifact, device)
         self._package = import_package()
-        index = int(number or 0)
         try:
             self._package.set_device(index)
             self._module = load_script(artifact / manifest.model_file)

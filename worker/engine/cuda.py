@@ -42,7 +42,7 @@ class Graph:
         return self._logits
 
 
-class Lane:
+class StreamRunner:
     """One call at a time, on a stream of its own: while one lane copies, another computes.
 
     Args:

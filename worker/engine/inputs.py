@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,6 +36,18 @@ def named_inputs(batch: Batch, manifest: Manifest) -> dict[str, NDArray[np.integ
     else:
         arrays |= {"attention_mask": np.minimum(batch.segments, 1), "token_type_ids": np.zeros_like(batch.segments)}
     return {entry.name: np.ascontiguousarray(arrays[entry.name], entry.dtype) for entry in manifest.inputs}
+
+
+def npu_number(artifact: Path, device: str) -> int:
+    """Number of the NPU that a device's name stands for; ``npu`` alone is the first one.
+
+    Raises:
+        ArtifactError: the device is no NPU.
+    """
+    kind, _, number = device.partition(":")
+    if kind != "npu":
+        raise ArtifactError(f"{artifact}: was compiled for Ascend NPUs; device {device!r} cannot run it")
+    return int(number or 0)
 
 
 def refusal(runtime: str, device: str, batch: Batch, reason: str) -> EngineError:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from nermill.worker.contracts.errors import ArtifactError, EngineError
 from nermill.worker.contracts.manifest import Manifest
 from nermill.worker.engine import Batch
-from nermill.worker.engine.inputs import KNOWN, lines_of, named_inputs, refusal
+from nermill.worker.engine.inputs import KNOWN, lines_of, named_inputs, npu_number, refusal
 
 GEAR_INPUT = "ascend_mbatch_shape_data"  # of CANN's own, in a model with gears; the session fills it
 
@@ -64,9 +64,7 @@ class OmEngine:
     def __init__(self, artifact: Path, manifest: Manifest, device: str = "npu:0") -> None:
         self.manifest = manifest
         self.device = device
-        kind, _, number = device.partition(":")
-        if kind != "npu":
-            raise ArtifactError(f"{artifact}: was compiled for Ascend NPUs; device {device!r} cannot run it")
+        number = npu_number(artifact, device)
         if manifest.details.get("pending"):
             raise ArtifactError(
                 f"{artifact}: its graph is not converted yet; run {artifact}/convert.sh on a machine with CANN, then "
@@ -76,7 +74,7 @@ class OmEngine:
         self._thread = _OneThread("npu")
         try:
             path = str(artifact / manifest.model_file)
-            self._session = self._thread.call(lambda: import_session()(int(number or 0), path))
+            self._session = self._thread.call(lambda: import_session()(number, path))
             self._dtypes = self._thread.call(self._read_inputs)
         except ArtifactError as error:
             self._thread.stop()

@@ -15,7 +15,7 @@ from torch import Tensor
 from nermill.worker.contracts.errors import ArtifactError, EngineError
 from nermill.worker.contracts.manifest import Manifest
 from nermill.worker.engine import Batch
-from nermill.worker.engine.cuda import Lane
+from nermill.worker.engine.cuda import StreamRunner
 from nermill.worker.engine.encoder import Architecture, Encoder, build
 from nermill.worker.engine.inputs import check_names, lines_of, named_inputs, refusal
 from nermill.worker.engine.layers import fuse
@@ -63,7 +63,7 @@ class TorchEngine:
         return logits
 
     def _lane(self, device: torch.device) -> Callable[[Mapping[str, Tensor]], Tensor]:
-        return Lane(self._model, self.manifest, device) if device.type == "cuda" else self._compute
+        return StreamRunner(self._model, self.manifest, device) if device.type == "cuda" else self._compute
 
     def _compute(self, inputs: Mapping[str, Tensor]) -> Tensor:
         logits: Tensor = self._model(**{name: tensor.to(self.device) for name, tensor in inputs.items()})

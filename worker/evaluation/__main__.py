@@ -1,4 +1,4 @@
-"""Evaluates one run and writes its report, as the last step of a run: ``python -m nermill.worker.evaluation RUN``."""
+"""Evaluates one run and writes its report: ``python -m nermill.worker.evaluation RUN``, a run's last step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def main(uri: str) -> None:
     try:
         write_report(run, evaluate(run))
     except NermillError as error:
-        logs.complain(error)
+        logs.report_error(error)
         sys.exit(error.exit_code)
 
 

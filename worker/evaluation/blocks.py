@@ -1,4 +1,4 @@
-"""A run's parts as a stream of blocks: a bounded number of documents at a time, as arrays."""
+"""Reads a run's parts as a stream of blocks, each with a bounded number of documents, as arrays."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.layout import RunFolder, part_name
 from nermill.worker.contracts.part import measurements, open_part
 from nermill.worker.contracts.schema import SCHEMA_VERSION, metadata_of
-from nermill.worker.evaluation.chunks import Bools, Ints, Labels, Tags, read_tags
+from nermill.worker.evaluation.chunks import Bools, Ints, LabelIndex, Tags, read_tags
 from nermill.worker.evaluation.gold import GoldFile
 from nermill.worker.evaluation.selection import choose_entities
 
@@ -26,7 +26,14 @@ _COLUMNS = ["doc_index", "doc_id", "n_tokens", "status", "entities", "words", "t
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a part says of itself: its file, its metadata, what its worker measured (one object a shard)."""
+    """A part that was read.
+
+    Attributes:
+        file: Its path.
+        rows: Number of documents.
+        metadata: File metadata, without prefix.
+        stats: The workers' measurements, one object for each shard.
+    """
 
     file: str
     rows: int
@@ -36,13 +43,13 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Some documents of a run; ``scored`` ones have gold, and the word arrays hold those alone.
+    """Consecutive documents of a run. Those with gold tags are *scored*.
 
     Attributes:
-        rows: The documents of the block, a table with the columns that are read.
-        scored: Row of each scored document.
-        gold: Gold tags, normalised to IOB2.
-        predicted: Predicted tags; all ``O`` for a document that was rejected, since that is what its reader gets.
+        rows: All documents of the block, with the columns that are read.
+        scored: Row of each scored document, int64, shape (scored,).
+        gold: Gold tags of the scored documents, normalised to IOB2.
+        predicted: Predicted tags of the scored documents; all ``O`` for a rejected document.
     """
 
     rows: pa.RecordBatch
@@ -51,7 +58,7 @@ class Block:
     predicted: Tags
 
     def words(self, document: int) -> list[str]:
-        """Words of a scored document; none where it was rejected."""
+        """Words of a scored document; empty where it was rejected."""
         words: list[str] | None = self.rows["words"][int(self.scored[document])].as_py()
         return words or []
 
@@ -62,49 +69,49 @@ class Parts:
 
     Attributes:
         run: The run's folder.
-        shards: Shards to read, in order.
-        labels: Where labels get their numbers.
+        shards: Numbers of the parts to read, in order.
+        labels: Assigns numbers to labels.
         documents: Documents of the whole run, those without a part included.
-        gold: Gold tags from a file, which then stand for those in the parts.
-        seen: The parts that were read so far.
+        gold: Gold tags from a file, which replace those in the parts.
+        seen: The parts that have been read.
     """
 
     run: RunFolder
     shards: list[int]
-    labels: Labels
+    labels: LabelIndex
     documents: int
     gold: GoldFile | None = None
     seen: list[Part] = field(default_factory=list)
 
     def blocks(self) -> Iterator[Block]:
-        """All documents, in order, once.
+        """All documents, in order; call it once.
 
         Raises:
-            UsageError: a damaged or foreign part; gold that does not fit its document.
+            UsageError: a part is damaged or of another version, or gold tags do not match their document.
         """
         for rows in self.rows():
             yield self.block(rows, self.take_gold(rows))
 
-    def block(self, rows: pa.RecordBatch, gold: pa.Array) -> Block:
-        """Rows that were just read, and their gold tags, as a block.
+    def block(self, rows: pa.RecordBatch, gold: pa.Array[Any]) -> Block:
+        """A block from rows of ``rows``, which have just been read, and their gold tags.
 
         Raises:
-            UsageError: gold that does not fit its document, or a tag of no scheme.
+            UsageError: gold tags do not match their document, or a tag belongs to no scheme.
         """
         try:
             return _make_block(rows, gold, self.labels)
         except UsageError as error:
             raise UsageError(f"{self.seen[-1].file}: {error}") from None
 
-    def take_gold(self, rows: pa.RecordBatch) -> pa.Array:
-        """Gold tags of the next rows, from the file where there is one."""
+    def take_gold(self, rows: pa.RecordBatch) -> pa.Array[Any]:
+        """Gold tags of the next rows, from the gold file where there is one."""
         return rows["gold_tags"] if self.gold is None else self.gold.take(rows)
 
     def rows(self) -> Iterator[pa.RecordBatch]:
-        """All documents, in order, once, as they stand in the parts.
+        """All documents as they are in the parts, in order; call it once.
 
         Raises:
-            UsageError: a damaged or foreign part; gold that goes on after the run.
+            UsageError: a part is damaged or of another version, or the gold file has more documents than the run.
         """
         for shard in self.shards:
             file = self.run.path(part_name(shard))
@@ -119,19 +126,20 @@ class Parts:
             self.gold.finish(self.documents)
 
 
-def _make_block(rows: pa.RecordBatch, gold: pa.Array, labels: Labels) -> Block:
+def _make_block(rows: pa.RecordBatch, gold: Any, labels: LabelIndex) -> Block:
     if not labels.choice.is_all:
         rows = choose_entities(rows, labels)
     has_gold = gold.is_valid()
     scored = np.flatnonzero(has_gold.to_numpy(zero_copy_only=False))
-    gold, tags = gold.filter(has_gold), rows["tags"].filter(has_gold)
+    gold = gold.filter(has_gold)
+    tags: Any = rows["tags"].filter(has_gold)
     lengths = _lengths(gold)
     tagged: Bools = tags.is_valid().to_numpy(zero_copy_only=False)
     if (wrong := np.flatnonzero(tagged & (_lengths(tags) != lengths))).size:
         document = int(wrong[0])
         raise UsageError(
             f"document {rows['doc_id'][int(scored[document])].as_py()!r} has {lengths[document]} gold tags"
-            f" for {_lengths(tags)[document]} words; mend the input and run it again"
+            f" for {_lengths(tags)[document]} words; correct the input and run it again"
         )
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     predicted = np.full(int(offsets[-1]), "O", object)
@@ -144,13 +152,13 @@ def _make_block(rows: pa.RecordBatch, gold: pa.Array, labels: Labels) -> Block:
     )
 
 
-def _lengths(lists: pa.Array) -> Ints:
+def _lengths(lists: pa.Array[Any]) -> Ints:
     lengths: Ints = pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
     return lengths
 
 
 def batch_rows(part: pq.ParquetFile) -> int:
-    """Rows of a part that may be in memory at once: about 16 MiB uncompressed, at most 8,192."""
+    """Number of rows of a part that are read at once: about 16 MiB uncompressed, at most 8,192."""
     meta = part.metadata
     size = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
     return int(np.clip(_BLOCK_BYTES * max(meta.num_rows, 1) // max(size, 1), 1, _BLOCK_ROWS))

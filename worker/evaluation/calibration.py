@@ -1,4 +1,4 @@
-"""Whether an entity's score is the share of such entities that are right."""
+"""Calibration: whether the score of entities equals the share of them that are correct."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nermill.worker.evaluation.blocks import Block
-from nermill.worker.evaluation.chunks import Bools, Chunks, Ints, Labels
+from nermill.worker.evaluation.chunks import Bools, Chunks, Ints, LabelIndex
 from nermill.worker.evaluation.scores import Floats
 
 BINS = 10
@@ -18,19 +18,27 @@ BINS = 10
 
 @dataclass
 class Calibration:
-    """Entities by score in ten equal bins: how many, their mean score, how many are in gold.
+    """Counts entities in ten equal bins of their score.
 
-    An entity is right where gold has one with the same code points and the same label.
+    An entity is correct where gold has an entity with the same code points and the same label.
+
+    Args:
+        labels: Assigns numbers to labels.
     """
 
-    labels: Labels
+    labels: LabelIndex
     _entities: Ints = field(default_factory=lambda: np.zeros(BINS, np.int64))
     _right: Ints = field(default_factory=lambda: np.zeros(BINS, np.int64))
     _scores: Floats = field(default_factory=lambda: np.zeros(BINS))
 
     def add(self, block: Block, gold: Chunks) -> None:
-        """Takes in the entities of a block's scored documents."""
-        lists = block.rows["entities"].take(pa.array(block.scored))
+        """Adds the entities of a block's scored documents.
+
+        Args:
+            block: The block.
+            gold: Its gold entities.
+        """
+        lists: Any = block.rows["entities"].take(block.scored)
         entities = lists.flatten()
         if not len(entities):
             return
@@ -49,14 +57,17 @@ class Calibration:
         gold_start, gold_end = begin[gold.start], end[gold.end - 1]
         start, stop = (base[document] + entities.field(name).to_numpy() for name in ("start", "end"))
         names = entities.field("label").dictionary_encode()
-        numbers = np.array([self.labels.label(name) for name in names.dictionary.to_pylist()], np.int64)
+        numbers = np.array([self.labels.label(str(name)) for name in names.dictionary.to_pylist()], np.int64)
         at = np.minimum(np.searchsorted(gold_start, start), len(gold) - 1)
         right: Bools = (gold_start[at] == start) & (gold_end[at] == stop)
         right &= gold.label[at] == numbers[names.indices.to_numpy()]
         return right
 
     def summary(self) -> dict[str, Any]:
-        """The reliability table and the expected calibration error, in the report's names."""
+        """The reliability table and the expected calibration error, with the report's names.
+
+        The error is the mean over entities of |mean score - precision| of their bin (Naeini et al., AAAI 2015).
+        """
         total = int(self._entities.sum())
         filled = np.maximum(self._entities, 1)
         score, precision = self._scores / filled, self._right / filled
@@ -74,16 +85,21 @@ class Calibration:
 
 
 def _word_positions(block: Block) -> tuple[Ints, Ints, Ints]:
-    """First and past-the-last code point of each word, and where each document begins.
+    """Positions of the words of a block's scored documents, in code points.
 
-    Documents are thought of as laid one behind another; a document's text is its words, joined by single spaces.
-    A rejected document has no entities, so what stands for its words does not matter.
+    Positions count from the begin of the block's first document, as if the documents were concatenated. The text of a
+    document is its words joined by single spaces. A rejected document has no entities, so any positions will do there.
+
+    Returns:
+        First and past-the-last code point of each word, int64, shape (words,), and the first code point of each
+        document, int64, shape (scored,).
     """
     offsets = block.gold.offsets
-    lists = block.rows["words"].take(pa.array(block.scored))
+    lists: Any = block.rows["words"].take(block.scored)
     lengths = np.ones(int(offsets[-1]), np.int64)
     given = np.repeat(lists.is_valid().to_numpy(zero_copy_only=False), np.diff(offsets))
-    lengths[given] = pc.utf8_length(lists.flatten()).to_numpy(zero_copy_only=False)
+    words: Any = pc.utf8_length(lists.flatten())
+    lengths[given] = words.to_numpy(zero_copy_only=False)
     end = np.cumsum(lengths + 1)
     begin = end - lengths - 1
     base = np.append(begin, end[-1:])[offsets[:-1]] if len(begin) else np.zeros(len(offsets) - 1, np.int64)

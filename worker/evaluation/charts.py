@@ -1,4 +1,4 @@
-"""The report's charts: figures of a report as SVG that takes its ink from the page around it."""
+"""The charts of a report, as SVG; text and lines have the text colour of the page around them."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ if TYPE_CHECKING:
 
 Report = dict[str, Any]
 
-_INK = "#010203"  # becomes the page's text colour
+_TEXT_COLOUR = "#010203"  # replaced by ``currentColor``
 BLUE, ORANGE, GREEN, RED, GREY = "#4c8dd6", "#e08a3c", "#3fa66b", "#d9594c", "#8a8f98"
 _SERIES = [BLUE, ORANGE, GREEN, RED, "#9a6fd0", "#c9a227", "#2aa7a7", GREY]
-_MOST_SERIES = 8
-_LEAST_ROWS = 4  # two bars look like two bars, not like two walls
-_LEAST_SECONDS = 1e-4  # where an axis of seconds begins
-_DRAWING = threading.Lock()  # styles and warnings belong to the process, and runs may end together in one worker
-_SIZE = (4.8, 2.9)  # inches: small, so that letters stay readable on a telephone
+_MAX_SERIES = 8
+_MIN_ROWS = 4  # height of a chart in bars, at least, so that few bars are not too thick
+_MIN_SECONDS = 1e-4  # smallest value on an axis of seconds
+_DRAWING = threading.Lock()  # matplotlib's styles and Python's warnings are global to the process
+_SIZE = (4.8, 2.9)  # inches: small, so that text is readable on a telephone
 _STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "text.color": _TEXT_COLOUR,
+    "axes.labelcolor": _TEXT_COLOUR,
+    "axes.edgecolor": _TEXT_COLOUR,
+    "xtick.color": _TEXT_COLOUR,
+    "ytick.color": _TEXT_COLOUR,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.facecolor": "none",
@@ -42,7 +42,11 @@ _STYLE = {
 
 
 def draw_charts(report: Report) -> dict[str, str]:
-    """Every chart that the report has figures for, as inline SVG by name."""
+    """The charts for which the report has values, as inline SVG by name.
+
+    Args:
+        report: What ``evaluate`` returned.
+    """
     charts: dict[str, Callable[[Axes, Report], None]] = {"lengths": _lengths}
     if report["throughput"].get("over_time"):
         charts |= {"speed": _speed, "devices": _devices, "stages": _stages}
@@ -61,12 +65,12 @@ def _draw(name: str, draw: Callable[[Axes, Report], None], report: Report) -> st
     sink = io.StringIO()
     style: Any = {**_STYLE, "svg.hashsalt": name}
     with _DRAWING, matplotlib.rc_context(style), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a label in a script that the measuring font lacks is the browser's to show
+        warnings.simplefilter("ignore")  # about letters that matplotlib's font lacks: browsers have them
         figure = Figure(figsize=_SIZE, layout="constrained")
         draw(figure.add_subplot(), report)
         figure.savefig(sink, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = sink.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    svg = svg[svg.index("<svg") :].replace(_TEXT_COLOUR, "currentColor")
     return re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
 
 
@@ -81,7 +85,7 @@ def _speed(axes: Axes, report: Report) -> None:
     for name, one in over_time["devices"].items():
         host, _, device = name.rpartition(" ")
         rows[_device(device, host)] = one["documents_per_second"]
-    if len(rows) > _MOST_SERIES:
+    if len(rows) > _MAX_SERIES:
         rows = {f"{len(rows)} devices together": [sum(values) for values in zip(*rows.values(), strict=True)]}
     for (name, values), colour in zip(rows.items(), _SERIES, strict=False):
         edges = [n * width for n in range(len(values) + 1)]
@@ -98,12 +102,12 @@ def _device(device: str, host: str) -> str:
 
 def _bars(axes: Axes, names: list[str], values: list[float], colour: str) -> None:
     axes.barh([_short(name) for name in names], values, color=colour, height=0.6)
-    axes.set_ylim(max(len(names), _LEAST_ROWS) - 0.5, -0.5)
+    axes.set_ylim(max(len(names), _MIN_ROWS) - 0.5, -0.5)
     axes.grid(axis="x")
 
 
 def _devices(axes: Axes, report: Report) -> None:
-    """Busy share and fill of up to ten devices."""
+    """Share of the time in which up to ten devices computed, and share of tokens that were not padding."""
     rows = report["throughput"]["devices"][:10]
     for offset, name, colour, shares in (
         (-0.2, "busy: computing", BLUE, [row["busy_share"] for row in rows]),
@@ -111,21 +115,21 @@ def _devices(axes: Axes, report: Report) -> None:
     ):
         at = [n + offset for n in range(len(rows))]
         bars = axes.barh(at, [100 * share for share in shares], height=0.36, color=colour, label=name)
-        if len(rows) <= _LEAST_ROWS:
+        if len(rows) <= _MIN_ROWS:
             labels = [f"{100 * share:.1f}" for share in shares]
             axes.bar_label(bars, labels, label_type="center", fontsize=8)
     axes.set_yticks(range(len(rows)), [_device(row["device"], row["host"]) for row in rows])
-    around = max(0.6, (3 - len(rows)) / 2)  # a single device stands in the middle
+    around = max(0.6, (3 - len(rows)) / 2)  # centres a single device
     axes.set(xlabel="%", xlim=(0, 100), ylim=(len(rows) - 1 + around, -around))
     axes.grid(axis="x")
     axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, columnspacing=1.2)
 
 
 def _stages(axes: Axes, report: Report) -> None:
-    """Each stage as a line from the median to the 99th percentile, over orders of magnitude."""
+    """Median, 95th and 99th percentile of each stage's seconds, on a logarithmic axis."""
     stages = report["throughput"]["stages"]
     for at, row in enumerate(stages.values()):
-        p50, p95, p99 = (max(row[name], _LEAST_SECONDS) for name in ("p50", "p95", "p99"))
+        p50, p95, p99 = (max(row[name], _MIN_SECONDS) for name in ("p50", "p95", "p99"))
         axes.plot([p50, p99], [at, at], color=GREY, linewidth=2, zorder=1)
         for value, colour, name in ((p99, ORANGE, "p99"), (p95, GREEN, "p95"), (p50, BLUE, "p50")):
             axes.scatter(value, at, color=colour, s=36, zorder=2, label=None if at else name)
@@ -139,7 +143,7 @@ def _stages(axes: Axes, report: Report) -> None:
 
 
 def stage_name(stage: str) -> str:
-    """What people read for a stage of ``throughput``."""
+    """Name of a stage of ``throughput`` for people."""
     return "claimed to finished" if stage == "shard" else stage
 
 
@@ -165,7 +169,7 @@ def _labels(axes: Axes, report: Report) -> None:
     spread = [[max(0.0, value - low) for value, low in zip(f1, bounds[0], strict=True)]]
     spread.append([max(0.0, high - value) for value, high in zip(f1, bounds[1], strict=True)])
     _bars(axes, names, f1, BLUE)
-    axes.errorbar(f1, range(len(names)), xerr=spread, fmt="none", ecolor=_INK, capsize=3, linewidth=1)
+    axes.errorbar(f1, range(len(names)), xerr=spread, fmt="none", ecolor=_TEXT_COLOUR, capsize=3, linewidth=1)
     axes.set(xlabel="F1, % (line: 95 % interval)", xlim=(0, 100))
 
 
@@ -177,7 +181,7 @@ def _confusion(axes: Axes, report: Report) -> None:
         total = sum(counts) or 1
         for column, count in enumerate(counts):
             colour = GREEN if row == column else RED
-            shade = 0.75 * (count / total) ** (1.0 if row == column else 0.5)  # mistakes are few, and are to be seen
+            shade = 0.75 * (count / total) ** (1.0 if row == column else 0.5)  # makes few mistakes visible
             axes.barh(row, 1, left=column - 0.5, height=1, color=colour, alpha=shade, linewidth=0)
             if count and last <= 12:
                 axes.text(column, row, f"{count:,}", ha="center", va="center", fontsize=8)

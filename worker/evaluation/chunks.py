@@ -1,9 +1,10 @@
-"""Tags to chunks: what conlleval and strict IOB2 see in a block of tagged documents, as arrays."""
+"""Finds the chunks of tagged documents, as conlleval and as strict IOB2 define them; all as arrays."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,30 +12,31 @@ from numpy.typing import NDArray
 
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.labels import LabelChoice, key
+from nermill.worker.contracts.tags import split_tag
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-O, B, I, E, S = range(5)  # noqa: E741 - the field's own names
+O, B, I, E, S = range(5)  # noqa: E741 - names of the tag prefixes
 _PREFIXES = {"B": B, "I": I, "E": E, "L": E, "S": S, "U": S}
 NO_LABEL = -1
 
 
-class Labels:
-    """Labels and tags by number, in the order in which they were met.
+class LabelIndex:
+    """Numbers of labels and tags, assigned in the order in which they first occur.
 
     Args:
-        choice: Under which names they count, and which do not.
+        choice: Which labels are renamed or left out.
 
     Attributes:
-        names: Labels, by number, under the names that they count by.
-        tally: Entities whose label was mapped or left out: see ``contracts.labels``.
+        names: Name of each label after renaming, by number.
+        changes: Counter of label changes; see ``contracts.labels``.
     """
 
     def __init__(self, choice: LabelChoice | None = None) -> None:
         self.choice = choice or LabelChoice()
         self.names: list[str] = []
-        self.tally: Counter[str] = Counter()
+        self.changes: Counter[str] = Counter()
         self._labels: dict[str, int] = {"": NO_LABEL}
         self._tags: dict[str, tuple[int, int]] = {"O": (O, NO_LABEL)}
 
@@ -42,7 +44,7 @@ class Labels:
         return len(self.names)
 
     def label(self, name: str) -> int:
-        """A label's number; NO_LABEL for one that is left out."""
+        """The number of a label; NO_LABEL for a label that is left out."""
         name = self.choice.target(name)
         if name not in self._labels:
             self._labels[name] = len(self.names)
@@ -50,35 +52,42 @@ class Labels:
         return self._labels[name]
 
     def tag(self, tag: str) -> tuple[int, int]:
-        """A tag's prefix and label.
+        """Numbers of a tag's prefix and label.
 
         Raises:
-            UsageError: no tag of any scheme.
+            UsageError: the tag belongs to no scheme.
         """
         if tag not in self._tags:
-            prefix, dash, name = tag.partition("-")
-            if prefix not in _PREFIXES or not dash or not name:
+            parsed = split_tag(tag)
+            if parsed is None:
                 raise UsageError(f"tag {tag!r} fits no scheme; tags are 'O' or like 'B-PER'")
+            prefix, name = parsed
             label = self.label(name)
             self._tags[tag] = O if label == NO_LABEL else _PREFIXES[prefix], label
         return self._tags[tag]
 
     def count(self, side: str, tag: str, times: int) -> None:
-        """Notes how often a tag that begins an entity was met in ``gold`` or ``predicted``."""
+        """Counts label changes.
+
+        Args:
+            side: ``gold`` or ``predicted``.
+            tag: A tag; only those with ``B-`` begin an entity and count.
+            times: How often it occurred.
+        """
         prefix, _, label = tag.partition("-")
         name = self.choice.target(label)
         if times and prefix == "B" and name != label:
-            self.tally[key(side, label, name)] += times
+            self.changes[key(side, label, name)] += times
 
 
 @dataclass(frozen=True, slots=True)
 class Tags:
-    """The words of a block of documents, laid one behind another, with their IOB2 tags.
+    """The IOB2 tags of a block's words; documents are concatenated.
 
     Attributes:
-        offsets: First word of each document, and the number of words; (documents + 1,).
-        prefix: O, B or I of each word.
-        label: Label of each word, NO_LABEL outside.
+        offsets: First word of each document, and the number of words; int64, shape (documents + 1,).
+        prefix: O, B or I of each word; int64, shape (words,).
+        label: Label of each word, NO_LABEL outside of entities; int64, shape (words,).
     """
 
     offsets: Ints
@@ -88,14 +97,14 @@ class Tags:
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
-    """Entities in a block's words, sorted, none overlapping another.
+    """The entities of a block, sorted, without overlap; arrays of shape (chunks,), int64 unless said otherwise.
 
     Attributes:
         start: First word.
         end: One past the last word.
-        label: Label of the first word, which is that of all.
+        label: Label of all its words.
         document: Document within the block.
-        strict: Whether it begins with ``B-``; those that do not are no entities in strict mode.
+        strict: Whether it begins with ``B-``, bool; in strict mode other chunks are no entities.
     """
 
     start: Ints
@@ -108,25 +117,25 @@ class Chunks:
         return len(self.start)
 
     def keep(self, which: Bools) -> Chunks:
-        """Some of them."""
+        """The chunks that a mask selects; bool, shape (chunks,)."""
         return Chunks(self.start[which], self.end[which], self.label[which], self.document[which], self.strict[which])
 
 
-def read_tags(flat: pa.Array, offsets: Ints, labels: Labels, *, normalise: bool) -> Tags:
+def read_tags(flat: pa.Array[Any], offsets: Ints, labels: LabelIndex, *, normalise: bool) -> Tags:
     """Tags of a block as arrays.
 
     Args:
         flat: Tags of all words, strings or dictionary-encoded strings.
         offsets: First word of each document, and the number of words.
-        labels: Where labels get their numbers.
-        normalise: For gold: every chunk that conlleval sees begins with ``B-``, whatever scheme it was written
-            in. Predictions are taken as they are, so that strict mode sees their faults; only BIOES's
-            ``E-`` and ``S-`` are rewritten.
+        labels: Assigns numbers to labels.
+        normalise: True for gold: every chunk of conlleval gets a ``B-``, in whatever scheme it was written. False for
+            predictions: tags stay as they are, so that strict mode sees errors in them; only ``E-`` and ``S-`` of
+            BIOES are converted.
 
     Raises:
-        UsageError: a tag of no scheme.
+        UsageError: a tag belongs to no scheme.
     """
-    encoded = flat if pa.types.is_dictionary(flat.type) else flat.dictionary_encode()
+    encoded: Any = flat if pa.types.is_dictionary(flat.type) else flat.dictionary_encode()
     tags = encoded.dictionary.to_pylist()
     table = np.array([labels.tag(tag) for tag in tags], np.int64).reshape(-1, 2)
     codes = encoded.indices.to_numpy(zero_copy_only=False)
@@ -140,10 +149,10 @@ def read_tags(flat: pa.Array, offsets: Ints, labels: Labels, *, normalise: bool)
 
 
 def find_chunks(tags: Tags) -> Chunks:
-    """The chunks that conlleval sees.
+    """The chunks as conlleval defines them.
 
-    A chunk begins at ``B-``, and at an ``I-`` that follows ``O``, another label or the document's beginning.
-    Strict IOB2 sees exactly those that begin with ``B-``.
+    A chunk begins at a ``B-``, and at an ``I-`` after ``O``, after another label, or at the begin of a document. In
+    strict IOB2 only those with ``B-`` are chunks.
     """
     starts = _starts(tags.prefix, tags.label, tags.offsets)
     breaks = starts | (tags.prefix == O)
@@ -156,7 +165,7 @@ def find_chunks(tags: Tags) -> Chunks:
 
 
 def find_correct(gold: Chunks, predicted: Chunks) -> Bools:
-    """Which predicted chunks are gold chunks: same words, same label."""
+    """Which predicted chunks are in gold, with the same words and the same label; bool, shape (predicted,)."""
     if not len(gold):
         return np.zeros(len(predicted), np.bool_)
     at = np.minimum(np.searchsorted(gold.start, predicted.start), len(gold) - 1)

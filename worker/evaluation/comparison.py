@@ -1,4 +1,4 @@
-"""Two runs over the same documents, held against each other document by document."""
+"""Compares two runs over the same documents, document by document."""
 
 from __future__ import annotations
 
@@ -21,7 +21,17 @@ _EXAMPLES = 20
 
 @dataclass
 class Comparison:
-    """What is counted while two runs are read side by side: this one, and the other; they share their labels."""
+    """Reads two runs in parallel and counts their differences.
+
+    Args:
+        this, other: Parts of the runs; both use the same ``LabelIndex``.
+
+    Attributes:
+        documents: Documents compared.
+        different: Documents with other tags, entities or status.
+        examples: Ids of the first of them.
+        scored: Documents with gold tags.
+    """
 
     this: Parts
     other: Parts
@@ -32,7 +42,7 @@ class Comparison:
     _counts: Histogram = field(default_factory=Histogram)
 
     def run(self) -> dict[str, Any]:
-        """Reads both runs and reports the difference, the other minus this one.
+        """Reads both runs and returns the difference: the other run's values minus this run's.
 
         Raises:
             UsageError: the runs do not hold the same documents, or a part is damaged.
@@ -49,7 +59,7 @@ class Comparison:
         }
 
     def _side_by_side(self) -> Iterator[tuple[pa.RecordBatch, pa.RecordBatch]]:
-        """Rows of both runs, cut to equal lengths, since their parts may be cut differently."""
+        """Rows of both runs in pieces of equal length; the runs' parts may have different lengths."""
         left, right = self.this.rows(), self.other.rows()
         mine, theirs = next(left, None), next(right, None)
         while mine is not None and theirs is not None:
@@ -73,7 +83,7 @@ class Comparison:
         other_tags = _find_different(mine, theirs)
         self.different += int(other_tags.sum())
         rows = np.flatnonzero(other_tags)[: _EXAMPLES - len(self.examples)]
-        self.examples += mine["doc_id"].take(pa.array(rows)).to_pylist()
+        self.examples += map(str, mine["doc_id"].take(rows).to_pylist())
         self._score(mine, theirs)
 
     def _score(self, mine: pa.RecordBatch, theirs: pa.RecordBatch) -> None:
@@ -114,7 +124,7 @@ class Comparison:
 
 
 def _find_different(mine: pa.RecordBatch, theirs: pa.RecordBatch) -> Bools:
-    """Which documents have other tags, other entities (scores aside) or another status."""
+    """Which documents have other tags, other entities (apart from scores) or another status; bool, shape (rows,)."""
     different: Bools = np.asarray(pc.not_equal(mine["status"], theirs["status"]).to_numpy(zero_copy_only=False))
     for name in ("tags", "entities"):
         a, b = mine[name], theirs[name]
@@ -122,7 +132,7 @@ def _find_different(mine: pa.RecordBatch, theirs: pa.RecordBatch) -> Bools:
         equal = lengths == others
         different |= ~equal
         document = np.repeat(np.flatnonzero(equal), np.maximum(lengths[equal], 0))
-        flat = [c.filter(pa.array(equal)).flatten() for c in (a, b)]
+        flat: list[Any] = [pc.list_flatten(c.filter(pa.array(equal))) for c in (a, b)]
         pairs = [flat] if name == "tags" else [[f.field(key) for f in flat] for key in ("start", "end", "label")]
         for left, right in pairs:
             different[document[pc.not_equal(left, right).to_numpy(zero_copy_only=False)]] = True

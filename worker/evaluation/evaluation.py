@@ -1,4 +1,4 @@
-"""A run's folder to its report: scores where there is gold, throughput always."""
+"""Evaluates a run's folder: throughput, and scores where there are gold tags."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from nermill.worker.contracts.manifest import Manifest
 from nermill.worker.contracts.plan import Plan, read_plan
 from nermill.worker.evaluation.blocks import Parts
 from nermill.worker.evaluation.calibration import Calibration
-from nermill.worker.evaluation.chunks import Labels, find_chunks
+from nermill.worker.evaluation.chunks import LabelIndex, find_chunks
 from nermill.worker.evaluation.comparison import Comparison
 from nermill.worker.evaluation.gold import GoldFile
 from nermill.worker.evaluation.headline import Headline
 from nermill.worker.evaluation.lengths import Lengths
 from nermill.worker.evaluation.mistakes import Mistakes
 from nermill.worker.evaluation.provenance import describe_origin, find_manifest
-from nermill.worker.evaluation.scores import REPLICATES, Tally
+from nermill.worker.evaluation.scores import REPLICATES, ChunkCounts
 from nermill.worker.evaluation.selection import describe_choice, explain_labels
 from nermill.worker.evaluation.throughput import measure_throughput
 
@@ -30,7 +30,12 @@ REPORT_VERSION = 1
 
 @dataclass(frozen=True)
 class GoldOptions:
-    """A gold file, and where its columns are: see ``contracts.conll``."""
+    """A gold file.
+
+    Attributes:
+        path: A CoNLL file.
+        word_column, tag_column: Its columns, from 1, or negative from the end; None searches for them.
+    """
 
     path: Path
     word_column: int | None = None
@@ -46,36 +51,36 @@ def evaluate(
     choice: LabelChoice | None = None,
     seqeval: bool = False,
 ) -> dict[str, Any]:
-    """Scores and throughput of a run, in constant memory.
+    """Computes scores and throughput of a run, in constant memory.
 
-    The headline scores are seqeval's own, up to ``headline.SENTENCES`` documents; our counts must equal them.
+    The main scores are computed by seqeval, up to ``headline.SENTENCES`` documents, and compared with nermill's counts.
 
     Args:
         run: The run's folder.
-        gold: CoNLL file with gold tags for the run's documents; else those that came with them.
-        choice: What becomes of labels, after what the run's own options made of them.
-        partial: Go on although parts are missing.
-        compare: Another run over the same documents; its difference is reported under ``compare``.
-        seqeval: Have seqeval score all documents, however many there are: about 45 s and 16 MB a million words.
+        gold: CoNLL file with gold tags for the run's documents; None takes the gold tags of the input.
+        choice: Which labels are renamed or left out, in addition to the run's own options.
+        partial: Evaluate a run although parts are missing.
+        compare: Another run over the same documents; the difference is reported under ``compare``.
+        seqeval: Let seqeval score all documents, however many: about 45 s and 16 MB for a million words.
 
     Returns:
-        The content of ``_report.json``; without gold it has no scores.
+        The content of ``_report.json``; without gold tags it has no scores.
 
     Raises:
-        UsageError: no run, a run that is not complete, a damaged part, gold that does not fit.
-        EvaluationError: seqeval's scores and ours differ.
+        UsageError: there is no run, it is not complete, a part is damaged, or gold tags do not match.
+        EvaluationError: seqeval's scores and nermill's differ.
     """
     choice = choice or LabelChoice()
     gold = GoldOptions(gold) if isinstance(gold, Path) else gold
-    parts, plan, warnings = _open_run(run, Labels(choice), gold, partial)
-    tally, mistakes = Tally(parts.labels), Mistakes(parts.labels)
+    parts, plan, warnings = _open_run(run, LabelIndex(choice), gold, partial)
+    counts, mistakes = ChunkCounts(parts.labels), Mistakes(parts.labels)
     headline = Headline(parts.labels, unlimited=seqeval)
     calibration, lengths = Calibration(parts.labels), Lengths()
     for block in parts.blocks():
         lengths.add(block.rows)
         if len(block.scored):
             true, predicted = find_chunks(block.gold), find_chunks(block.predicted)
-            tally.add(block, true, predicted)
+            counts.add(block, true, predicted)
             headline.add(block)
             mistakes.add(block, true, predicted)
             calibration.add(block, true)
@@ -87,17 +92,17 @@ def evaluate(
         "unit": plan.unit,
         "documents": sum(part.rows for part in parts.seen),
     }
-    if tally.documents:
-        scores = headline.apply(tally.scores())
-        warnings += _unknown_labels(run, plan, tally, manifest, gold, scores["f1"])
+    if counts.documents:
+        scores = headline.apply(counts.scores())
+        warnings += _unknown_labels(run, plan, counts, manifest, gold, scores["f1"])
         report |= _describe_gold(parts) | scores
         report |= mistakes.summary() | {"calibration": calibration.summary()}
     else:
         warnings.append("no gold tags in the run, so there are no scores; name them with --gold FILE")
     run_choice = choice_of(plan.options)
     if not (run_choice.is_all and choice.is_all):
-        report["labels"], told = describe_choice((run_choice, choice), _label_tally(parts))
-        warnings += told
+        report["labels"], left_out = describe_choice((run_choice, choice), _label_changes(parts))
+        warnings += left_out
     if compare is not None:
         report["compare"] = _compare(run, compare, gold, partial, choice)
     return report | {
@@ -108,7 +113,9 @@ def evaluate(
     }
 
 
-def _open_run(run: RunFolder, labels: Labels, gold: GoldOptions | None, partial: bool) -> tuple[Parts, Plan, list[str]]:
+def _open_run(
+    run: RunFolder, labels: LabelIndex, gold: GoldOptions | None, partial: bool
+) -> tuple[Parts, Plan, list[str]]:
     plan = read_plan(run)
     shards, warnings = _shards_to_read(run, plan, partial)
     file = None
@@ -117,15 +124,15 @@ def _open_run(run: RunFolder, labels: Labels, gold: GoldOptions | None, partial:
     return Parts(run, shards, labels, plan.documents, file), plan, warnings
 
 
-def _label_tally(parts: Parts) -> Counter[str]:
-    """Entities that the run's worker and this evaluation mapped or left out; gold's of a gold file are its own."""
-    tally = Counter(parts.labels.tally)
+def _label_changes(parts: Parts) -> Counter[str]:
+    """Label changes of the run and of this evaluation; with a gold file, the run's changes of gold do not count."""
+    changes = Counter(parts.labels.changes)
     for entry in (entry for part in parts.seen for entry in part.stats):
-        counts = entry.get("labels", {})
-        tally.update({k: n for k, n in counts.items() if parts.gold is None or not k.startswith("gold.")})
+        counted = entry.get("labels", {})
+        changes.update({k: n for k, n in counted.items() if parts.gold is None or not k.startswith("gold.")})
     if parts.gold is not None:
-        tally.update(parts.gold.tally)
-    return tally
+        changes.update(parts.gold.changes)
+    return changes
 
 
 def _shards_to_read(run: RunFolder, plan: Plan, partial: bool) -> tuple[list[int], list[str]]:
@@ -133,7 +140,7 @@ def _shards_to_read(run: RunFolder, plan: Plan, partial: bool) -> tuple[list[int
     committed = run.committed()
     missing = (planned.keys() | (run.shards() if plan.is_open else set())) - committed
     if not committed:
-        raise UsageError(f"{run.uri}: no part is there yet; wait for the run, or nermill resume it")
+        raise UsageError(f"{run.uri}: it has no part yet; wait for the run, or nermill resume it")
     if not missing and not plan.is_open:
         return sorted(committed), []
     what = "it is a stream that still grows"
@@ -144,7 +151,9 @@ def _shards_to_read(run: RunFolder, plan: Plan, partial: bool) -> tuple[list[int
             f" ({documents:,} of {plan.documents:,} documents) have no part"
         )
     if not partial:
-        raise UsageError(f"{run.uri}: not complete: {what}; nermill resume it, or take what is there with --partial")
+        raise UsageError(
+            f"{run.uri}: not complete: {what}; nermill resume it, or evaluate what is there with --partial"
+        )
     return sorted(committed), [f"partial: {what}"]
 
 
@@ -160,14 +169,18 @@ def _describe_gold(parts: Parts) -> dict[str, Any]:
 
 
 def _unknown_labels(
-    run: RunFolder, plan: Plan, tally: Tally, manifest: Manifest | None, gold: GoldOptions | None, f1: float
+    run: RunFolder, plan: Plan, counts: ChunkCounts, manifest: Manifest | None, gold: GoldOptions | None, f1: float
 ) -> list[str]:
-    """Gold labels that the model cannot answer: an error where the person at the terminal named the gold file."""
-    rows = dict(zip(tally.labels.names, tally.conlleval.tolist(), strict=True))
+    """Warning about gold labels that the model does not have.
+
+    Raises:
+        UsageError: instead of the warning, where the user named a gold file.
+    """
+    rows = dict(zip(counts.labels.names, counts.conlleval.tolist(), strict=True))
     if manifest is not None:
         named = (choice_of(plan.options).target(label) for label in bare_labels(manifest.labels))
-        known = sorted({tally.labels.choice.target(name) for name in named if name} - {""})
-    elif not f1:  # all that is known of the model is what it answered
+        known = sorted({counts.labels.choice.target(name) for name in named if name} - {""})
+    elif not f1:  # without a manifest, the labels that the model predicted
         known = sorted(name for name, row in rows.items() if row[1])
     else:
         return []
@@ -180,7 +193,7 @@ def _unknown_labels(
 def _compare(
     run: RunFolder, other: RunFolder, gold: GoldOptions | None, partial: bool, choice: LabelChoice
 ) -> dict[str, Any]:
-    labels = Labels(choice)
+    labels = LabelIndex(choice)
     mine, _, _ = _open_run(run, labels, gold, partial)
     theirs, plan, warnings = _open_run(other, labels, None, partial)
     found = Comparison(mine, theirs).run()

@@ -1,4 +1,4 @@
-"""Gold tags from a CoNLL file beside the run: read as a stream, normalised to IOB2, held against each document."""
+"""Reads gold tags from a CoNLL file as a stream, and checks that they belong to the run's documents."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -20,18 +21,18 @@ class GoldFile:
     """Gold tags of all documents of a run, in the run's order.
 
     Args:
-        path: A CoNLL file, perhaps compressed, as an input of a run may be: see ``contracts.conll``.
-        unit: What a document of the run is, ``sentence`` or ``document`` (up to the next ``-DOCSTART-``).
-        word_column: Column of the words, from 1, or negative from the end; None looks for it.
+        path: A CoNLL file, which may be compressed; see ``contracts.conll``.
+        unit: What a document of the run is, ``sentence`` or ``document``.
+        word_column: Column of the words, from 1, or negative from the end; None searches for it.
         tag_column: Column of the tags, likewise.
-        choice: What becomes of its labels.
+        choice: Which labels are renamed or left out.
 
     Attributes:
-        tally: Entities whose label was mapped or left out: see ``contracts.labels``.
-        scheme: What the tags were written in, as far as they have been read.
+        changes: Counter of label changes; see ``contracts.labels``.
+        scheme: Scheme in which the tags were written, of those that have been read.
 
     Raises:
-        UsageError: the file cannot be read, or is not of that kind.
+        UsageError: the file cannot be read, or has no tags.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class GoldFile:
         tag_column: int | None = None,
         choice: LabelChoice | None = None,
     ) -> None:
-        self.path, self.tally = path, Counter[str]()
+        self.path, self.changes = path, Counter[str]()
         self._choice = choice or LabelChoice()
         self.scheme: Scheme = "IOB2"
         head = [(raw or b"").decode(errors="replace") for _, raw in islice(self._lines(), LAYOUT_LINES)]
@@ -53,13 +54,14 @@ class GoldFile:
         self._documents = enumerate(join_documents(sentences, str(path)) if unit == "document" else sentences)
         self._taken = 0
 
-    def take(self, rows: pa.RecordBatch) -> pa.Array:
-        """Gold tags of a block's documents, null where the file's own are damaged, as the document then is too.
-
-        Documents between blocks are passed over.
+    def take(self, rows: pa.RecordBatch) -> pa.Array[Any]:
+        """Gold tags of the next rows of the run; documents of the file before the first row are skipped.
 
         Args:
-            rows: A block with ``doc_index``, ``doc_id``, ``status`` and ``words``.
+            rows: Rows with ``doc_index``, ``doc_id``, ``status`` and ``words``.
+
+        Returns:
+            A list of tags for each row; null for a rejected row whose sentence in the file has a fault.
 
         Raises:
             UsageError: the file has fewer documents, or other words.
@@ -69,15 +71,15 @@ class GoldFile:
         for index, name, status, words in zip(*columns, strict=True):
             sentence = self._advance(index, name)
             if words is None and status == "rejected":
-                tags.append(None if sentence.fault else self._choice.tags(sentence.tags, self.tally))
+                tags.append(None if sentence.fault else self._choice.tags(sentence.tags, self.changes))
                 continue
             if words is None:
                 raise UsageError(
-                    f"{self.path}: document {name!r} of the run came as text, not as words, so tags cannot be held"
-                    " against it; submit the CoNLL file itself"
+                    f"{self.path}: document {name!r} of the run came as text, not as words, so gold tags cannot"
+                    " be compared with it; submit the CoNLL file itself"
                 )
             if sentence.fault is not None:
-                raise UsageError(f"{sentence.fault.message}; mend the gold tags")
+                raise UsageError(f"{sentence.fault.message}; correct the gold tags")
             if len(words) != len(sentence.words):
                 raise UsageError(
                     f"{self.path}:{sentence.line}: {len(sentence.words)} gold tags for the {len(words)} words of"
@@ -89,19 +91,22 @@ class GoldFile:
                     f"{self.path}:{sentence.lines[at]}: the word {sentence.words[at]!r:.60} stands where document"
                     f" {name!r} has {words[at]!r:.60}; gold and run must hold the same documents in the same order"
                 )
-            tags.append(self._choice.tags(sentence.tags, self.tally))
+            tags.append(self._choice.tags(sentence.tags, self.changes))
         return pa.array(tags, pa.list_(pa.string()))
 
     def finish(self, documents: int) -> None:
-        """Checks that gold ends where the run does.
+        """Checks that the file has no more documents than the run.
+
+        Args:
+            documents: Documents of the run.
 
         Raises:
-            UsageError: it has more documents.
+            UsageError: the file has more.
         """
         for index, sentence in self._read():
             if index >= documents:
                 raise UsageError(
-                    f"{self.path}:{sentence.line}: gold goes on after the run's {documents:,} documents;"
+                    f"{self.path}:{sentence.line}: gold has more than the run's {documents:,} documents;"
                     " name the file that was submitted"
                 )
 

@@ -1,4 +1,4 @@
-"""seqeval's own scores: the headline figures of a report, which our streaming counts must equal."""
+"""Scores computed by seqeval, the main scores of a report; nermill's streaming counts must equal them."""
 
 from __future__ import annotations
 
@@ -12,53 +12,53 @@ import numpy as np
 
 from nermill.worker.contracts.errors import EvaluationError
 from nermill.worker.evaluation.blocks import Block
-from nermill.worker.evaluation.chunks import B, Labels, O, Tags
+from nermill.worker.evaluation.chunks import B, LabelIndex, O, Tags
 
-SENTENCES = 20_000  # scored by seqeval unless all are asked for; 3,453 are in CoNLL-2003 test
-# The same for long documents. seqeval took 4.3 s for 5,000 sentences of 20 words, in both modes together, on one core
-# of an AMD EPYC: about 45 s a million words.
+SENTENCES = 20_000  # most documents that seqeval scores without --seqeval; the test set of CoNLL-2003 has 3,453
+# The same in words, for long documents. seqeval took 4.3 s for 5,000 sentences of 20 words, in both modes together, on
+# one core of an AMD EPYC: about 45 s for a million words.
 WORDS = 400_000
 TOLERANCE = 1e-9
 _NAMES = {"f1": "f1-score", "precision": "precision", "recall": "recall"}
 
 
 class Headline:
-    """Collects the tags that seqeval scores, and puts its figures into a report.
+    """Collects tags for seqeval, and puts its scores into a report.
 
     Args:
-        labels: The labels' numbers.
-        unlimited: Whether seqeval scores all documents, whatever time and memory that takes (about 16 bytes a word).
+        labels: Numbers of the labels.
+        unlimited: Whether seqeval scores all documents, however many; it needs about 16 bytes for each word.
     """
 
-    def __init__(self, labels: Labels, *, unlimited: bool = False) -> None:
+    def __init__(self, labels: LabelIndex, *, unlimited: bool = False) -> None:
         self._labels = labels
         self._unlimited = unlimited
-        self._is_beyond = False
+        self._is_over_limit = False
         self._words = 0
         self._gold: list[list[str]] = []
         self._predicted: list[list[str]] = []
 
     def add(self, block: Block) -> None:
-        """Takes in a block's scored documents; all are given up once there are more than seqeval shall score."""
+        """Adds a block's scored documents; once there are more than the limit, all are dropped."""
         self._words += len(block.gold.prefix)
         documents = len(self._gold) + len(block.scored)
-        if not self._unlimited and (self._is_beyond or documents > SENTENCES or self._words > WORDS):
-            self._is_beyond = True
+        if not self._unlimited and (self._is_over_limit or documents > SENTENCES or self._words > WORDS):
+            self._is_over_limit = True
             self._gold, self._predicted = [], []
             return
-        self._gold += _spelled(block.gold)
-        self._predicted += _spelled(block.predicted)
+        self._gold += _tag_lists(block.gold)
+        self._predicted += _tag_lists(block.predicted)
 
     def apply(self, scores: dict[str, Any]) -> dict[str, Any]:
-        """The scores with seqeval's figures in the place of ours, and ``headline``, which says whose they are.
+        """Replaces the scores by those of seqeval, and adds ``headline``, which says who computed them.
 
         Args:
-            scores: What ``Tally.scores`` returned.
+            scores: What ``ChunkCounts.scores`` returned.
 
         Raises:
-            EvaluationError: a figure of ours differs from seqeval's by more than ``TOLERANCE``.
+            EvaluationError: a score differs from seqeval's by more than ``TOLERANCE``.
         """
-        if self._is_beyond:
+        if self._is_over_limit:
             reason = f"more than {SENTENCES:,} documents or {WORDS:,} words; score them with --seqeval"
             return {**scores, "headline": {"by": "nermill", "reason": reason}}
         if not self._words:
@@ -76,12 +76,12 @@ class Headline:
         return {**_merged(scores, theirs), "headline": headline}
 
     def _score(self) -> dict[str, Any]:
-        """seqeval's scores in our names, conlleval mode and strict IOB2."""
+        """seqeval's scores with the report's names, in conlleval mode and in strict IOB2."""
         from seqeval import metrics
         from seqeval.scheme import IOB2
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of labels that nothing predicts, and of means over no label
+            warnings.simplefilter("ignore")  # about labels without predictions, and means over no label
             modes: list[dict[str, Any]] = [{}, {"mode": "strict", "scheme": IOB2}]
             conlleval, strict = (
                 self._named(
@@ -100,8 +100,8 @@ class Headline:
         return {**rows["micro avg"], "per_label": per_label}
 
 
-def _spelled(tags: Tags) -> list[list[str]]:
-    """The documents' tags as seqeval reads them; labels by number, since it strips dashes from names."""
+def _tag_lists(tags: Tags) -> list[list[str]]:
+    """The documents' tags for seqeval; labels are written as numbers, since seqeval strips dashes from names."""
     label = np.where(tags.prefix == O, 0, tags.label)
     code = np.where(tags.prefix == O, 0, 1 + 2 * label + (tags.prefix != B))
     kinds, at = np.unique(code, return_inverse=True)
@@ -112,7 +112,7 @@ def _spelled(tags: Tags) -> list[list[str]]:
 
 
 def _pairs(ours: Any, theirs: Any, name: str = "") -> Iterator[tuple[str, float, float]]:
-    """Each figure of seqeval's beside ours, by name; a label that one of the two lacks has no figure there."""
+    """Name, nermill's value and seqeval's value of each score; NaN for a label that only one of the two has."""
     if not isinstance(theirs, dict):
         yield name, ours, theirs
         return

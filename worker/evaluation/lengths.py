@@ -1,4 +1,4 @@
-"""How long the documents are, in tokens, beside the shapes that the model was compiled for."""
+"""Histogram of the lengths of documents in tokens."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ TOKEN_EDGES = np.array([0, 1, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512
 
 @dataclass
 class Lengths:
-    """A histogram of the documents' tokens, special ones included."""
+    """A histogram of the documents' lengths in tokens; its bins are TOKEN_EDGES."""
 
     _documents: Ints = field(default_factory=lambda: np.zeros(len(TOKEN_EDGES), np.int64))
     _tokens: int = 0
     _longest: int = 0
 
     def add(self, rows: pa.RecordBatch) -> None:
-        """Takes in a block's documents, those without gold included."""
+        """Adds a block's documents, those without gold tags included."""
         tokens = rows["n_tokens"].to_numpy()
         self._documents += np.bincount(
             np.searchsorted(TOKEN_EDGES, tokens, side="right") - 1, minlength=len(TOKEN_EDGES)
@@ -31,7 +31,7 @@ class Lengths:
         self._longest = max(self._longest, int(tokens.max(initial=0)))
 
     def summary(self) -> dict[str, Any]:
-        """The histogram, in the report's names; bins without a document left out."""
+        """The histogram with the report's names; bins without documents are left out."""
         upper = [*(TOKEN_EDGES[1:] - 1).tolist(), None]
         documents = int(self._documents.sum())
         return {

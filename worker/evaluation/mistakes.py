@@ -1,4 +1,4 @@
-"""What kind of mistakes were made, which labels were taken for which, and where they were worst."""
+"""Kinds of mistakes, confusion of labels, and the documents with the most mistakes."""
 
 from __future__ import annotations
 
@@ -9,20 +9,25 @@ from typing import Any
 import numpy as np
 
 from nermill.worker.evaluation.blocks import Block
-from nermill.worker.evaluation.chunks import Bools, Chunks, Ints, Labels, find_correct
+from nermill.worker.evaluation.chunks import Bools, Chunks, Ints, LabelIndex, find_correct
 
 WORST = 50
 _CONTEXT = 15  # words kept on both sides of a mistake
-_EXCERPTS = 5  # a document with more mistakes shows its first ones
+_EXCERPTS = 5  # most excerpts that are shown of a document
 _EXCERPT_WORDS = 100
-_WORD_CHARS = 60  # a longer word is cut: it is no word
+_WORD_CHARS = 60  # longer words are truncated
 
 GOLD_KINDS = ("boundary", "label", "label_and_boundary", "missed")
 
 
 @dataclass(frozen=True, slots=True)
 class Overlaps:
-    """All pairs of a gold and a predicted chunk that share a word, sorted by gold chunk."""
+    """All pairs of a gold and a predicted chunk that share a word, sorted by gold chunk.
+
+    Attributes:
+        gold, predicted: Indices of the chunks of each pair, int64, shape (pairs,).
+        words: Number of words that they share, int64, shape (pairs,).
+    """
 
     gold: Ints
     predicted: Ints
@@ -30,7 +35,7 @@ class Overlaps:
 
 
 def find_overlaps(gold: Chunks, predicted: Chunks) -> Overlaps:
-    """Pairs that share a word; both sides are sorted and disjoint, so those of one chunk are neighbours."""
+    """Finds the pairs that share a word; both sides are sorted, and chunks of one side do not overlap."""
     low = np.searchsorted(predicted.end, gold.start, side="right")
     high = np.searchsorted(predicted.start, gold.end, side="left")
     count = np.maximum(high - low, 0)
@@ -42,20 +47,28 @@ def find_overlaps(gold: Chunks, predicted: Chunks) -> Overlaps:
 
 @dataclass
 class Mistakes:
-    """Kinds of mistakes and confusion of labels, counted; the worst documents, kept.
+    """Counts kinds of mistakes and confusions of labels, and keeps the WORST documents with most mistakes.
 
-    A gold entity is *correct*; or found with other words but its label (*boundary*), with its words but another
-    label (*label*), with neither (*label and boundary*); or no predicted entity shares a word with it (*missed*).
-    A predicted entity that shares a word with no gold entity is *invented*.
+    A gold entity is one of: *correct*; *boundary* (found with its label and other words); *label* (found with its words
+    and another label); *label and boundary* (found with other words and another label); *missed* (no predicted entity
+    shares a word with it). A predicted entity that shares no word with a gold entity is *invented*.
+
+    Args:
+        labels: Numbers of the labels.
     """
 
-    labels: Labels
+    labels: LabelIndex
     kinds: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("correct", *GOLD_KINDS, "invented"), 0))
-    _confusion: dict[tuple[int, int], int] = field(default_factory=dict)  # -1: no entity there
+    _confusion: dict[tuple[int, int], int] = field(default_factory=dict)  # gold and predicted label; -1 for no entity
     _worst: list[tuple[int, int, dict[str, Any]]] = field(default_factory=list)
 
     def add(self, block: Block, gold: Chunks, predicted: Chunks) -> None:
-        """Takes in a block's scored documents."""
+        """Adds a block's scored documents.
+
+        Args:
+            block: The block.
+            gold, predicted: Its chunks.
+        """
         overlaps = find_overlaps(gold, predicted)
         correct = find_correct(predicted, gold)
         same_words = _same_words(gold, predicted, overlaps)
@@ -80,7 +93,7 @@ class Mistakes:
         self._keep_worst(block, gold, predicted, correct)
 
     def _confuse(self, gold: Chunks, predicted: Chunks, overlaps: Overlaps, invented: Bools) -> None:
-        """A gold entity counts once: with the predicted entity that shares most words, the first of equals."""
+        """Each gold entity counts once, with the predicted entity that shares most words; of equal ones, the first."""
         order = np.lexsort((overlaps.predicted, -overlaps.words, overlaps.gold))
         chosen, at = np.unique(overlaps.gold[order], return_index=True)
         seen = np.full(len(gold), -1)
@@ -133,7 +146,7 @@ class Mistakes:
         }
 
     def summary(self) -> dict[str, Any]:
-        """Kinds, confusion and worst documents, in the report's names."""
+        """Kinds, confusion and worst documents, with the report's names."""
         order = sorted(range(len(self.labels)), key=lambda label: self.labels.names[label])
         order = [label for label in order if any(label in pair for pair in self._confusion)]
         names = [self.labels.names[label] for label in order]
@@ -158,7 +171,7 @@ def _same_words(gold: Chunks, predicted: Chunks, overlaps: Overlaps) -> Bools:
 
 
 def _extents(wrong: list[tuple[int, int]], words: int) -> list[tuple[int, int]]:
-    """Stretches of words around mistakes; those that touch become one, unless it grew too long to read."""
+    """Ranges of words around mistakes; ranges that touch are joined, up to _EXCERPT_WORDS words."""
     extents: list[tuple[int, int]] = []
     for first, end in wrong:
         first, end = max(0, first - _CONTEXT), min(words, min(end, first + _CONTEXT) + _CONTEXT)

@@ -1,4 +1,4 @@
-"""Where a run's figures come from: input, model, options, machines, versions."""
+"""What a report says about the origin of its values: input, model, options, machines, versions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LIBRARIES = ("nermill", "numpy", "pyarrow")
 
 
 def find_manifest(plan: Plan, parts: list[Part]) -> Manifest | None:
-    """The manifest of the artifact that wrote the parts, where it lies on this machine and is the same."""
+    """The manifest of the artifact that wrote the parts; None where this machine does not have that artifact."""
     try:
         manifest = load_manifest(resolve_artifact(plan.model.get("name") or "demo"))
     except ArtifactError:
@@ -25,7 +25,13 @@ def find_manifest(plan: Plan, parts: list[Part]) -> Manifest | None:
 
 
 def describe_origin(plan: Plan, parts: list[Part], manifest: Manifest | None) -> dict[str, Any]:
-    """What the report says of its origin."""
+    """The report's object ``origin``.
+
+    Args:
+        plan: The run's plan.
+        parts: The parts that were read.
+        manifest: The artifact's manifest, where it was found.
+    """
     stats = [entry for part in parts for entry in part.stats]
     return {
         "created": plan.created,
@@ -34,7 +40,7 @@ def describe_origin(plan: Plan, parts: list[Part], manifest: Manifest | None) ->
         "model": _values(parts, "model"),
         "artifact_sha256": _values(parts, "artifact_sha256"),
         "aggregation": _values(parts, "aggregation"),
-        "artifact": None if manifest is None else _shown(manifest),
+        "artifact": None if manifest is None else _public_fields(manifest),
         "hosts": sorted({str(entry["host"]) for entry in stats if "host" in entry}),
         "devices": sorted({str(entry["device"]) for entry in stats if "device" in entry}),
         "evaluated_with": {
@@ -44,7 +50,7 @@ def describe_origin(plan: Plan, parts: list[Part], manifest: Manifest | None) ->
     }
 
 
-def _shown(manifest: Manifest) -> dict[str, Any]:
+def _public_fields(manifest: Manifest) -> dict[str, Any]:
     hidden = {"files", "inputs", "cls_id", "sep_id", "pad_id", "position_offset"}
     return {name: value for name, value in asdict(manifest).items() if name not in hidden}
 

@@ -1,4 +1,4 @@
-"""A report as files: ``_report.json`` for programs, ``_report.html`` for people."""
+"""Writes a report: ``_report.json`` for programs, ``_report.html`` for people."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from nermill.worker.contracts.layout import REPORT_HTML, REPORT_JSON, RunFolder
 from nermill.worker.evaluation.charts import draw_charts, stage_name
 
 _TEMPLATE = "report.html.jinja"
-# Control characters and those that turn the direction of writing: they would show something other than the text.
-_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+# Control characters, and characters that change the direction of writing: a page with them would not show the text.
+_INVISIBLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 
 
 def write_report(run: RunFolder, report: dict[str, Any]) -> None:
@@ -24,7 +24,7 @@ def write_report(run: RunFolder, report: dict[str, Any]) -> None:
         report: What ``evaluate`` returned.
 
     Raises:
-        StoreError: the folder does not take them.
+        StoreError: a file cannot be written.
     """
     html = render_report(report)
     run.write(REPORT_JSON, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
@@ -32,7 +32,7 @@ def write_report(run: RunFolder, report: dict[str, Any]) -> None:
 
 
 def render_report(report: dict[str, Any]) -> str:
-    """The report as one page that needs nothing else: no script, no network; every text in it escaped."""
+    """The report as one HTML page without scripts and references to other files; all texts in it are escaped."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -47,15 +47,15 @@ def _percent(share: float, digits: int = 2) -> str:
 
 
 def _number(value: float) -> str:
-    """Whole numbers with thousands apart; others with three digits that count."""
+    """Whole numbers with separators of thousands; others with three significant digits."""
     if value == int(value):
         return f"{int(value):,}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _visible(text: str) -> str:
-    """Text whose unseen characters are named."""
-    return _UNSEEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
+    """Text with invisible characters replaced by their code points, as in ``[U+200E]``."""
+    return _INVISIBLE.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
 
 
 def _json(value: object) -> str:
@@ -63,7 +63,7 @@ def _json(value: object) -> str:
 
 
 def _pieces(words: list[str], spans: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """An excerpt's words cut at its entities: pieces of text with a label, or with none."""
+    """An excerpt's words as pieces of text: entities with their label, and the text between them without."""
     at = 0
     for span in spans:
         if span["first"] > at:

@@ -1,4 +1,4 @@
-"""Counts of chunks and what seqeval makes of them: precision, recall, F1, accuracy, with bootstrap intervals."""
+"""Counts chunks and computes precision, recall, F1 and accuracy from them, with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nermill.worker.evaluation.blocks import Block
-from nermill.worker.evaluation.chunks import NO_LABEL, Chunks, Ints, Labels, O, find_correct
+from nermill.worker.evaluation.chunks import NO_LABEL, Chunks, Ints, LabelIndex, O, find_correct
 
 Floats = NDArray[np.float64]
 
 REPLICATES = 1000
 SEED = 20030531
-LENGTH_EDGES = np.array([1, 6, 11, 21, 41, 81, 161, 321, 641])  # words of a document
+LENGTH_EDGES = np.array([1, 6, 11, 21, 41, 81, 161, 321, 641])  # bins of documents by their words
 F1_BINS = 10
-_DRAWN_AT_ONCE = 4_000_000  # numbers; bounds memory where every document has counts of its own
+_DRAWN_AT_ONCE = 4_000_000  # random numbers drawn at once; limits memory where all documents have different counts
 
 
 def precision_recall_f1(true: float, predicted: float, correct: float) -> dict[str, float]:
-    """seqeval's arithmetic with ``zero_division=0``, from chunks in gold, in the prediction, and in both."""
+    """Precision, recall and F1 as seqeval computes them with ``zero_division=0``.
+
+    Args:
+        true, predicted, correct: Number of chunks in gold, in the prediction, and in both.
+    """
     precision = correct / predicted if predicted else 0.0
     recall = correct / true if true else 0.0
     f1 = 2 * precision * recall / (precision + recall) if correct else 0.0
@@ -31,25 +35,32 @@ def precision_recall_f1(true: float, predicted: float, correct: float) -> dict[s
 
 @dataclass
 class Histogram:
-    """How many documents have which counts: all that a bootstrap over documents needs.
+    """Number of documents by their tuple of counts, for a bootstrap over documents.
 
-    A document is one tuple of counts. Few tuples are distinct, so a million sentences weigh no more than a few
-    hundred entries, and resampling documents is one multinomial draw over them: the exact bootstrap, cheaply.
+    Few tuples are distinct: a million sentences have some hundred. Resampling documents with replacement is the same as
+    one multinomial draw over the distinct tuples, so the bootstrap is exact and fast.
     """
 
     documents: Counter[tuple[int, ...]] = field(default_factory=Counter)
 
     def add(self, *counts: Ints) -> None:
-        """Counts of each document of a block, arrays of equal length."""
+        """Adds the documents of a block.
+
+        Args:
+            counts: One array for each count of the tuple; int64, shape (documents,).
+        """
         tuples, times = np.unique(np.stack(counts, axis=1), axis=0, return_counts=True)
         self.documents.update(dict(zip(map(tuple, tuples.tolist()), times.tolist(), strict=True)))
 
     def resample(self, width: int, without: int = 0) -> Ints:
-        """Sums of the counts over ``REPLICATES`` resamples of the documents; (REPLICATES, width).
+        """Sums of the counts over REPLICATES resamples of the documents.
 
         Args:
-            width: Counts of a document.
-            without: Documents besides, all of whose counts are 0.
+            width: Length of the tuples.
+            without: Number of further documents whose counts are all 0.
+
+        Returns:
+            int64, shape (REPLICATES, width).
         """
         tuples = {**self.documents, (0,) * width: self.documents[(0,) * width] + without}
         counts = np.array(list(tuples), np.int64)
@@ -66,28 +77,33 @@ class Histogram:
 
 
 def f1_of(true: Ints, predicted: Ints, correct: Ints) -> Floats:
-    """F1 of arrays of counts, 0 where there is nothing to find and nothing found."""
+    """F1 of arrays of counts, elementwise; 0 where there is neither a true nor a predicted chunk."""
     total = np.maximum(true + predicted, 1)
     f1: Floats = 2 * correct / total
     return f1
 
 
 def interval(values: Floats) -> list[float]:
-    """The middle 95 % of resampled values."""
+    """The 2.5th and the 97.5th percentile of resampled values."""
     low, high = np.percentile(values, [2.5, 97.5])
     return [float(low), float(high)]
 
 
 @dataclass
-class Tally:
-    """Counts of true, predicted and correct chunks, block by block.
+class ChunkCounts:
+    """Counts true, predicted and correct chunks, block by block.
 
     Attributes:
-        labels: The labels' numbers.
-        conlleval, strict: True, predicted and correct chunks of each label; (labels, 3), grown as labels appear.
+        labels: Numbers of the labels.
+        conlleval, strict: True, predicted and correct chunks of each label, in both modes; int64, shape (labels, 3),
+            which grows with the labels.
+        documents, words: Scored documents and their words.
+        perfect: Documents without a mistake.
+        right_words: Words with the right tag.
+        outside_words: Words outside of gold entities.
     """
 
-    labels: Labels
+    labels: LabelIndex
     conlleval: Ints = field(default_factory=lambda: np.zeros((0, 3), np.int64))
     strict: Ints = field(default_factory=lambda: np.zeros((0, 3), np.int64))
     documents: int = 0
@@ -138,7 +154,7 @@ class Tally:
         self._f1_bins += np.bincount(np.minimum((f1 * F1_BINS).astype(np.int64), F1_BINS - 1), minlength=F1_BINS)
 
     def scores(self) -> dict[str, Any]:
-        """All scores, in the report's names; the plain ones are conlleval mode, micro."""
+        """All scores, with the report's names; those without another name are micro averages in conlleval mode."""
         per_label = self._label_scores()
         strict = {name: precision_recall_f1(*map(int, row)) for name, row in self._named(self.strict)}
         return {
@@ -169,7 +185,7 @@ class Tally:
         }
 
     def _named(self, counts: Ints) -> list[tuple[str, list[int]]]:
-        """Labels that occur, by name, as seqeval has them."""
+        """Labels that occur, sorted by name, with their counts, as in seqeval's report."""
         return sorted((name, row) for name, row in zip(self.labels.names, counts.tolist(), strict=False) if sum(row))
 
     def _label_scores(self) -> dict[str, dict[str, Any]]:

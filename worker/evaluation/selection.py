@@ -1,4 +1,4 @@
-"""What an evaluation leaves out of a run's entities, and what it says of labels that gold and model do not share."""
+"""Applies an evaluation's label options to a run's entities, and explains labels that only gold or the model has."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ import pyarrow.compute as pc
 
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.labels import LabelChoice, nested, suggest_map
-from nermill.worker.evaluation.chunks import Labels, find_chunks, read_tags
+from nermill.worker.evaluation.chunks import LabelIndex, find_chunks, read_tags
 
 
-def choose_entities(rows: pa.RecordBatch, labels: Labels) -> pa.RecordBatch:
-    """Rows without the entities that are left out; their tags become ``O`` where the score is too low.
+def choose_entities(rows: pa.RecordBatch, labels: LabelIndex) -> pa.RecordBatch:
+    """Removes the entities that are left out; their tags become ``O`` where the score is too low.
 
     Args:
         rows: Documents with ``doc_id``, ``entities`` and ``tags``.
-        labels: Whose ``choice`` says what stays; its tally counts what is below the score. Tags whose label is left out
-            stay, since ``read_tags`` passes over them.
+        labels: Its ``choice`` says which entities stay; its ``changes`` counts those below the score. Tags whose label
+            is left out stay, since ``read_tags`` ignores them.
 
     Raises:
-        UsageError: a document's entities are not its tags' (aggregation none or simple), so that scores fit no tag.
+        UsageError: a document's entities do not correspond to its tags (aggregation none or simple), so that tags have
+            no score.
     """
-    choice, lists = labels.choice, rows["entities"]
+    choice = labels.choice
+    lists: Any = rows["entities"]
     entities, counts = lists.flatten(), pc.list_value_length(lists).to_numpy(zero_copy_only=False)
     names = entities.field("label").to_pylist()
     named = np.fromiter((bool(choice.target(name)) for name in names), np.bool_, len(names))
     sure = entities.field("score").to_numpy(zero_copy_only=False) >= np.float32(choice.min_score)
-    labels.tally.update(f"predicted.below_min_score.{names[at]}" for at in np.flatnonzero(named & ~sure))
+    labels.changes.update(f"predicted.below_min_score.{names[at]}" for at in np.flatnonzero(named & ~sure))
     kept = named & sure
     document = np.repeat(np.arange(len(lists)), counts)
     offsets = np.concatenate([[0], np.cumsum(np.bincount(document[kept], minlength=len(lists)))])
@@ -41,14 +43,14 @@ def choose_entities(rows: pa.RecordBatch, labels: Labels) -> pa.RecordBatch:
     return _replaced(rows, "entities", chosen)
 
 
-def _sure_tags(rows: pa.RecordBatch, counts: np.ndarray[Any, Any], sure: np.ndarray[Any, Any]) -> pa.Array:
+def _sure_tags(rows: pa.RecordBatch, counts: np.ndarray[Any, Any], sure: np.ndarray[Any, Any]) -> pa.Array[Any]:
     tags = rows["tags"].to_pylist()
     first = np.cumsum(counts) - counts
     for row in sorted(set(np.repeat(np.arange(len(tags)), counts)[~sure].tolist())):
         if tags[row] is None:
             continue
         flat = pa.array(tags[row], pa.string())
-        chunks = find_chunks(read_tags(flat, np.array([0, len(flat)]), Labels(), normalise=False))
+        chunks = find_chunks(read_tags(flat, np.array([0, len(flat)]), LabelIndex(), normalise=False))
         if len(chunks) != counts[row]:
             raise UsageError(
                 f"document {rows['doc_id'][row].as_py()!r} has {counts[row]} entities for {len(chunks)} tagged spans; "
@@ -60,19 +62,19 @@ def _sure_tags(rows: pa.RecordBatch, counts: np.ndarray[Any, Any], sure: np.ndar
     return pa.array(tags, pa.list_(pa.string()))
 
 
-def _replaced(rows: pa.RecordBatch, name: str, column: pa.Array) -> pa.RecordBatch:
+def _replaced(rows: pa.RecordBatch, name: str, column: pa.Array[Any]) -> pa.RecordBatch:
     return rows.set_column(rows.schema.get_field_index(name), name, column)
 
 
-def describe_choice(choices: Iterable[LabelChoice], tally: Counter[str]) -> tuple[dict[str, Any], list[str]]:
-    """What the report says of labels that were mapped or left out, and a warning of what is left out.
+def describe_choice(choices: Iterable[LabelChoice], changes: Counter[str]) -> tuple[dict[str, Any], list[str]]:
+    """The report's object ``labels``, and a warning about entities that were left out.
 
     Args:
         choices: The run's choice, then the evaluation's.
-        tally: Entities by what was done to them, of both.
+        changes: Counter of label changes, of both.
     """
     run, here = choices
-    found = nested(tally)
+    found = nested(changes)
     shown = {"map": dict(run.map), "only": list(run.only), "min_score": run.min_score}
     if not here.is_all:
         shown["evaluation"] = {"map": dict(here.map), "only": list(here.only), "min_score": here.min_score}
@@ -82,24 +84,24 @@ def describe_choice(choices: Iterable[LabelChoice], tally: Counter[str]) -> tupl
         for what in ("left_out", "below_min_score")
         for label, count in done.get(what, {}).items()
     ]
-    return shown | found, [f"left out, as asked for: {', '.join(gone)}"] if gone else []
+    return shown | found, [f"left out by options: {', '.join(gone)}"] if gone else []
 
 
 def explain_labels(run: str, support: dict[str, int], known: list[str], f1: float) -> str:
-    """Gold labels that the model cannot answer, and the options that would mend it; empty where there are none.
+    """A message about gold labels that the model does not have, with a command that maps them; empty for none.
 
     Args:
         run: The run's folder or URI.
-        support: Gold entities by label.
+        support: Number of gold entities by label.
         known: The model's labels.
-        f1: What was scored.
+        f1: F1 of the run.
     """
     unknown = sorted(name for name, count in support.items() if count and name not in known)
     if not unknown:
         return ""
     named = ", ".join(f"{name} ({support[name]:,})" for name in unknown)
-    line = f"gold has labels that the model does not know: {named}; it knows {', '.join(sorted(known))}"
-    mend = f"nermill evaluate {run} {suggest_map(unknown, sorted(known))}"
+    line = f"gold has labels that the model does not have: {named}; it has {', '.join(sorted(known))}"
+    command = f"nermill evaluate {run} {suggest_map(unknown, sorted(known))}"
     shared = any(count for name, count in support.items() if name in known)
     why = "; they count as missed" if shared or f1 else "; no label is in both, so F1 is 0"
-    return f"{line}{why}; to compare them: {mend}"
+    return f"{line}{why}; to compare them: {command}"

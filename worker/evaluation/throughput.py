@@ -1,4 +1,4 @@
-"""How fast a run was, from what its workers wrote into each part: no clock but theirs."""
+"""Throughput of a run, from the measurements that its workers wrote into each part."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _STAGES = ("queue", "tokenize", "wait", "compute", "decode", "write")
 
 
 def measure_throughput(stats: list[Stats]) -> dict[str, Any]:
-    """Speed, fill and stage times of a run.
+    """Throughput, share of padding and times of the stages of a run.
 
-    Seconds are those in which some worker held a shard: the union of all [claimed, finished], so that a pause
-    between an interrupted run and its continuation is not counted as work.
+    ``seconds`` is the time in which any worker held a shard: the length of the union of all [claimed, finished]. So a
+    pause between an interrupted run and its resumption does not count.
 
     Args:
-        stats: What the workers measured, one object a shard; empty where parts carry none.
+        stats: The workers' measurements, one object for each shard; empty where parts have none.
     """
     if not stats:
         return _speed(stats)
@@ -70,7 +70,7 @@ def _held_seconds(stats: Iterable[Stats]) -> float:
 
 
 def _grouped(stats: list[Stats], names: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Speed of each worker or device over its own time, and the share of it in which it computed."""
+    """Throughput of each worker or device over the time in which it held shards, and the share in which it computed."""
     groups: defaultdict[tuple[str, ...], list[Stats]] = defaultdict(list)
     for entry in stats:
         groups[tuple(str(entry.get(name, "")) for name in names)].append(entry)
@@ -83,7 +83,7 @@ def _grouped(stats: list[Stats], names: tuple[str, ...]) -> list[dict[str, Any]]
 
 
 def _stages(stats: list[Stats]) -> dict[str, dict[str, float]]:
-    """Seconds of each stage: all shards together, and percentiles over shards."""
+    """Seconds of each stage: the sum, and mean and percentiles over shards."""
     measured = {
         stage: np.array([float(s[f"{stage}_seconds"]) for s in stats if f"{stage}_seconds" in s]) for stage in _STAGES
     }
@@ -100,7 +100,10 @@ def _percentiles(values: NDArray[np.float64]) -> dict[str, float]:
 
 
 def _over_time(stats: list[Stats]) -> dict[str, Any]:
-    """Documents and tokens a second of each device, in equal bins of the run's time; a shard is spread over its own."""
+    """Documents and tokens a second of each device, in equal bins of the run's time.
+
+    The documents and tokens of a shard are spread evenly over the time from its claim to its end.
+    """
     begin = min(float(s["claimed"]) for s in stats)
     width = max((max(float(s["finished"]) for s in stats) - begin) / _BINS, 1e-9)
     edges = begin + width * np.arange(_BINS + 1)

@@ -1,1 +1,1 @@
-"""The worker's process: command, supervisor, settings, logs, metrics, tracing."""
+"""The worker as an operating-system process: command line, supervisor, settings, logs, metrics, tracing."""

@@ -1,4 +1,4 @@
-"""Pushes one example through the real stages on this process's device, prints what came out, and ends."""
+"""Tags one example on this process's device and prints the result: a device's process of ``--dry-run``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ EXAMPLE = "Ada Lovelace wrote the first program in London for Charles Babbage."
 
 
 def main(artifact: str) -> int:
-    """Loads the artifact, warms every shape, tags EXAMPLE; returns the exit code."""
+    """Loads the artifact, runs every compiled shape and tags EXAMPLE; returns the exit code.
+
+    Args:
+        artifact: The artifact's folder.
+    """
     try:
         settings = read_settings(os.environ)
         begun = time.monotonic()

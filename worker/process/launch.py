@@ -1,4 +1,7 @@
-"""``nermill-worker``: one supervised Celery process a device, pinned before anything heavy is imported."""
+"""``nermill-worker``: starts and supervises one Celery process for each device.
+
+A process gets the environment variable that limits it to its device before it imports an accelerator's library.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,14 @@ from pathlib import Path
 
 from nermill.worker.contracts.broker import check_url
 from nermill.worker.contracts.command import python_command
-from nermill.worker.contracts.errors import NermillError, UsageError
+from nermill.worker.contracts.device import Device, parse_devices
+from nermill.worker.contracts.errors import NermillError
 from nermill.worker.contracts.manifest import Manifest, load_manifest, resolve_artifact
 from nermill.worker.process import logs
 from nermill.worker.process.settings import Settings, read_settings
-from nermill.worker.process.supervisor import PIN_VARIABLES, Device, Supervisor
+from nermill.worker.process.supervisor import Supervisor, environment_of
 
-# Options that become NERMILL_* variables, for the processes to read.
+# Options that are passed to the processes as NERMILL_* environment variables.
 SETTINGS = (
     "broker_url",
     "model",
@@ -30,37 +34,18 @@ SETTINGS = (
 )
 
 
-def parse_devices(text: str, manifest: Manifest) -> list[Device]:
-    """Devices from ``auto`` or a list such as ``npu:0,npu:1``.
-
-    Raises:
-        UsageError: a device that does not parse, or is named twice.
-    """
-    if text == "auto":
-        return visible_devices(manifest)
-    devices: list[Device] = []
-    for name in text.split(","):
-        kind, colon, number = name.strip().partition(":")
-        if kind == "cpu" and not colon:
-            devices.append(Device("cpu", len(devices)))
-        elif kind in PIN_VARIABLES and number.isdecimal():
-            devices.append(Device(kind, int(number)))
-        else:
-            raise UsageError(f"--devices {text!r}: {name!r} is no device; say auto, cpu, cuda:N or npu:N")
-    if len({(d.kind, d.number) for d in devices}) < len(devices):
-        raise UsageError(f"--devices {text!r}: a device is named twice")
-    return devices
-
-
 def visible_devices(manifest: Manifest) -> list[Device]:
-    """The devices of this machine that the artifact's backend can use, without importing its runtime."""
+    """The devices of this machine that the artifact's backend can use, for ``--devices auto``.
+
+    They are found by their files in /dev and /proc; no accelerator's library is imported.
+    """
     npus = sorted(int(p.name[7:]) for p in Path("/dev").glob("davinci[0-9]*"))
     if manifest.backend in ("aie", "om") and npus:
         return [Device("npu", n) for n in npus]
     cards = sorted(Path("/proc/driver/nvidia/gpus").glob("*"))
     if manifest.backend == "torch" and cards and manifest.precision != "int8":
         return [Device("cuda", n) for n in range(len(cards))]
-    return [Device("cpu", 0)]
+    return [Device("cpu")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -70,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         sys.exit(run(options))
     except NermillError as error:
-        logs.complain(error)
+        logs.report_error(error)
         sys.exit(error.exit_code)
 
 
@@ -78,33 +63,34 @@ def run(options: argparse.Namespace) -> int:
     """Starts and supervises the processes until SIGTERM or SIGINT; returns the exit code.
 
     Raises:
-        UsageError: an option, setting or artifact that does not serve.
+        UsageError: an option, setting or artifact is invalid.
     """
     for name in SETTINGS:
         if (value := getattr(options, name)) is not None:
             os.environ[f"NERMILL_{name.upper()}"] = str(value)
     if "@" in (options.broker_url or ""):
-        _leave_the_process_list(options)
+        _restart_without_flags(options)
     settings = read_settings(os.environ)
     check_url(settings.broker_url)
     artifact = resolve_artifact(settings.model)
-    devices = parse_devices(options.devices, load_manifest(artifact))
+    manifest = load_manifest(artifact)
+    devices = parse_devices(options.devices) or visible_devices(manifest)
     if options.dry_run:
         return _dry_run(artifact, devices, settings)
     return Supervisor(devices, settings).run()
 
 
-def _leave_the_process_list(options: argparse.Namespace) -> None:
-    """Everybody may read a command line, a password in it included: goes on as the same process without its flags."""
-    os.environ["NERMILL_DEVICES"] = options.devices  # all others are in the environment already
+def _restart_without_flags(options: argparse.Namespace) -> None:
+    """Executes this program again without its flags, since every user may read a command line and a password in it."""
+    os.environ["NERMILL_DEVICES"] = options.devices  # all other options are in the environment already
     dry_run = ["--dry-run"] if options.dry_run else []
     os.execv(sys.executable, python_command("nermill.worker.process.launch", *dry_run))
 
 
 def _dry_run(artifact: Path, devices: list[Device], settings: Settings) -> int:
-    """Loads, warms every shape and tags one example on each device, in a process of its own."""
+    """Runs ``worker.process.dry_run`` for each device in turn; returns the first exit code that is not 0."""
     for index, device in enumerate(devices):
-        environment = {**os.environ, **device.environment(index, settings)}
+        environment = {**os.environ, **environment_of(device, index, settings)}
         code = subprocess.run(
             python_command("nermill.worker.process.dry_run", str(artifact)), env=environment, check=False
         )
@@ -126,7 +112,9 @@ def _parser() -> argparse.ArgumentParser:
         help="auto, or a list such as cpu | cuda:0,cuda:1 | npu:0 (NERMILL_DEVICES; default: auto)",
     )
     parser.add_argument("--broker", dest="broker_url", help="broker URL (NERMILL_BROKER_URL)")
-    parser.add_argument("--lease-seconds", type=float, help="how long a silent worker keeps a shard (default: 60)")
+    parser.add_argument(
+        "--lease-seconds", type=float, help="how long a worker that stopped keeps a shard (default: 60)"
+    )
     parser.add_argument(
         "--allowed-roots", help="folders and URIs below which runs may lie, separated by commas (default: this folder)"
     )

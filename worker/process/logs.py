@@ -1,4 +1,4 @@
-"""What a worker says of itself: lines for people, or one JSON object a line that knows its run and shard."""
+"""Logs of a worker process: text lines, or one JSON object a line that names the run and the shard."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ _subject: ContextVar[dict[str, object] | None] = ContextVar("subject", default=N
 
 @contextmanager
 def about(**facts: object) -> Iterator[None]:
-    """Everything this thread logs inside is about these: they become members of its JSON objects."""
+    """Adds members to the JSON objects that this thread logs inside the ``with`` block.
+
+    Args:
+        facts: Members by name, such as ``run`` and ``shard``.
+    """
     token = _subject.set({**(_subject.get() or {}), **facts})
     try:
         yield
@@ -32,10 +36,10 @@ def about(**facts: object) -> Iterator[None]:
 
 
 class JsonFormatter(logging.Formatter):
-    """One object a line: time, level, logger, message, what the thread's log is about, and a traceback if there is one.
+    """Formats a record as one JSON object: time, level, logger, message, the members of ``about``, and a traceback.
 
     Args:
-        facts: Members of every object: which device, which worker.
+        facts: Members of every object, such as ``device`` and ``worker``.
     """
 
     def __init__(self, **facts: object) -> None:
@@ -58,7 +62,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(log_format: str, **facts: object) -> None:
-    """Sends all logs of the process, warnings and the last words of dying threads included, to stderr.
+    """Sends all logs of the process, warnings and uncaught exceptions included, to standard error.
 
     Args:
         log_format: One of FORMATS.
@@ -77,8 +81,8 @@ def configure(log_format: str, **facts: object) -> None:
     logging.captureWarnings(True)
 
 
-def complain(error: NermillError) -> None:
-    """Says the error's one line before the process ends: as a record where machines read the log."""
+def report_error(error: NermillError) -> None:
+    """Writes an error's one line to standard error, as a JSON record where logs are JSON; the process then ends."""
     if any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers):
         log.critical("%s", error)
     else:

@@ -1,4 +1,4 @@
-"""What Prometheus sees of one worker process, and whether the process is healthy."""
+"""Prometheus metrics of one worker process, and its health check."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 STAGES = ("queue", "read", "tokenize", "wait", "compute", "decode", "write")
 FILL_BUCKETS = (0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 1.0)
 SHARD_BUCKETS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
-SLOW_CLIENT_SECONDS = 10.0  # whoever has not sent its request by then is let go
+SLOW_CLIENT_SECONDS = 10.0  # a connection without a complete request is closed after that
 
 TASKS = (TAG_SHARD, FINISH_RUN, TAG_DOCUMENTS)
 
 
 class Metrics:
-    """Counters of one process; base units, no label that grows with the data."""
+    """Counters and gauges of one process, in base units; no label's values depend on the data."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -45,12 +45,12 @@ class Metrics:
         self._redelivered = self._counter("redelivered_shards", "Shards leased that had been tried before")
         self._recovered = self._counter("recovered_shards", "Expired leases and lost messages that were sent again")
         self._lost = self._counter("lost_leases", "Shards that went to another worker while this one held them")
-        self._handed_back = self._counter("handed_back_shards", "Shards handed back for another try")
+        self._handed_back = self._counter("handed_back_shards", "Shards released for another try")
         self._messages = self._counter("messages", "Messages received, by task", task=TASKS)
-        self._refused = self._counter("refused_messages", "Messages and ledger entries that did not fit the contract")
+        self._refused = self._counter("refused_messages", "Messages and ledger entries that were not valid")
         self._requests = self._counter("request_documents", "Documents of requests that were tagged")
-        self._defects = self._counter("unexpected_errors", "Errors that are no fault of a store, device or ledger")
-        self._silence = self._counter("broker_failures", "Times the broker did not answer when it was looked at")
+        self._defects = self._counter("unexpected_errors", "Errors that no store, device or ledger caused")
+        self._silence = self._counter("broker_failures", "Checks of the broker that it did not answer")
         self._memory = self._gauge("broker_memory_bytes", "Memory that the broker uses")
         self._memory_limit = self._gauge("broker_memory_limit_bytes", "Memory that the broker may use")
         self._waiting = self._gauge("waiting_shards", "Shards of all runs that no worker began")
@@ -59,27 +59,40 @@ class Metrics:
             "nermill_shard_seconds", "Seconds from claim to commit", buckets=SHARD_BUCKETS, registry=self.registry
         )
         self._fill = Histogram(
-            "nermill_batch_fill_ratio", "Real tokens of a batch's", buckets=FILL_BUCKETS, registry=self.registry
+            "nermill_batch_fill_ratio",
+            "Share of a batch's tokens that are not padding",
+            buckets=FILL_BUCKETS,
+            registry=self.registry,
         )
 
     def _counter(self, name: str, text: str, **labels: Iterable[str]) -> Counter:
         counter = Counter(f"nermill_{name}", text, list(labels), registry=self.registry)
         for values in labels.values():
             for value in values:
-                counter.labels(value)  # a rate begins at zero, not where the first one was counted
+                counter.labels(value)  # present from the start, so that rates see the first increment
         return counter
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(f"nermill_{name}", text, registry=self.registry)
 
     def leased(self, attempts: int) -> None:
-        """A shard was leased, for the first time or again."""
+        """Counts a shard that was leased.
+
+        Args:
+            attempts: How often the shard has been leased, this time included.
+        """
         self._attempts.inc()
         if attempts > 1:
             self._redelivered.inc()
 
     def committed(self, annotated: Annotated, seconds: float, **stages: float) -> None:
-        """A shard's part is there; it took ``seconds`` in all, and ``stages`` beside those of the pipeline."""
+        """Counts a shard whose part this process wrote.
+
+        Args:
+            annotated: The tagged shard, with the seconds of the pipeline's stages.
+            seconds: From the lease to the commit.
+            stages: Seconds of the other stages, by name.
+        """
         rejected = len(annotated.faults)
         self._documents.labels("ok").inc(annotated.part.num_rows - rejected)
         self._documents.labels("rejected").inc(rejected)
@@ -89,63 +102,79 @@ class Metrics:
         for stage in ("tokenize", "wait", "compute", "decode"):
             self._stage.labels(stage).inc(getattr(stats, f"{stage}_seconds"))
         for stage, took in stages.items():
-            self._stage.labels(stage).inc(max(0.0, took))  # clocks are set back now and then
+            self._stage.labels(stage).inc(max(0.0, took))  # negative where a clock was set back
         self._duration.observe(seconds)
 
     def ledger(self, recovered: int, waiting: int, leased: int) -> None:
-        """What recovery sent again, and the shards of all runs that wait and are leased: what to scale workers by."""
+        """Shows the state of the ledger, by which workers are scaled.
+
+        Args:
+            recovered: Shards that recovery sent again just now.
+            waiting, leased: Shards of all runs that no worker began, and that some worker holds.
+        """
         self._recovered.inc(recovered)
         self._waiting.set(waiting)
         self._leased.set(leased)
 
     def broker(self, used: int, limit: int) -> None:
-        """Bytes that the broker uses and may use."""
+        """Shows the broker's memory.
+
+        Args:
+            used, limit: Bytes in use, and bytes that may be used.
+        """
         self._memory.set(used)
         self._memory_limit.set(limit)
 
     def broker_silent(self) -> None:
-        """The broker did not answer."""
+        """Counts a check that the broker did not answer."""
         self._silence.inc()
 
     def received(self, task: str) -> None:
-        """A message was received."""
+        """Counts a message of a task."""
         self._messages.labels(task).inc()
 
     def refused(self) -> None:
-        """A message or an entry did not fit the contract."""
+        """Counts a message or a ledger entry that was not valid."""
         self._refused.inc()
 
     def requested(self, documents: int) -> None:
-        """A request's documents were tagged."""
+        """Counts the tagged documents of a request."""
         self._requests.inc(documents)
 
     def defect(self) -> None:
-        """An unexpected error."""
+        """Counts an unexpected error."""
         self._defects.inc()
 
     def handed_back(self) -> None:
-        """A shard was handed back."""
+        """Counts a shard that was released for another try."""
         self._handed_back.inc()
 
     def lost(self) -> None:
-        """A shard went to another worker."""
+        """Counts a lease that ended before its shard was committed."""
         self._lost.inc()
 
     def meter(self, engine: Engine) -> Engine:
-        """The engine, with its batches measured from now on, those that warm it up included."""
+        """Wraps an engine so that its batches are measured; for ``load_pipeline(wrap=...)``."""
         metered = MeteredEngine(engine, self._fill)
         self.registry.register(_BusySeconds(metered))
         return metered
 
     def observe(
-        self, pipeline: Pipeline, held: Callable[[], int], complaint: Callable[[], str | None], device: str
+        self, pipeline: Pipeline, held: Callable[[], int], problem: Callable[[], str | None], device: str
     ) -> None:
-        """Shows a pipeline's state, which is read when Prometheus asks."""
+        """Registers gauges that are read from a pipeline when Prometheus asks.
+
+        Args:
+            pipeline: The pipeline.
+            held: Returns the number of shards that the process holds.
+            problem: Returns what is wrong with the process, or None.
+            device: Name of the device.
+        """
         for name, text, read in (
             ("pool_tokens", "Tokens that wait for the device", pipeline.waiting_tokens),
             ("leased_shards", "Shards that this process holds", held),
             ("device_call_seconds", "How long the call of the device under way has taken", pipeline.busy_seconds),
-            ("healthy", "1 while /healthz says ok", lambda: float(complaint() is None)),
+            ("healthy", "1 while /healthz says ok", lambda: float(problem() is None)),
         ):
             self._gauge(name, text).set_function(read)
         manifest = pipeline.manifest
@@ -155,7 +184,12 @@ class Metrics:
 
 
 class MeteredEngine:
-    """An engine whose batches are measured: how full they are, and how long the device had any of them."""
+    """An engine that measures how full its batches are, and the seconds in which any call was under way.
+
+    Args:
+        engine: The engine that computes.
+        fill: Takes the share of each batch's tokens that are not padding.
+    """
 
     def __init__(self, engine: Engine, fill: Histogram) -> None:
         self.manifest, self.device, self.in_flight = engine.manifest, engine.device, engine.in_flight
@@ -181,7 +215,7 @@ class MeteredEngine:
         return self._busy
 
     def close(self) -> None:
-        """Gives the device back."""
+        """Closes the wrapped engine."""
         self._engine.close()
 
     def _change(self, calls: int) -> None:
@@ -202,23 +236,23 @@ class _BusySeconds(Collector):
         yield CounterMetricFamily("nermill_device_busy_seconds", text, value=self._engine.busy_seconds())
 
 
-def serve(metrics: Metrics, port: int, complaint: Callable[[], str | None]) -> None:
-    """Serves ``/metrics`` and ``/healthz``, each request on a thread of its own.
+def serve(metrics: Metrics, port: int, problem: Callable[[], str | None]) -> None:
+    """Serves ``/metrics`` and ``/healthz`` over HTTP; each request has a thread.
 
     Args:
-        metrics: What to show.
-        port: TCP port.
-        complaint: Returns what is wrong, or None.
+        metrics: The metrics.
+        port: TCP port, on all addresses.
+        problem: Returns what is wrong with the process, or None; ``/healthz`` answers 503 or 200.
 
     Raises:
-        UsageError: the port cannot be had.
+        UsageError: the port is in use or not allowed.
     """
     show = make_wsgi_app(metrics.registry)
 
     def answer(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
         if environ.get("PATH_INFO") != "/healthz":
             return show(environ, start)  # type: ignore[no-any-return]
-        wrong = complaint()
+        wrong = problem()
         start("503 Service Unavailable" if wrong else "200 OK", [("Content-Type", "text/plain; charset=utf-8")])
         return [(wrong or "ok").encode() + b"\n"]
 
@@ -237,4 +271,4 @@ class _Handler(WSGIRequestHandler):
     timeout = SLOW_CLIENT_SECONDS
 
     def log_message(self, *_: Any) -> None:
-        """Keeps probes out of the log."""
+        """Logs nothing: probes are frequent."""

@@ -1,4 +1,4 @@
-"""What an operator may set: flags become ``NERMILL_*`` variables, and these become one frozen object."""
+"""Settings of a worker process, read from ``NERMILL_*`` environment variables, and the allowed roots."""
 
 from __future__ import annotations
 
@@ -10,28 +10,31 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from nermill.worker.contracts.errors import UsageError
+from nermill.worker.contracts.store import without_local_scheme
 from nermill.worker.process.logs import FORMATS
 
-_URI = re.compile(r"(?:^|:)([A-Za-z][A-Za-z0-9+.-]*://.*)", re.DOTALL)  # at the start, or behind local paths
+_URI = re.compile(
+    r"(?:^|:)([A-Za-z][A-Za-z0-9+.-]*://.*)", re.DOTALL
+)  # at the start, or behind local paths and a colon
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of one worker process; each field's environment twin is ``NERMILL_<FIELD>``.
+    """Settings of one worker process; the environment variable of a field is ``NERMILL_<FIELD>``.
 
     Attributes:
         broker_url: Where Celery's queues, its results and the ledger are: redis, rediss, redis+socket or sentinel URL.
         model: ``demo`` or an artifact's folder.
         device: ``cpu``, ``cuda:N`` or ``npu:N``, as this process sees them.
-        device_name: What the device is called from outside, before pinning renumbered it.
-        lease_seconds: How long a shard stays with a worker that is not heard of; renewed at least three times as often.
-        hang_seconds: How long one call of the engine may take before the process is given up.
-        grace_seconds: How long a stopping worker may go on with what it holds.
+        device_name: The device's name on the machine; a process that sees one device alone calls it number 0.
+        lease_seconds: Length of a lease; a worker renews its leases at least three times in that time.
+        hang_seconds: Longest time of one call of the engine; a process whose call takes longer ends.
+        grace_seconds: How long a worker that was told to stop may go on with the shards that it holds.
         allowed_roots: Folders and URIs below which runs may lie, separated by ``,``; see ``split_roots``.
-        concurrency: Shards in the process at once; a quarter of them, at least two, are being read and tokenized.
-        threads: Compute threads on a CPU; 0 takes all that the process may use.
+        concurrency: Most shards in the process at once.
+        threads: Compute threads on a CPU; 0 takes one for each core that the process may use.
         metrics_port: First port of the Prometheus endpoints (device N listens on port + N); 0 for none.
-        start_attempts: How often a process may end before it is ready until ``nermill-worker`` ends; 0 for no limit.
+        start_attempts: ``nermill-worker`` ends when a process has ended so often before it was ready; 0 for no limit.
         log_format: ``text`` for people, ``json`` for one object a line.
         result_seconds: How long Celery keeps the results of tasks.
     """
@@ -60,7 +63,7 @@ class Settings:
         """The allowed roots, resolved once; the working directory where none are set.
 
         Raises:
-            UsageError: a root that makes no sense.
+            UsageError: a root is invalid.
         """
         return tuple(resolve(root) for root in split_roots(self.allowed_roots)) or (os.getcwd(),)
 
@@ -69,7 +72,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
     """Settings from the environment over the defaults.
 
     Raises:
-        UsageError: a value that is no number, or out of range.
+        UsageError: a value is no number or out of range.
     """
     values: dict[str, object] = {}
     for name, default in vars(Settings()).items():
@@ -89,15 +92,19 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         raise UsageError("NERMILL_LEASE_SECONDS and NERMILL_CONCURRENCY must be at least 1")
     if settings.log_format not in FORMATS:
         raise UsageError(f"NERMILL_LOG_FORMAT={settings.log_format!r}: say text or json")
-    _ = settings.roots  # refused now, not when the first run comes
+    _ = settings.roots  # invalid roots are refused at the start
     return settings
 
 
 def split_roots(text: str) -> list[str]:
-    """The roots of a list: separated by commas, and local paths by colons too (``/data:/srv,s3://minio:9000/bucket``).
+    """The roots of a list.
+
+    Args:
+        text: Roots separated by commas; absolute local paths may be separated by colons too, as in
+            ``/data:/srv,s3://minio:9000/bucket``.
 
     Raises:
-        UsageError: a root that makes no sense; none where some were meant.
+        UsageError: a root is invalid, or the text is not empty and names no root.
     """
     roots: list[str] = []
     if "::" in text:
@@ -144,8 +151,8 @@ def _check_uri(uri: str) -> None:
 
 
 def resolve(uri: str) -> str:
-    """A path without symlinks and ``..``, or a URI without ``..``; what roots are compared by."""
-    path = uri.removeprefix("file://").removeprefix("local://")
+    """The form in which places are compared with roots: a path without symlinks and ``..``, a URI without ``..``."""
+    path = without_local_scheme(uri)
     if "://" not in path:
         return os.path.realpath(path)
     scheme, _, path = uri.partition("://")
@@ -153,7 +160,12 @@ def resolve(uri: str) -> str:
 
 
 def is_allowed(uri: str, roots: tuple[str, ...]) -> bool:
-    """Whether a place lies below one of the resolved roots; a chain of stores (``a://b::c://d``) never does."""
+    """Whether a place lies below one of the roots; a chain of stores (``a://b::c://d``) never does.
+
+    Args:
+        uri: Path or URI.
+        roots: Resolved roots, as ``Settings.roots`` has them.
+    """
     if "\0" in uri or "::" in uri:
         return False
     resolved = resolve(uri)

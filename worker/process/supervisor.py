@@ -1,104 +1,113 @@
-"""Keeps one worker process a device alive: starts it, listens to its heart, ends it when that stops, starts it anew."""
+"""Supervises one worker process for each device: starts it, kills it when it hangs, starts it again when it ends."""
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from nermill.worker.contracts.command import python_command
+from nermill.worker.contracts.command import end_with_parent, python_command
+from nermill.worker.contracts.device import Device
 from nermill.worker.contracts.errors import UsageError
-from nermill.worker.process import heartbeat
-from nermill.worker.process.heartbeat import Heartbeat
+from nermill.worker.process import health
+from nermill.worker.process.health import Heartbeat, Notifier
 from nermill.worker.process.logs import about
 from nermill.worker.process.settings import Settings
-from nermill.worker.process.systemd import Notifier
 
 log = logging.getLogger("nermill.worker")
 
 APP = "nermill.worker.app"
 PIN_VARIABLES = {"cuda": "CUDA_VISIBLE_DEVICES", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
-RESTART_SECONDS = (0.5, 30.0)  # first and longest pause before a process that died is started again
-STEADY_SECONDS = 60.0  # a process that lived this long starts anew after the first pause
-START_SECONDS = 600.0  # how long loading and warming a model may take
-SILENT_SECONDS = 5.0  # without a beat: not well; that long beyond NERMILL_HANG_SECONDS: killed
+RESTART_SECONDS = (0.5, 30.0)  # first and longest pause before a process that ended is started again
+STEADY_SECONDS = 60.0  # the pause is reset for a process that ran this long
+START_SECONDS = 600.0  # longest time from the start of a process to its first heartbeat
+SILENT_SECONDS = 5.0  # unhealthy after so long without a heartbeat; killed after NERMILL_HANG_SECONDS more
 TICK_SECONDS = 0.1
-PR_SET_PDEATHSIG = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Device:
-    """One device as the operator names it: ``cpu``, ``cuda:0``, ``npu:3``."""
+def environment_of(device: Device, index: int, settings: Settings) -> dict[str, str]:
+    """Environment variables of the process that uses a device, which then sees this device alone, with number 0.
 
-    kind: str
-    number: int
-
-    @property
-    def name(self) -> str:
-        return self.kind if self.kind == "cpu" else f"{self.kind}:{self.number}"
-
-    def environment(self, index: int, settings: Settings) -> dict[str, str]:
-        """Variables of the process that owns this device; after pinning it is the process's only one, number 0."""
-        variables = {
-            "NERMILL_DEVICE": "cpu" if self.kind == "cpu" else f"{self.kind}:0",
-            "NERMILL_DEVICE_NAME": self.name,
-            "TOKENIZERS_PARALLELISM": "true",
-        }
-        if self.kind in PIN_VARIABLES:
-            variables[PIN_VARIABLES[self.kind]] = str(self.number)
-        if settings.metrics_port:
-            variables["NERMILL_METRICS_PORT"] = str(settings.metrics_port + index)
-        return variables
+    Args:
+        device: The device as the operator names it.
+        index: Position in ``--devices``; added to the metrics port.
+        settings: For the metrics port.
+    """
+    variables = {
+        "NERMILL_DEVICE": Device(device.kind).name,
+        "NERMILL_DEVICE_NAME": device.name,
+        "TOKENIZERS_PARALLELISM": "true",
+    }
+    if device.kind in PIN_VARIABLES:
+        variables[PIN_VARIABLES[device.kind]] = str(device.number)
+    if settings.metrics_port:
+        variables["NERMILL_METRICS_PORT"] = str(settings.metrics_port + index)
+    return variables
 
 
 class Supervised:
-    """One process of a device, and what is heard of it."""
+    """One device's process and its heartbeat.
+
+    Args:
+        device: The device.
+        index: Its position in ``--devices``.
+        settings: The process's settings.
+        cores: CPU cores that the process may use.
+    """
 
     def __init__(self, device: Device, index: int, settings: Settings, cores: frozenset[int]) -> None:
         self.device = device
         self.started = time.monotonic()
-        self.is_given_up = False
-        self.heart = Heartbeat()
-        environment = {**os.environ, **device.environment(index, settings), heartbeat.VARIABLE: str(self.heart.writer)}
+        self.is_killed = False
+        self.heartbeat = Heartbeat()
+        environment = {
+            **os.environ,
+            **environment_of(device, index, settings),
+            health.VARIABLE: str(self.heartbeat.writer),
+        }
         self.process = subprocess.Popen(
             _command(device),
             env=environment,
-            # Logs go to stderr; Celery's farewell, which goes to stdout, is no JSON.
+            # Logs go to standard error. Celery prints a line that is no JSON to standard output when it ends.
             stdout=subprocess.DEVNULL if settings.log_format == "json" else None,
-            preexec_fn=partial(_begin, cores),
-            pass_fds=[self.heart.writer],
+            preexec_fn=partial(_prepare_child, cores),
+            pass_fds=[self.heartbeat.writer],
         )
-        self.heart.given()
+        self.heartbeat.close_writer()
 
     @property
-    def is_well(self) -> bool:
-        """Whether it was heard of lately, or may still be loading its model."""
-        return not self.is_given_up and (not self.heart.heard or self.heart.silent_seconds() < SILENT_SECONDS)
+    def is_healthy(self) -> bool:
+        """Whether there was a heartbeat in the last SILENT_SECONDS, or the model may still be loading."""
+        return not self.is_killed and (not self.heartbeat.received or self.heartbeat.silent_seconds() < SILENT_SECONDS)
 
     def end_if_silent(self, hang_seconds: float) -> None:
-        """Kills a process that hangs so hard that it cannot end itself: its threads stand still, or it never loads."""
-        silent = self.heart.silent_seconds()
-        limit = hang_seconds + SILENT_SECONDS if self.heart.heard else START_SECONDS
-        if silent > limit and not self.is_given_up:
-            self.is_given_up = True
+        """Kills the process if it sends no heartbeats for too long: all its threads hang, or its model never loads.
+
+        Args:
+            hang_seconds: How long a call of the engine may take; a process that can still run code ends by itself then.
+        """
+        silent = self.heartbeat.silent_seconds()
+        limit = hang_seconds + SILENT_SECONDS if self.heartbeat.received else START_SECONDS
+        if silent > limit and not self.is_killed:
+            self.is_killed = True
             with about(device=self.device.name):
-                log.critical("%s: nothing was heard of the worker for %.0f s; it is killed", self.device.name, silent)
+                log.critical("%s: no heartbeat from the worker for %.0f s; it is killed", self.device.name, silent)
             self.process.kill()
 
 
 class Supervisor:
-    """Keeps one Celery process a device alive.
+    """Keeps one Celery process for each device running.
 
-    A process that dies is started again, after a pause that doubles while it keeps dying young; one that falls
-    silent is killed first; one that refuses its settings (exit code 2) ends the supervisor. One that was told to shut
-    down by Celery's remote control (exit code 0) stays down; the supervisor ends with the last of them.
+    - A process that ends is started again after a pause, which doubles while the process runs for a short time only.
+    - A process that sends no heartbeats is killed, and then started again.
+    - A process that refuses its settings (exit code 2) ends the supervisor, which stops the others.
+    - A process that Celery's remote control shut down (exit code 0) is not started again; when all were, the
+      supervisor ends.
     """
 
     def __init__(self, devices: list[Device], settings: Settings) -> None:
@@ -115,7 +124,7 @@ class Supervisor:
         self._systemd = Notifier(os.environ)
 
     def run(self) -> int:
-        """Supervises until told to stop."""
+        """Supervises until SIGTERM or SIGINT, or until no process is left; returns the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         code = 0
@@ -128,17 +137,17 @@ class Supervisor:
                     supervised.end_if_silent(self._settings.hang_seconds)
                     continue
                 del self._processes[index]
-                supervised.heart.close()
+                supervised.heartbeat.close()
                 if not self._stopping:
-                    self._failed_starts[index] += not supervised.heart.heard
+                    self._failed_starts[index] += not supervised.heartbeat.received
                     if status == UsageError.exit_code or self._has_failed_to_start(index):
                         code = status
                         self._stop()
                     elif status == 0:
-                        self._leave_stopped(supervised)
+                        self._note_shutdown(supervised)
                     else:
                         self._plan_restart(index, supervised, status)
-            self._tell_systemd()
+            self._notify_systemd()
         return code
 
     def _start_due(self) -> None:
@@ -148,16 +157,16 @@ class Supervisor:
             del self._due[index]
             supervised = Supervised(self._devices[index], index, self._settings, self._cores[index])
             self._processes[index] = supervised
-            if self._stopping:  # told so while the process began
+            if self._stopping:  # a signal came while the process was being started
                 supervised.process.send_signal(signal.SIGTERM)
 
     def _has_failed_to_start(self, index: int) -> bool:
         return 0 < self._settings.start_attempts <= self._failed_starts[index]
 
-    def _leave_stopped(self, supervised: Supervised) -> None:
+    def _note_shutdown(self, supervised: Supervised) -> None:
         self._stopped += 1
         with about(device=supervised.device.name):
-            log.info("%s: the worker was told to shut down, and stays down", supervised.device.name)
+            log.info("%s: the worker was told to shut down; it is not started again", supervised.device.name)
 
     def _plan_restart(self, index: int, supervised: Supervised, status: int) -> None:
         shortest, longest = RESTART_SECONDS
@@ -169,37 +178,38 @@ class Supervisor:
         with about(device=name):
             log.error("%s: the worker ended with %d; starting it again in %.1f s", name, status, pause)
 
-    def _tell_systemd(self) -> None:
-        """Ready when every device was heard of once; alive while all that run are well."""
+    def _notify_systemd(self) -> None:
+        """Sends READY=1 once all processes have sent a heartbeat, and feeds the watchdog while all are healthy."""
         processes = self._processes.values()
         if (
             not self._ready
             and len(processes) + self._stopped == len(self._devices)
-            and all(p.heart.heard for p in processes)
+            and all(p.heartbeat.received for p in processes)
         ):
             self._ready = True
-            self._systemd.tell("READY=1")
-        if all(supervised.is_well for supervised in processes):
-            self._systemd.alive()
+            self._systemd.notify("READY=1")
+        if all(supervised.is_healthy for supervised in processes):
+            self._systemd.feed_watchdog()
 
     def _stop(self, *_: object) -> None:
         self._stopping = True
-        self._systemd.tell("STOPPING=1")
+        self._systemd.notify("STOPPING=1")
         for supervised in self._processes.values():
             supervised.process.send_signal(signal.SIGTERM)
 
 
 def _command(device: Device) -> list[str]:
     celery = ["--quiet", "worker", "--pool", "threads", "--loglevel", "INFO"]
-    lonely = ["--without-gossip", "--without-mingle"]  # processes need not know each other
+    alone = ["--without-gossip", "--without-mingle"]  # worker processes exchange nothing with each other
     name = f"nermill-{device.kind}{device.number}-{os.getpid()}@%h"
-    return python_command(APP, *celery, *lonely, "-n", name)
+    return python_command(APP, *celery, *alone, "-n", name)
 
 
 def cores_of(devices: Sequence[Device]) -> list[frozenset[int]]:
-    """The cores that each device's process may use: all, but processes that compute on a CPU share them out.
+    """The cores that each device's process may use: all of them, except that CPU devices divide them among themselves.
 
-    Cores of one socket are neighbours in the sharing, so that as many processes as sockets get a socket each.
+    Each CPU device gets neighbouring cores of one socket as far as possible: with as many CPU devices as sockets, each
+    gets one socket.
     """
     cores = sorted(os.sched_getaffinity(0), key=lambda core: (_socket_of(core), core))
     computing = [index for index, device in enumerate(devices) if device.kind == "cpu"]
@@ -217,7 +227,7 @@ def _socket_of(core: int) -> int:
         return 0
 
 
-def _begin(cores: frozenset[int]) -> None:
-    """In the new process: it keeps to its cores, and follows its supervisor, whatever kills that one."""
+def _prepare_child(cores: frozenset[int]) -> None:
+    """Runs in the child before it executes the worker: sets its cores, and makes it end with its supervisor."""
     os.sched_setaffinity(0, cores)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_parent()

@@ -1,4 +1,4 @@
-"""Tags the lines of standard input, each a text as JSON, and writes an annotation a line: ``nermill tag``'s process."""
+"""The child process of ``nermill tag``: reads texts as JSON, one a line, and writes one annotation a line as JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nermill.worker.tagging.pipeline import Tagger
 
 
 class _WithoutPandas(MetaPathFinder):
-    """Refuses to import pandas, which pyarrow imports unasked where it is installed: that takes half a second."""
+    """Makes ``import pandas`` fail: pyarrow imports it where it is installed, which takes half a second."""
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
         if fullname == "pandas":
@@ -20,7 +20,7 @@ class _WithoutPandas(MetaPathFinder):
 
 
 def main(model: str, device: str) -> int:
-    """Loads the model while standard input is still being written; returns the exit code.
+    """Loads the model, then reads and tags standard input; returns the exit code.
 
     Args:
         model: Artifact, by name or path.

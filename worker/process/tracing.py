@@ -1,4 +1,4 @@
-"""One OpenTelemetry span a shard, where an exporter is configured; where none is, nothing is even imported."""
+"""One OpenTelemetry span for each shard, where an exporter is configured; else OpenTelemetry is not imported."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def start_from(environ: Mapping[str, str], worker: str, device: str) -> None:
         device: Becomes ``nermill.device``.
 
     Raises:
-        UsageError: an endpoint is named and OpenTelemetry is not installed.
+        UsageError: an endpoint is set and OpenTelemetry is not installed.
     """
     if environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or not any(environ.get(name) for name in ENDPOINTS):
         return
@@ -42,7 +42,12 @@ def start_from(environ: Mapping[str, str], worker: str, device: str) -> None:
 
 
 def start(processor: SpanProcessor, worker: str, device: str) -> None:
-    """Hands spans to a processor from now on."""
+    """Passes spans to a processor from now on.
+
+    Args:
+        processor: Takes the spans.
+        worker, device: Attributes of every span; see ``start_from``.
+    """
     global _provider
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
@@ -53,7 +58,7 @@ def start(processor: SpanProcessor, worker: str, device: str) -> None:
 
 
 def stop() -> None:
-    """Sends what has not been sent; from now on there are no spans."""
+    """Exports the spans that are left; there are none afterwards."""
     global _provider
     if _provider is not None:
         _provider.shutdown()
@@ -62,7 +67,7 @@ def stop() -> None:
 
 @contextmanager
 def shard(claim: Claim) -> Iterator[None]:
-    """What happens inside is a span: the milling of that shard; what is logged meanwhile says the span's trace."""
+    """Makes the ``with`` block the span ``nermill.shard``; log records inside have its trace id as ``trace``."""
     if _provider is None:
         yield
         return
@@ -77,7 +82,7 @@ def shard(claim: Claim) -> Iterator[None]:
 
 
 def committed(annotated: Annotated) -> None:
-    """Says in the span under way what the shard came to and what it cost."""
+    """Adds the counts and the measurements of a committed shard to the current span."""
     if _provider is None:
         return
     from opentelemetry.trace import get_current_span

@@ -411,7 +411,7 @@ class ShardWorker:
             self._ledger.quarantine(claim, reason)
             return {"state": "incomplete", "reason": reason}
         mark_complete(run, sorted(shard.index for shard in plan.shards))
-        run.sweep()
+        run.remove_stale_files()
         log.info("run %s is complete", claim.run_id)
         reason = self._evaluate(claim) if plan.has_gold else ""
         self._patiently(lambda: self._ledger.close(claim.run_id, claim))
@@ -458,13 +458,13 @@ class ShardWorker:
     def watch(self, stop: threading.Event) -> None:
         """Ends the process when the device hangs or broke, so that its supervisor starts a new one."""
         while not stop.wait(1.0):
-            if complaint := self.complaint():
-                log.critical("%s; this process ends and is started again", complaint)
+            if problem := self.problem():
+                log.critical("%s; this process ends and is started again", problem)
                 if self.pipeline.broken:  # a document that hangs the device must not go free: its attempt counts
                     self.release_all()
                 os._exit(EXIT_AGAIN)
 
-    def complaint(self) -> str | None:
+    def problem(self) -> str | None:
         """What is wrong with this process, for its health check; a busy device is not wrong."""
         if self.pipeline.broken:
             return str(self.pipeline.broken)

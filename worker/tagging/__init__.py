@@ -1,1 +1,1 @@
-"""From a shard's documents to the rows of its part: windows, packing, pipeline, decoding."""
+"""Turns the documents of a shard into the rows of its part: tokenization, windows, batches, inference, decoding."""

@@ -1,9 +1,12 @@
-"""Windows to batches: which windows go together, and where each one lies; pure functions over lengths.
+"""Chooses which windows form the next batch, and the position of each window in it; pure functions over lengths.
 
-A compiled accelerator wants fixed shapes and windows come in every length, so windows are *packed*: laid one
-behind another into rows of a compiled shape (Krell et al., Efficient Sequence Packing without
-Cross-contamination, arXiv:2107.02027). Where shapes are free, windows of similar length share a batch under a
-budget of padded tokens. Which of the two, the artifact says.
+There are two methods, and the artifact's manifest says which one its graph takes:
+
+- Layout ``packed``: several windows are placed one behind another in a row. A compiled accelerator graph has fixed
+  shapes and windows have every length, so packing avoids most padding (Krell et al., Efficient Sequence Packing
+  without Cross-contamination, arXiv:2107.02027).
+- Layout ``plain``: one window a row. Where shapes are free, windows of similar length share a batch that has at most
+  ``token_budget`` tokens, padding included.
 """
 
 from __future__ import annotations
@@ -24,23 +27,23 @@ Int = NDArray[np.int64]
 Shape = tuple[int, int]
 
 ROUND_LENGTHS = (64, 128, 256, 512)
-LOOK_AHEAD = 512  # windows, and two batches, that a packed batch is chosen from: CoNLL's fill rows to 99.4 %
-# A token of a BERT of width H costs 24 H² FLOP a layer in matrix products, and 4 H FLOP times its row's length in
-# attention: a share of length ÷ 6 H, taken for H = 768.
-ATTENTION = 1 / (6 * 768)
-ACCELERATOR_LEAST = 350  # tokens of a batch under which an accelerator waits for its memory
-CPU_LEAST = 128  # the same for a CPU, which keeps busy with few
+LOOK_AHEAD = 512  # windows that a packed batch is chosen from, at least; sentences of CoNLL-2003 then fill 99.4 %
+# In a BERT of width H, a token costs 24 H² FLOP a layer in matrix products and 4 H FLOP times the row's length in
+# attention. The ratio of the two is length / (6 H); H is taken as 768.
+ATTENTION_SHARE = 1 / (6 * 768)
+ACCELERATOR_MIN_TOKENS = 350  # a smaller batch takes as long as this one: reading the weights from memory dominates
+CPU_MIN_TOKENS = 128  # the same for a CPU
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where the windows of one batch lie.
+    """The windows of one batch and their positions in it.
 
     Attributes:
         rows, length: Shape of the batch.
-        tokens: Tokens that are not padding.
-        window: Which windows, as positions in the lengths that were offered; int64, shape (n,).
-        row, column: Where each one begins; int64, shape (n,).
+        tokens: Number of tokens that are not padding.
+        window: The windows, as indices into the lengths that were passed in; int64, shape (n,).
+        row, column: Position of each window's first token; int64, shape (n,).
     """
 
     rows: int
@@ -51,26 +54,31 @@ class Placement:
     column: Int
 
     def reordered(self, order: Int) -> Placement:
-        """The same batch with its windows in another order; int64, shape (n,)."""
+        """The same batch with its windows listed in another order.
+
+        Args:
+            order: A permutation; int64, shape (n,).
+        """
         return replace(self, window=self.window[order], row=self.row[order], column=self.column[order])
 
 
 def cost(shape: Shape) -> float:
-    """Relative time of one call of a shape: its tokens, plus attention, which grows with the square of a row.
+    """Estimated time of one call with a shape, in units of one token of a very short row.
 
-    No batch counts for less than ACCELERATOR_LEAST tokens.
+    It is proportional to the number of tokens; attention adds a share that grows with the row's length. A batch of
+    fewer than ACCELERATOR_MIN_TOKENS tokens costs as much as one of that many.
     """
     rows, length = shape
-    return max(rows * length, ACCELERATOR_LEAST) * (1 + length * ATTENTION)
+    return max(rows * length, ACCELERATOR_MIN_TOKENS) * (1 + length * ATTENTION_SHARE)
 
 
 def place(lengths: Int, manifest: Manifest, cost: Callable[[Shape], float] = cost) -> Placement:
-    """Chooses the next batch from the waiting windows, the oldest of them always included.
+    """Chooses the next batch from the waiting windows; the oldest window is always part of it.
 
     Args:
         lengths: Length in tokens of every waiting window, oldest first; int64, shape (n,), n > 0.
-        manifest: Says which shapes the model takes, and whether rows may be packed.
-        cost: Time of one call of a shape, in any unit.
+        manifest: Which shapes the model takes, and whether rows may be packed.
+        cost: Time of one call with a shape, in any unit.
     """
     if manifest.shapes:
         shapes = [shape for shape in manifest.shapes if shape[1] >= lengths[0]]
@@ -79,23 +87,24 @@ def place(lengths: Int, manifest: Manifest, cost: Callable[[Shape], float] = cos
     else:
         return place_similar(lengths, manifest.token_budget)
     if manifest.layout == "packed":
-        packer = _Packer(_ahead(lengths, manifest.batch_tokens), is_free=not manifest.shapes)
-        return _cheapest(shapes, packer.pack, cost)
-    return _cheapest(shapes, partial(place_one_a_row, lengths), cost)
+        packer = _Packer(_candidates(lengths, manifest.batch_tokens), is_free=not manifest.shapes)
+        return _best_placement(shapes, packer.pack, cost)
+    return _best_placement(shapes, partial(place_one_a_row, lengths), cost)
 
 
-def _ahead(lengths: Int, batch_tokens: int) -> Int:
-    """The oldest waiting windows: LOOK_AHEAD of them, or two batches."""
+def _candidates(lengths: Int, batch_tokens: int) -> Int:
+    """The oldest waiting windows: LOOK_AHEAD of them, or two batches, whichever is more."""
     two_batches = int(np.searchsorted(lengths.cumsum(), 2 * batch_tokens)) + 1
     return lengths[: max(LOOK_AHEAD, two_batches)]
 
 
-def _cheapest(
+def _best_placement(
     shapes: Sequence[Shape], choose: Callable[[Shape], Placement], cost: Callable[[Shape], float]
 ) -> Placement:
-    """The placement with the most real tokens for its cost; of equals, the smallest.
+    """The placement with the most tokens for its cost, padding not counted; of equal ones, the smallest.
 
-    Shapes are tried in the order of what they would be worth if full, until the best is worth more than the next.
+    Shapes are tried in descending order of tokens per cost of a full batch. The search ends when the best placement so
+    far is better than the next shape could be if it were full.
     """
     worth = {shape: shape[0] * shape[1] / cost(shape) for shape in shapes}
     best: Placement | None = None
@@ -113,32 +122,36 @@ def _cheapest(
 
 
 def free_shapes(oldest: int, budget: int) -> list[Shape]:
-    """Shapes worth a try where any is free: rows as short as the oldest window, or of some round length above it.
+    """Candidate shapes where the model takes any: rows as long as the oldest window, or of a longer ROUND_LENGTHS.
 
-    Short rows spare attention, long ones leave room to close every gap; what waits decides which is cheaper.
+    Short rows cost less attention; long rows can be filled better.
+
+    Args:
+        oldest: Length in tokens of the oldest window.
+        budget: Most tokens of a batch, padding included.
     """
     lengths = {oldest, *(length for length in ROUND_LENGTHS if oldest <= length <= budget)}
     return [(max(1, budget // length), length) for length in sorted(lengths)]
 
 
 def place_similar(lengths: Int, budget: int) -> Placement:
-    """A batch of similar lengths, one window a row, of at most ``budget`` padded tokens (but at least one window).
+    """A batch of windows of similar length, one a row, of at most ``budget`` padded tokens, or of one window.
 
-    Sorted by length, every batch is a stretch that begins with its longest window and ends with the budget, or
-    where windows are a twentieth shorter; among those that hold the oldest one, the stretch with the most real
-    tokens for its cost is taken.
+    Windows are sorted by length, longest first. A candidate is a range of them: it begins at any window and ends where
+    the budget is reached, or where windows are 5 % shorter than its first. Of the candidates that contain the oldest
+    window, the one with the most tokens for its cost is taken.
     """
     order = np.argsort(-lengths, kind="stable")
-    falling = lengths[order]
+    descending = lengths[order]
     oldest = int(np.flatnonzero(order == 0)[0])
     begin = np.arange(oldest + 1)
-    end = np.minimum(begin + np.maximum(1, budget // falling[begin]), len(order))
-    alike = np.minimum(end, np.searchsorted(-falling, -0.95 * falling[begin], side="right"))
-    begin, end = np.tile(begin, 2), np.concatenate([end, alike])
+    end = np.minimum(begin + np.maximum(1, budget // descending[begin]), len(order))
+    similar_end = np.minimum(end, np.searchsorted(-descending, -0.95 * descending[begin], side="right"))
+    begin, end = np.tile(begin, 2), np.concatenate([end, similar_end])
     begin, end = begin[end > oldest], end[end > oldest]
-    tokens = np.concatenate([np.zeros(1, np.int64), np.cumsum(falling)])
-    longest = falling[begin]
-    costs = np.maximum((end - begin) * longest, CPU_LEAST) * (1 + longest * ATTENTION)
+    tokens = np.concatenate([np.zeros(1, np.int64), np.cumsum(descending)])
+    longest = descending[begin]
+    costs = np.maximum((end - begin) * longest, CPU_MIN_TOKENS) * (1 + longest * ATTENTION_SHARE)
     best = int(((tokens[end] - tokens[begin]) / costs).argmax())
     window = order[begin[best] : end[best]]
     row = np.arange(len(window))
@@ -147,7 +160,7 @@ def place_similar(lengths: Int, budget: int) -> Placement:
 
 
 def place_one_a_row(lengths: Int, shape: Shape) -> Placement:
-    """A batch of a fixed shape with one window a row: the oldest, then those that fill a row best."""
+    """A batch of a fixed shape with one window a row: the oldest window, then the longest that fit."""
     rows, length = shape
     others = np.flatnonzero(lengths[1:] <= length) + 1
     longest = others[np.argsort(-lengths[others], kind="stable")]
@@ -157,20 +170,20 @@ def place_one_a_row(lengths: Int, shape: Shape) -> Placement:
 
 
 def pack(lengths: Int, shape: Shape) -> Placement:
-    """Packs windows into the rows of a fixed shape; each row takes the longest that still fits, again and again."""
+    """Packs windows into the rows of a fixed shape; each row repeatedly takes the longest window that still fits."""
     return _Packer(lengths).pack(shape)
 
 
 class _Packer:
-    """Waiting windows as a histogram of their lengths, so that trying a shape costs nothing per waiting window.
+    """Waiting windows grouped by length, so that the time to try a shape does not depend on how many windows wait.
 
     Args:
         lengths: Length in tokens of every waiting window, oldest first; int64, shape (n,), n > 0.
-        is_free: Whether a batch may have fewer rows, and shorter ones, than the shape that is tried.
+        is_free: Whether a batch may have fewer and shorter rows than the shape that is tried.
     """
 
     def __init__(self, lengths: Int, *, is_free: bool = False) -> None:
-        small = lengths.astype(np.min_scalar_type(int(lengths.max())))  # 16 bits are sorted by radix
+        small = lengths.astype(np.min_scalar_type(int(lengths.max())))  # NumPy sorts 16-bit integers by radix
         counts = np.bincount(lengths)
         distinct = np.flatnonzero(counts)
         end = counts.cumsum()[distinct]
@@ -182,7 +195,7 @@ class _Packer:
         self._first = dict(zip(self._distinct, (end - counts[distinct]).tolist(), strict=True))
 
     def pack(self, shape: Shape) -> Placement:
-        """Fills the rows of a shape, the first one from the oldest window on."""
+        """Fills the rows of a shape; the first row begins with the oldest window."""
         rows, length = shape
         distinct, following = self._distinct.copy(), self._first.copy()
         window: list[int] = []  # positions in ``_by_length``
@@ -209,7 +222,14 @@ class _Packer:
 
 
 def spread(starts: Int, counts: Int) -> Int:
-    """Positions ``starts[i], starts[i] + 1, …`` for ``counts[i]`` steps each, one after another."""
+    """Concatenated ranges: ``starts[i], starts[i] + 1, …``, ``counts[i]`` numbers each.
+
+    Args:
+        starts, counts: int64, shape (n,).
+
+    Returns:
+        int64, shape (sum of counts,).
+    """
     ends = np.cumsum(counts)
     total = int(ends[-1]) if len(ends) else 0
     shifts: Int = np.repeat(starts - (ends - counts), counts)

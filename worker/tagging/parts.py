@@ -1,4 +1,4 @@
-"""One shard to one part: written aside, synced, created exclusively; rejected documents are rows of it."""
+"""Commits a shard's part: one Parquet file, which is created once; rejected documents are rows of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from nermill.worker.contracts.schema import with_metadata
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """What a part says of itself, for the ledger."""
+    """Counts from a part's metadata, for the ledger.
+
+    Attributes:
+        ok, rejected: Documents.
+        tokens: Tokens that are not padding.
+        computed: Tokens computed, padding included.
+    """
 
     ok: int
     rejected: int
@@ -33,9 +39,9 @@ def commit(
     metadata: dict[str, str],
     stats: dict[str, Any],
 ) -> tuple[Committed, bool]:
-    """Makes a shard's part appear, once: a part that is already there stays, whoever wrote it.
+    """Writes a shard's part, unless the part exists already.
 
-    The part is the only file that a shard writes, so what its counts and its rejects say always agrees.
+    The part is the only file that is written for a shard, so its counts and its rejected rows always agree.
 
     Args:
         run: The run's folder.
@@ -45,10 +51,10 @@ def commit(
         stats: Becomes the ``stats`` metadata, as JSON.
 
     Returns:
-        What the part says of itself, and whether it is ours.
+        The counts of the part that exists now, and whether this call wrote it.
 
     Raises:
-        StoreError: the store did not take the file.
+        StoreError: the store refused the file, or the existing part cannot be read.
     """
     rejected = part.num_rows - part["reject_reason"].null_count
     stats = {**stats, "documents": part.num_rows, "ok": part.num_rows - rejected, "rejected": rejected}
@@ -59,7 +65,7 @@ def commit(
 
 
 def read_committed(run: RunFolder, shard: int) -> Committed:
-    """What an existing part says of itself.
+    """The counts of an existing part.
 
     Raises:
         StoreError: the part cannot be read.
@@ -69,16 +75,18 @@ def read_committed(run: RunFolder, shard: int) -> Committed:
         with open_part(run, shard) as part:
             return _committed(*measurements(part.schema_arrow))
     except (pa.ArrowInvalid, OSError, KeyError, ValueError) as error:
-        raise StoreError(f"{run.path(name)}: damaged part ({error}); remove it and nermill resume") from None
+        raise StoreError(f"{run.path(name)}: damaged part ({error}); remove it and run nermill resume") from None
 
 
 def _committed(*stats: dict[str, Any]) -> Committed:
-    """Sums over the shards of a part; a compacted one has many."""
+    """Sums over the shards of a part; a compacted part has several."""
     return Committed(*(sum(s[name] for s in stats) for name in ("ok", "rejected", "tokens", "computed_tokens")))
 
 
 def _parquet(table: pa.Table, metadata: dict[str, str]) -> bytes:
     sink = pa.BufferOutputStream()
     described = table.replace_schema_metadata(with_metadata(table.schema, **metadata).metadata)
-    pq.write_table(described, sink, compression="zstd", use_dictionary=False)  # zstd finds what repeats, faster
+    pq.write_table(
+        described, sink, compression="zstd", use_dictionary=False
+    )  # zstd alone compresses as well, in less time
     return bytes(sink.getvalue().to_pybytes())

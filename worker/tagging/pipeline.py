@@ -1,8 +1,8 @@
-"""Documents in, annotations out: tokenize ∥ compute ∥ decode.
+"""Tags documents: tokenization, inference and decoding run in parallel.
 
-Any number of threads call ``Pipeline.annotate``; each tokenizes and decodes its own shard while the compute
-threads keep the device busy with batches mixed from all of them. How much waits between them is the callers' to
-bound: they may ask ``await_spare_capacity`` before they begin.
+Any number of threads call ``Pipeline.annotate``. Each tokenizes and decodes its own shard; the compute threads run the
+model on batches that mix windows of all shards. The pipeline does not limit how many windows wait: callers may call
+``await_spare_capacity`` before they begin a shard.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,9 +28,16 @@ from nermill.worker.contracts.shard import shard_table
 from nermill.worker.engine import Batch, Engine, load_engine
 from nermill.worker.engine.warmup import blank_batch, token_budget
 from nermill.worker.tagging import decode
-from nermill.worker.tagging.pool import Job, Pool, Work, give_up, halves, hand_out, lay_out
-from nermill.worker.tagging.table import Prediction, Spelling, chosen_gold, part_table, spell
-from nermill.worker.tagging.windows import Tokens, cut, tokenize
+from nermill.worker.tagging.pool import Job, Pool, Work, build_batch, distribute_logits, mark_failed, split_work
+from nermill.worker.tagging.table import (
+    Prediction,
+    TaggableDocuments,
+    part_table,
+    rename_gold_labels,
+    taggable_documents,
+)
+from nermill.worker.tagging.tokens import CachedTokenizer, Tokens
+from nermill.worker.tagging.windows import split_into_windows
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -41,9 +48,14 @@ WARM_ROWS = 1  # rows of the batch that warms an engine whose shapes are free
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What one shard cost. Tokens include special tokens; ``computed_tokens`` padding as well; times in seconds.
+    """Measurements of one shard.
 
-    ``labels`` counts the entities that were mapped or left out: see ``contracts.labels``.
+    Attributes:
+        windows: Number of windows.
+        tokens: Number of tokens, special tokens included.
+        computed_tokens: The same with padding.
+        tokenize_seconds, wait_seconds, compute_seconds, decode_seconds: Seconds of each stage.
+        labels: Number of entities that were mapped or left out; see ``contracts.labels``.
     """
 
     windows: int
@@ -56,19 +68,19 @@ class Stats:
     labels: dict[str, int]
 
     def __add__(self, other: Stats) -> Stats:
-        """What two shards, or two pieces of one, cost together."""
+        """The sum of two measurements, of two shards or of two pieces of one."""
         numbers = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "labels"}
         return Stats(**numbers, labels=dict(Counter(self.labels) + Counter(other.labels)))
 
 
 @dataclass(frozen=True)
 class Annotated:
-    """A shard after the mill.
+    """A tagged shard.
 
     Attributes:
-        part: Rows of the part, in input order, without the run's own columns' metadata.
+        part: Rows of the part, in input order, without file metadata.
         faults: Fault of each rejected row, by row number.
-        stats: What it cost.
+        stats: Measurements.
     """
 
     part: pa.Table
@@ -77,25 +89,29 @@ class Annotated:
 
 
 class Pipeline:
-    """A loaded engine, its tokenizer, and the threads between them.
+    """A loaded engine, its tokenizer, and the threads that run the engine.
 
     Args:
         engine: The model; closed with the pipeline.
         tokenizer: The artifact's tokenizer.
+        manifest: Shapes, layout and token budget of batches; None takes the engine's manifest.
+
+    Attributes:
+        broken: Set when the device failed for good; nothing is tagged from then on.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, manifest: Manifest | None = None) -> None:
         self.engine = engine
-        self.manifest: Manifest = engine.manifest
-        self.labels = decode.Labels(self.manifest.labels)
-        self._tokenizer = tokenizer
+        self.manifest = manifest or engine.manifest
+        self.labels = decode.ModelLabels(self.manifest.labels)
+        self._tokenizer = CachedTokenizer(tokenizer)
         self._pool = Pool(self.manifest)
         self._busy_since: dict[int, float] = {}
-        self._answered = 0.0  # when the device last did
-        self._clock = threading.Lock()  # over the line above: calls that end together count their time once
+        self._last_done = 0.0  # time.monotonic() when a call of the engine last ended
+        self._clock = threading.Lock()  # guards the line above
         self.broken: EngineError | None = None
         self._device = threading.Semaphore(engine.in_flight)
-        self._threads = [  # one more than the device takes: it prepares the next batch
+        self._threads = [  # one more than calls may be under way: it prepares the next batch
             threading.Thread(target=self._compute, name=f"compute-{n}", daemon=True)
             for n in range(engine.in_flight + 1)
         ]
@@ -103,35 +119,42 @@ class Pipeline:
             thread.start()
 
     def close(self) -> None:
-        """Stops the compute threads and gives the device back."""
+        """Stops the compute threads and releases the device; shards that are being tagged raise EngineError."""
         self._pool.close()
         for thread in self._threads:
             thread.join()
         self.engine.close()
 
     def warm_up(self) -> None:
-        """Runs every compiled shape: once to warm it up, once more to see what it costs.
+        """Runs every compiled shape twice: once to load kernels, once to measure its time.
 
         Raises:
-            EngineError: the device does not take a shape.
+            EngineError: the device refuses a shape.
         """
         for shape in self.manifest.shapes or ((WARM_ROWS, min(64, self.manifest.window)),):
             batch = blank_batch(shape, self.manifest)
             self.engine.run(batch)
-            begun = time.monotonic()
+            started = time.monotonic()
             self.engine.run(batch)
-            self._pool.learn(shape, shape[0] * shape[1], time.monotonic() - begun)
+            self._pool.record_duration(shape, shape[0] * shape[1], time.monotonic() - started)
 
     def busy_seconds(self) -> float:
-        """How long the oldest call of the engine has been under way; 0.0 when idle."""
+        """Seconds for which the oldest call of the engine has been under way; 0.0 where there is none."""
         return max((time.monotonic() - since for since in list(self._busy_since.values())), default=0.0)
 
     def waiting_tokens(self) -> int:
-        """Tokens that wait for the device."""
+        """Number of tokens that wait for the device."""
         return self._pool.waiting_tokens()
 
     def await_spare_capacity(self, timeout: float) -> bool:
-        """Waits until the device will soon have nothing to do, or broke; False where it has enough for ``timeout``."""
+        """Waits until the device will soon be idle, or has failed.
+
+        Args:
+            timeout: Most seconds to wait.
+
+        Returns:
+            False where the device still had enough work after ``timeout``.
+        """
         return self._pool.await_spare_capacity(timeout)
 
     def annotate(
@@ -149,18 +172,18 @@ class Pipeline:
             table: Documents, with the SHARD schema.
             options: The run's options.
             first: ``doc_index`` of the first row.
-            on_fed: Called when the shard's windows wait for the device.
-            urgent: Whether its windows go before those that wait; so do those of a table with few windows, which hardly
-                delay the others.
+            on_fed: Called once the shard is tokenized and its windows wait for the device.
+            urgent: Whether the windows go before all that wait. The windows of a table that has at most FEW_WINDOWS
+                always do, since they hardly delay the others.
 
         Raises:
-            UsageError: the model's windows cannot overlap so much.
-            EngineError: the device failed for good; no document is to blame.
+            UsageError: ``options.overlap`` is too large for the model's windows.
+            EngineError: the device failed for good; no document is the cause.
         """
         self.manifest.check_overlap(options.overlap)
-        spelling, faults = spell(table, options)
-        begun = time.monotonic()
-        tokens = tokenize(self._tokenizer, spelling.tokenizable, split=spelling.split)
+        documents, faults = taggable_documents(table, options)
+        started = time.monotonic()
+        tokens = self._tokenizer.tokenize(documents.tokenizable, split=documents.split)
         job = self._job(tokens, options)
         tokenized = time.monotonic()
         self._pool.put(job, first=urgent or len(job.windows) <= FEW_WINDOWS)
@@ -169,93 +192,109 @@ class Pipeline:
         computed = time.monotonic()
         if job.error:
             raise EngineError(f"{self.engine.device}: {job.error}") from job.error
-        faults |= {spelling.rows[document]: Fault("model_failure", message) for document, message in job.failed.items()}
-        part, tally = self._decode(table, spelling, job, faults, options, first)
+        faults |= {
+            documents.rows[document]: Fault("model_failure", message) for document, message in job.failed.items()
+        }
+        part, changes = self._decode(table, documents, job, faults, options, first)
         lengths = job.windows.lengths
         stats = Stats(
             windows=len(lengths),
             tokens=int(lengths.sum()),
             computed_tokens=round(job.computed_tokens),
-            tokenize_seconds=tokenized - begun,
+            tokenize_seconds=tokenized - started,
             wait_seconds=max(0.0, computed - tokenized - job.seconds),
             compute_seconds=job.seconds,
             decode_seconds=time.monotonic() - computed,
-            labels=dict(tally),
+            labels=dict(changes),
         )
         return Annotated(part, faults, stats)
 
     def _job(self, tokens: Tokens, options: Options) -> Job:
-        windows = cut(tokens.bounds, self.manifest.window, options.overlap)
+        windows = split_into_windows(tokens.bounds, self.manifest.window, options.overlap)
         return Job(tokens, windows, np.empty((len(tokens.ids), len(self.manifest.labels)), np.float32))
 
     def _decode(
-        self, table: pa.Table, spelling: Spelling, job: Job, faults: dict[int, Fault], options: Options, first: int
+        self,
+        table: pa.Table,
+        documents: TaggableDocuments,
+        job: Job,
+        faults: dict[int, Fault],
+        options: Options,
+        first: int,
     ) -> tuple[pa.Table, Counter[str]]:
         tokens, choice = job.tokens, choice_of(options)
         document = np.repeat(np.arange(len(tokens.counts)), tokens.counts)
-        whole = np.flatnonzero(~np.isin(document, list(job.failed)))  # a failed document's logits were never written
+        whole = np.flatnonzero(~np.isin(document, list(job.failed)))  # a failed document has no logits
         units = decode.units(job.logits[whole], document[whole], tokens.words[whole], self.labels, options.aggregation)
         units = replace(units, first=whole[units.first], last=whole[units.last])
-        spans, labels, tally = decode.choose(
+        spans, labels, changes = decode.choose(
             decode.spans(units, join=options.aggregation != "none"), self.labels, choice
         )
         windows = np.bincount(job.windows.document, minlength=len(tokens.counts))
         prediction = Prediction(tokens, windows, units, spans, labels)
-        part = part_table(chosen_gold(table, choice, tally), spelling, prediction, faults, options, first)
-        return part, tally
+        part = part_table(rename_gold_labels(table, choice, changes), documents, prediction, faults, options, first)
+        return part, changes
 
     def _compute(self) -> None:
-        """Prepares a batch while others are on the device, so that the device goes from one to the next."""
+        """Body of a compute thread: takes a batch, runs it and distributes its logits, until the pool is closed.
+
+        A batch is prepared while the device computes others, so that the device does not wait for it.
+        """
         try:
             while work := self._pool.take():
-                batch = lay_out(work, self.manifest)
+                batch = build_batch(work, self.manifest)
                 with self._device:
                     done = self._run(work, batch)
                 if done:
-                    hand_out(work, *done)
+                    distribute_logits(work, *done)
                 self._pool.finished()
         except Exception as error:
             self._fail(EngineError(f"{type(error).__name__}: {error}"))
 
     def _run(self, work: Work, batch: Batch) -> tuple[NDArray[np.float32], float] | None:
-        """A batch's logits and seconds; None where it failed, and was run again in parts."""
+        """Runs a batch.
+
+        Returns:
+            Logits and seconds of the device; None where the batch failed and was run again in parts.
+        """
         me = threading.get_ident()
-        begun = self._busy_since[me] = time.monotonic()
+        started = self._busy_since[me] = time.monotonic()
         try:
             logits = self.engine.run(batch)
             with self._clock:
                 done = time.monotonic()
-                seconds = max(0.0, done - max(begun, self._answered))  # it waited for the batch before it
-                self._answered = done
-            self._pool.learn(batch.input_ids.shape, work.placement.tokens, seconds)
+                seconds = max(0.0, done - max(started, self._last_done))  # not the time behind the batch before it
+                self._last_done = done
+            self._pool.record_duration(batch.input_ids.shape, work.placement.tokens, seconds)
             return logits, seconds
         except EngineError as error:
-            self._find_culprit(work, error)
+            self._retry_in_halves(work, error)
             return None
         finally:
             del self._busy_since[me]
 
-    def _find_culprit(self, work: Work, error: EngineError) -> None:
-        """Runs a failed batch again, and what fails again in halves: a bad document costs that document alone.
+    def _retry_in_halves(self, work: Work, error: EngineError) -> None:
+        """Runs a failed batch again, and what fails again in halves, down to single windows.
 
-        A batch that was only too large for the device's memory costs none.
+        So a document on which the model fails costs that document alone, and a batch that was only too large for the
+        device's memory costs none. Where the device fails on blank batches too, it is taken to be broken.
         """
         try:
             self.warm_up()
         except EngineError:
             self._fail(error)
             return
-        suspected = [work]
-        while suspected:
-            part = suspected.pop()
-            begun = self._busy_since[threading.get_ident()] = time.monotonic()
+        pending = [work]
+        while pending:
+            part = pending.pop()
+            started = self._busy_since[threading.get_ident()] = time.monotonic()
             try:
-                hand_out(part, self.engine.run(lay_out(part, self.manifest)), time.monotonic() - begun)
+                distribute_logits(part, self.engine.run(build_batch(part, self.manifest)), time.monotonic() - started)
             except EngineError as reason:
                 if len(part.windows) > 1:
-                    suspected += halves(part, self.manifest)
+                    pending += split_work(part, self.manifest)
                 else:
-                    give_up(part, str(reason))
+                    mark_failed(part, str(reason))
 
     def _fail(self, error: EngineError) -> None:
         self.broken = error
@@ -270,28 +309,30 @@ def load_pipeline(
     Args:
         artifact: Its folder.
         device: ``cpu``, ``cuda:N`` or ``npu:N``.
-        threads: Compute threads on a CPU; 0 takes as many as this process may use.
+        threads: Compute threads on a CPU; 0 takes as many as this process has cores.
         wrap: Returns the engine that the pipeline calls, such as one that measures.
 
     Raises:
-        ArtifactError: the artifact cannot be served here.
-        EngineError: the device does not take a compiled shape.
+        ArtifactError: the artifact cannot be loaded on this machine.
+        EngineError: the device refuses a compiled shape.
     """
     from tokenizers import Tokenizer
 
     engine = load_engine(artifact, device, threads)
-    engine.manifest = replace(engine.manifest, token_budget=token_budget(engine))
+    manifest = replace(engine.manifest, token_budget=token_budget(engine))
     tokenizer = Tokenizer.from_file(str(artifact / TOKENIZER_FILE))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    pipeline = Pipeline(wrap(engine), tokenizer)
+    pipeline = Pipeline(wrap(engine), tokenizer, manifest)
     pipeline.warm_up()
-    pipeline.annotate(shard_table([Document("warm", "up")]), Options())  # loads what libraries load on first use
+    pipeline.annotate(
+        shard_table([Document("warm", "up")]), Options()
+    )  # libraries load parts of themselves on first use
     return pipeline
 
 
 class Tagger:
-    """The engine without a queue: texts in, entities out.
+    """Tags documents in this process, without a queue.
 
     ::
 
@@ -304,17 +345,22 @@ class Tagger:
 
     @classmethod
     def load(cls, model: str | Path = "demo", *, device: str = "cpu", threads: int = 0) -> Tagger:
-        """Loads an artifact: ``demo`` for the bundled model, or its folder.
+        """Loads an artifact.
+
+        Args:
+            model: ``demo`` for the bundled model, or the artifact's folder.
+            device: ``cpu``, ``cuda:N`` or ``npu:N``.
+            threads: Compute threads on a CPU; 0 takes as many as this process has cores.
 
         Raises:
-            ArtifactError: the artifact cannot be served here.
+            ArtifactError: the artifact cannot be loaded on this machine.
         """
         return cls(load_pipeline(resolve_artifact(str(model)), device, threads))
 
     def tag(
         self, documents: Iterable[str] | Iterable[Sequence[str]], *, urgent: bool = False, **options: object
     ) -> list[Annotation]:
-        """Tags texts, or documents that are split into words.
+        """Tags texts, or documents that are lists of words.
 
         Args:
             documents: A list of texts, or a list of documents that are lists of words.
@@ -322,10 +368,10 @@ class Tagger:
             options: Fields of ``Options``: aggregation, overlap, max_chars.
 
         Returns:
-            One annotation a document, in order; ``fault`` is set where one could not be tagged.
+            One annotation for each document, in order; ``fault`` is set where a document could not be tagged.
 
         Raises:
-            TypeError: documents that are a single text, or hold something else than texts or lists of words.
+            TypeError: ``documents`` is a single text, or has elements that are neither texts nor lists of words.
             EngineError: the device failed for good.
         """
         records = [_record(n, document) for n, document in enumerate(_listed(documents))]
@@ -336,14 +382,15 @@ class Tagger:
             Options(**options),  # type: ignore[arg-type]
             urgent=urgent,
         )
-        entities, tags = annotated.part["entities"].to_pylist(), annotated.part["tags"].to_pylist()
+        entities: list[Any] = annotated.part["entities"].to_pylist()
+        tags: list[Any] = annotated.part["tags"].to_pylist()
         return [
             Annotation(tuple(Entity(**e) for e in found), row_tags and tuple(row_tags), annotated.faults.get(row))
             for row, (found, row_tags) in enumerate(zip(entities, tags, strict=True))
         ]
 
     def close(self) -> None:
-        """Gives the device back."""
+        """Releases the device."""
         self.pipeline.close()
 
     def __enter__(self) -> Tagger:

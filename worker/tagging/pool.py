@@ -1,8 +1,8 @@
-"""Windows of all shards that are in the worker at once, waiting for the device.
+"""The pool of windows that wait for the device, of all shards that the process has begun.
 
-Task threads put their tokenized jobs in and wait; compute threads take batches out that mix windows of any job.
-No timer delays a batch: one leaves as soon as the device is idle, and while it is busy the pool fills. Whoever takes
-shards asks before whether the device will soon be idle: until then, another worker may begin them.
+Task threads add tokenized jobs and wait for them. Compute threads take batches, which mix windows of any job. A batch
+is taken at once while the device is idle, and when it is full while the device is busy; there is no timer. The queue's
+consumer asks ``await_spare_capacity`` before it takes a shard, so that shards are left to idle workers.
 """
 
 from __future__ import annotations
@@ -18,25 +18,30 @@ from nermill.worker.contracts.errors import EngineError
 from nermill.worker.contracts.manifest import Manifest
 from nermill.worker.engine import Batch
 from nermill.worker.tagging.batching import Placement, Shape, cost, place, spread
-from nermill.worker.tagging.windows import Tokens, Windows, concatenate
+from nermill.worker.tagging.tokens import Tokens
+from nermill.worker.tagging.windows import Windows, concatenate
 
 Int = NDArray[np.int64]
 
-LEARNING_RATE = 0.1  # of the device's times, with each batch
-AHEAD_SECONDS = 0.5  # of the device's work that waits for it: longer than a claim, a store and the tokenizer take
-AHEAD_BATCHES = (2, 64)  # the least and the most of it
+SMOOTHING = 0.1  # weight of the newest batch in the moving averages of the device's times
+AHEAD_SECONDS = 0.5  # device time of the windows that should wait; leasing, reading and tokenizing a shard take less
+AHEAD_BATCHES = (2, 64)  # bounds of the same in batches
 
 
 @dataclass(eq=False)
 class Job:
-    """One shard's windows in the pool, and what comes back for them.
+    """One shard in the pool, and its results.
 
     Attributes:
-        tokens, windows: What to compute.
+        tokens, windows: What is to be computed.
         logits: float32, shape (tokens, labels); filled window by window.
-        failed: Documents that made the model fail, with its words.
-        computed_tokens: The job's share of all tokens computed, padding included.
-        seconds: Its share of the device's time.
+        failed: Error message of each document on which the model failed.
+        computed_tokens: The job's share of the tokens computed, padding included.
+        seconds: The job's share of the device's time.
+        remaining: Windows that are not computed yet.
+        error: Why the job ended without results, if it did.
+        done: Set when the job has ended.
+        lock: Guards ``computed_tokens``, ``seconds`` and ``remaining``.
     """
 
     tokens: Tokens
@@ -53,13 +58,13 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One batch on its way: its windows, ordered by the job that they belong to, and where each one lies.
+    """One batch that is to be computed: its windows, ordered by job, and their positions in the batch.
 
     Attributes:
         jobs: Jobs with windows in the batch.
-        bounds: Where each job's windows begin, and where the last one's end; int64, shape (jobs + 1,).
-        windows: The windows; their positions are those of their own job.
-        placement: Where they lie, in the same order.
+        bounds: First window of each job, and the number of windows; int64, shape (jobs + 1,).
+        windows: The windows; token positions are those of the window's own job.
+        placement: Positions of the windows in the batch, in the same order.
     """
 
     jobs: Sequence[Job]
@@ -69,26 +74,30 @@ class Work:
 
     @property
     def begin(self) -> Int:
-        """Position of each window's first token in the flattened batch, shape (windows,)."""
+        """Position of each window's first token in the flattened batch, int64, shape (windows,)."""
         return self.placement.row * self.placement.length + self.placement.column
 
     def by_job(self, counts: Int) -> Iterator[tuple[Job, slice]]:
-        """Each job, and its stretch of an array that has so many entries a window."""
+        """Each job, and its slice of an array that holds several entries for each window.
+
+        Args:
+            counts: Entries of each window; int64, shape (windows,).
+        """
         ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])[self.bounds].tolist()
         return zip(self.jobs, map(slice, ends[:-1], ends[1:]), strict=True)
 
 
 class Pool:
-    """Waiting windows, oldest first.
+    """The waiting windows, oldest first.
 
     Args:
-        manifest: Says how windows become batches.
+        manifest: Shapes, layout and token budget of batches.
     """
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
         self._jobs: list[Job] = []
-        self._owner = np.zeros(0, np.int64)  # of each waiting window, as a position in ``_jobs``
+        self._owner = np.zeros(0, np.int64)  # job of each waiting window, as an index into ``_jobs``
         self._windows = Windows(*[np.zeros(0, np.int64)] * 5)
         self._tokens = 0
         self._running = 0
@@ -98,15 +107,30 @@ class Pool:
         self._spare_capacity = threading.Condition(self._lock)
         self._batch = threading.Condition(self._lock)
         self._seconds: dict[Shape, float] = {}
-        self._seconds_a_token = 0.0  # of the device, padding left out
+        self._seconds_a_token = 0.0  # device time for each token that is not padding
 
     def await_spare_capacity(self, timeout: float) -> bool:
-        """Waits until the device will soon have nothing to do, or broke; False where it has enough for ``timeout``."""
+        """Waits until the device will soon be idle, or the pool is closed.
+
+        Args:
+            timeout: Most seconds to wait.
+
+        Returns:
+            False where enough windows still wait after ``timeout``.
+        """
         with self._lock:
             return self._spare_capacity.wait_for(self._has_spare_capacity, timeout)
 
     def put(self, job: Job, *, first: bool = False) -> None:
-        """Adds a job's windows: behind those that wait, or before them."""
+        """Adds a job's windows.
+
+        Args:
+            job: The job; one without windows is done at once.
+            first: Whether its windows go before those that wait, or behind them.
+
+        Raises:
+            EngineError: the pool is closed.
+        """
         job.remaining = len(job.windows)
         if not job.remaining:
             job.done.set()
@@ -128,9 +152,12 @@ class Pool:
             self._batch.notify()
 
     def take(self) -> Work | None:
-        """The next batch: at once where the device is idle, else when it is full; None when the pool is closed."""
+        """Waits for the next batch and takes it out; None when the pool is closed.
+
+        A batch is due at once where no other is being computed, else when a full one waits.
+        """
         with self._lock:
-            self._batch.wait_for(self._ready)
+            self._batch.wait_for(self._is_batch_due)
             if self._closed:
                 return None
             placement = place(self._windows.lengths, self._manifest, self._cost)
@@ -138,7 +165,7 @@ class Pool:
             kept = np.ones(len(self._windows), bool)
             kept[placement.window] = False
             self._owner, self._windows = self._owner[kept], self._windows.of(kept)
-            self._forget_empty_jobs()
+            self._drop_finished_jobs()
             self._tokens -= placement.tokens
             self._running += 1
             if self._has_spare_capacity():
@@ -146,30 +173,40 @@ class Pool:
             self._batch.notify()
             return work
 
-    def learn(self, shape: Shape, tokens: int, seconds: float) -> None:
-        """Takes in how long the device had a batch of that shape, with so many tokens that are not padding."""
+    def record_duration(self, shape: Shape, tokens: int, seconds: float) -> None:
+        """Updates the averages of the device's times.
+
+        Args:
+            shape: (rows, length) of a batch that was computed.
+            tokens: Its tokens that are not padding.
+            seconds: Time that the device took.
+        """
         with self._lock:
             known = self._seconds_a_token or seconds / tokens
-            self._seconds_a_token = known + LEARNING_RATE * (seconds / tokens - known)
+            self._seconds_a_token = known + SMOOTHING * (seconds / tokens - known)
             if shape in self._manifest.shapes:
                 known = self._seconds.get(shape, seconds)
-                self._seconds[shape] = known + LEARNING_RATE * (seconds - known)
+                self._seconds[shape] = known + SMOOTHING * (seconds - known)
 
     def _cost(self, shape: Shape) -> float:
-        """What a shape costs here, once every compiled one was measured; until then, and of free ones, an estimate."""
+        """Seconds of a compiled shape once all have been measured; until then, and for free shapes, an estimate."""
         if len(self._seconds) < len(self._manifest.shapes) or not self._seconds:
             return cost(shape)
         return self._seconds[shape]
 
     def finished(self) -> None:
-        """A batch that was taken is computed."""
+        """Notes that a batch that was taken has been computed."""
         with self._lock:
             self._running -= 1
             self._unfinished = {job for job in self._unfinished if not job.done.is_set()}
             self._batch.notify()
 
     def close(self, error: Exception | None = None) -> None:
-        """Wakes everybody, those whose windows are under way included; nothing goes in or out any more."""
+        """Ends all unfinished jobs with an error and wakes all threads; nothing is added or taken afterwards.
+
+        Args:
+            error: Error of the jobs; None for one that says that the pipeline was closed.
+        """
         with self._lock:
             self._closed = error or EngineError("the pipeline was closed")
             for job in self._unfinished:
@@ -180,7 +217,7 @@ class Pool:
             self._batch.notify_all()
 
     def waiting_tokens(self) -> int:
-        """Tokens that wait, for metrics."""
+        """Number of tokens that wait, for metrics."""
         return self._tokens
 
     def _has_spare_capacity(self) -> bool:
@@ -190,16 +227,16 @@ class Pool:
         has_time = self._tokens * self._seconds_a_token < AHEAD_SECONDS
         return self._tokens < (most if has_time else least)
 
-    def _ready(self) -> bool:
+    def _is_batch_due(self) -> bool:
         if self._closed:
             return True
         return self._tokens > 0 and (not self._running or self._tokens >= self._manifest.batch_tokens)
 
     def _work(self, placement: Placement) -> Work:
         placement = placement.reordered(self._owner[placement.window].argsort(kind="stable"))
-        return _owned(self._jobs, self._owner[placement.window], self._windows.of(placement.window), placement)
+        return _group_by_job(self._jobs, self._owner[placement.window], self._windows.of(placement.window), placement)
 
-    def _forget_empty_jobs(self) -> None:
+    def _drop_finished_jobs(self) -> None:
         if not len(self._owner):
             self._jobs = []
             return
@@ -209,8 +246,8 @@ class Pool:
             self._owner = self._owner - oldest
 
 
-def lay_out(work: Work, manifest: Manifest) -> Batch:
-    """The batch's arrays: each window as [CLS] tokens [SEP] at its place, numbered within its row."""
+def build_batch(work: Work, manifest: Manifest) -> Batch:
+    """The arrays of a batch: each window as ``[CLS] tokens [SEP]`` at its position; see ``engine.Batch``."""
     placement, windows = work.placement, work.windows
     shape = (placement.rows, placement.length)
     ids = np.full(shape, manifest.pad_id, np.int64).reshape(-1)
@@ -220,7 +257,7 @@ def lay_out(work: Work, manifest: Manifest) -> Batch:
     nth = spread(np.zeros_like(begin), length)  # of each token in its window
     target, source = np.repeat(begin, length) + nth, np.repeat(windows.start - 1, length) + nth
     for job, mine in work.by_job(length):
-        ids[target[mine]] = job.tokens.ids.take(source[mine], mode="clip")  # the special tokens come next
+        ids[target[mine]] = job.tokens.ids.take(source[mine], mode="clip")  # the two below overwrite both ends
     ids[begin] = manifest.cls_id
     ids[begin + length - 1] = manifest.sep_id
     segments[target] = np.repeat(_number_in_row(placement), length)
@@ -237,13 +274,13 @@ def _number_in_row(placement: Placement) -> Int:
     return number
 
 
-def hand_out(work: Work, logits: NDArray[np.float32], seconds: float) -> None:
-    """Gives every job its tokens' logits and its share of the batch's cost.
+def distribute_logits(work: Work, logits: NDArray[np.float32], seconds: float) -> None:
+    """Copies a batch's logits to its jobs and adds each job's share of the tokens and the time.
 
     Args:
         work: The batch.
         logits: float32, shape (rows, length, labels).
-        seconds: How long the device had it.
+        seconds: Time that the device took.
     """
     placement, windows = work.placement, work.windows
     count = windows.keep_end - windows.keep_start
@@ -258,26 +295,31 @@ def hand_out(work: Work, logits: NDArray[np.float32], seconds: float) -> None:
         with job.lock:
             job.computed_tokens += share * placement.rows * placement.length
             job.seconds += share * seconds
-        _settle(job, windows_of_job)
+        _count_done(job, windows_of_job)
 
 
-def give_up(work: Work, message: str) -> None:
-    """Marks the documents of a batch as those that made the model fail."""
+def mark_failed(work: Work, message: str) -> None:
+    """Records that the model failed on the documents of a batch.
+
+    Args:
+        work: The batch.
+        message: The model's error.
+    """
     for job, mine in work.by_job(np.ones(len(work.windows), np.int64)):
         documents = work.windows.document[mine].tolist()
         job.failed.update(dict.fromkeys(documents, message))
-        _settle(job, len(documents))
+        _count_done(job, len(documents))
 
 
-def _settle(job: Job, windows: int) -> None:
+def _count_done(job: Job, windows: int) -> None:
     with job.lock:
         job.remaining -= windows
         if not job.remaining:
             job.done.set()
 
 
-def halves(work: Work, manifest: Manifest) -> list[Work]:
-    """The batch's windows as two batches: of its shape where shapes are compiled, else of fewer rows."""
+def split_work(work: Work, manifest: Manifest) -> list[Work]:
+    """Splits a batch in two by rows; the halves have the batch's shape where shapes are compiled, else fewer rows."""
     placement = work.placement
     owner = np.repeat(np.arange(len(work.jobs)), np.diff(work.bounds))
     made = []
@@ -287,12 +329,20 @@ def halves(work: Work, manifest: Manifest) -> list[Work]:
         if not manifest.shapes:
             row, rows = row - row.min(), int(np.ptp(row)) + 1
         tokens = int(windows.lengths.sum())
-        lying = Placement(rows, placement.length, tokens, placement.window[chosen], row, placement.column[chosen])
-        made.append(_owned(work.jobs, owner[chosen], windows, lying))
+        half_placement = Placement(
+            rows, placement.length, tokens, placement.window[chosen], row, placement.column[chosen]
+        )
+        made.append(_group_by_job(work.jobs, owner[chosen], windows, half_placement))
     return made
 
 
-def _owned(jobs: Sequence[Job], owner: Int, windows: Windows, placement: Placement) -> Work:
-    """Windows as work; ``owner`` is the job of each, as a position in ``jobs``, ascending."""
+def _group_by_job(jobs: Sequence[Job], owner: Int, windows: Windows, placement: Placement) -> Work:
+    """A batch of windows that are ordered by job.
+
+    Args:
+        jobs: The jobs.
+        owner: Job of each window, as an index into ``jobs``, ascending; int64, shape (windows,).
+        windows, placement: The windows and their positions.
+    """
     first = np.flatnonzero(np.diff(owner, prepend=-1))
     return Work([jobs[index] for index in owner[first].tolist()], np.append(first, len(owner)), windows, placement)

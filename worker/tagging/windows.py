@@ -1,17 +1,11 @@
-"""Documents to tokens to windows: columnar, with the way back from a token to its word and characters."""
+"""Turns documents into tokens and tokens into windows, as arrays, with the word and the characters of each token."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from tokenizers import Encoding, Tokenizer
 
 SPECIAL_TOKENS = 2  # a window is [CLS] content [SEP]
 
@@ -19,38 +13,17 @@ Int = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
-    """The tokens of many documents, one document behind the other, special tokens left out.
-
-    Attributes:
-        ids: Token ids, int64, shape (tokens,).
-        bounds: Where each document begins, int64, shape (documents + 1,).
-        words: Number of each token's word within its document, int64, shape (tokens,).
-        encodings: The tokenizer's own record of each document, for character offsets.
-    """
-
-    ids: Int
-    bounds: Int
-    words: Int
-    encodings: Sequence[Encoding]
-
-    @property
-    def counts(self) -> Int:
-        """Tokens of each document, shape (documents,)."""
-        return np.diff(self.bounds)
-
-
-@dataclass(frozen=True, slots=True)
 class Windows:
-    """Stretches of tokens that each fit the model, and what each contributes when they are joined.
+    """Ranges of tokens that each fit the model, and the tokens whose logits are taken from each.
 
-    Neighbouring windows of a long document overlap. A token that two windows saw is taken from the one that
-    shows it with more context on its poorer side, which is: cut each overlap in its middle.
+    Neighbouring windows of a long document overlap. The logits of a token that is in two windows are taken from the
+    window in which the shorter of the token's two contexts, left and right, is longer. This divides each overlap in its
+    middle.
 
     Attributes:
-        document: Document of each window, int64, shape (windows,); so are the others.
-        start, end: Where its tokens begin and end in ``Tokens.ids``.
-        keep_start, keep_end: Where the tokens begin and end whose logits are taken from it.
+        document: Document of each window, int64, shape (windows,), as all five attributes.
+        start, end: Range of the window's tokens in ``Tokens.ids``, half-open.
+        keep_start, keep_end: Range of the tokens whose logits are taken from the window, half-open.
     """
 
     document: Int
@@ -64,7 +37,7 @@ class Windows:
 
     @property
     def lengths(self) -> Int:
-        """Length of each window in tokens, special tokens included."""
+        """Length of each window in tokens, special tokens included, int64, shape (windows,)."""
         return self.end - self.start + SPECIAL_TOKENS
 
     @property
@@ -73,36 +46,29 @@ class Windows:
         return self.document, self.start, self.end, self.keep_start, self.keep_end
 
     def of(self, chosen: Int | NDArray[np.bool_]) -> Windows:
-        """Some of the windows, by number or by a mask."""
+        """A selection of the windows.
+
+        Args:
+            chosen: Indices, int64, or a mask, bool, shape (windows,).
+        """
         return Windows(*(column[chosen] for column in self.columns))
 
 
 def concatenate(*parts: Windows) -> Windows:
-    """Windows one behind the other; their positions stay as they are."""
+    """All windows in one object; the ranges are not changed."""
     return Windows(*map(np.concatenate, zip(*(part.columns for part in parts), strict=True)))
 
 
-def tokenize(tokenizer: Tokenizer, documents: Sequence[str] | Sequence[Sequence[str]], *, split: bool) -> Tokens:
-    """Tokenizes texts, or documents that are ``split`` into words already."""
-    encodings = tokenizer.encode_batch(documents, is_pretokenized=split, add_special_tokens=False)
-    counts = np.fromiter(map(len, encodings), np.int64, len(encodings))
-    bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-    total = int(bounds[-1])
-    ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int64, total)
-    words = np.fromiter(chain.from_iterable(e.word_ids for e in encodings), np.int64, total)
-    return Tokens(ids, bounds, words, encodings)
+def split_into_windows(bounds: Int, max_length: int, overlap: int) -> Windows:
+    """Splits documents into windows of at most ``max_length`` tokens, special tokens included.
 
-
-def cut(bounds: Int, max_length: int, overlap: int) -> Windows:
-    """Cuts documents into windows of at most ``max_length`` tokens, special tokens included.
-
-    A document that fits is one window. A longer one is covered by full windows that share at least ``overlap``
-    tokens, the last one flush with the document's end. A document without tokens has no window.
+    A document that fits is one window. A longer document is covered by windows of full length; neighbours share at
+    least ``overlap`` tokens, and the last window ends with the document. A document without tokens has no window.
 
     Args:
-        bounds: Where each document begins, int64, shape (documents + 1,).
-        max_length: Longest window in tokens.
-        overlap: Tokens that neighbours share; at most half a window is used.
+        bounds: First token of each document, and the number of tokens, int64, shape (documents + 1,).
+        max_length: Longest window in tokens, special tokens included.
+        overlap: Tokens that neighbours share; more than half a window's content is reduced to half.
     """
     capacity = max_length - SPECIAL_TOKENS
     step = capacity - min(overlap, capacity // 2)

@@ -17,7 +17,7 @@ import torch
 from nermill.model_build.artifact import Order, compile_artifact
 from nermill.model_build.checkpoint import open_checkpoint
 from nermill.model_build.export import example_inputs
-from nermill.model_build.oracle import windows_of
+from nermill.model_build.reference import windows_of
 from nermill.model_build.verify import run_packed
 from nermill.worker.contracts.errors import ArtifactError, EngineError, UsageError
 from nermill.worker.engine import load_engine

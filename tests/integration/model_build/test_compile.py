@@ -18,7 +18,7 @@ import onnxruntime
 
 from nermill.model_build.artifact import Order, compile_artifact
 from nermill.model_build.checkpoint import open_checkpoint
-from nermill.model_build.oracle import oracle_logits, windows_of
+from nermill.model_build.reference import reference_logits, windows_of
 from nermill.model_build.verify import run_packed
 from nermill.worker.contracts.errors import ArtifactError, EngineError
 from nermill.worker.contracts.manifest import Precision, load_manifest
@@ -40,7 +40,7 @@ def test_every_family_answers_as_its_checkpoint(
     checkpoint = open_checkpoint(str(folder))
     windows = windows_of(checkpoint, TEXTS, MAX_LENGTH)
     engine = load_engine(tmp_path / "art", "cpu", 1)
-    for mine, theirs in zip(run_packed(engine, windows), oracle_logits(checkpoint, windows), strict=True):
+    for mine, theirs in zip(run_packed(engine, windows), reference_logits(checkpoint, windows), strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-4)
     engine.close()
     assert (manifest.labels, manifest.scheme, manifest.lowercase) == (LABELS, "IOB2", True)
@@ -81,7 +81,7 @@ def test_plain_layout_is_the_recipes_contract(
     checkpoint = open_checkpoint(str(bert))
     windows = windows_of(checkpoint, TEXTS, MAX_LENGTH)
     padded = engine.run(lay_rows([[ids] for ids in windows], (3, MAX_LENGTH), manifest))
-    for row, theirs in zip(padded, oracle_logits(checkpoint, windows), strict=True):
+    for row, theirs in zip(padded, reference_logits(checkpoint, windows), strict=True):
         np.testing.assert_allclose(row[: len(theirs)], theirs, atol=1e-4)
     engine.close()
 

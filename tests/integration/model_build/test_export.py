@@ -19,7 +19,7 @@ import torch
 
 from nermill.model_build import cli
 from nermill.model_build.checkpoint import open_checkpoint
-from nermill.model_build.oracle import oracle_logits, windows_of
+from nermill.model_build.reference import reference_logits, windows_of
 from nermill.worker.engine.aie import load_script
 
 INPUTS = {
@@ -84,7 +84,7 @@ def test_what_a_foreign_tool_chain_gets(
         assert "LayerNormalization" not in {node.op_type for node in onnx.load(out).graph.node}
     else:
         logits = load_script(out)(*map(torch.from_numpy, feeds)).numpy()
-    (expected,) = oracle_logits(checkpoint, [window])
+    (expected,) = reference_logits(checkpoint, [window])
     np.testing.assert_allclose(logits[0, : len(window)], expected, atol=1e-3)
 
 

@@ -25,7 +25,7 @@ from nermill.model_build.artifact import Order, compile_artifact
 from nermill.model_build.bench import bench
 from nermill.model_build.checkpoint import open_checkpoint
 from nermill.model_build.demo.recover import recover
-from nermill.model_build.oracle import windows_of
+from nermill.model_build.reference import windows_of
 from nermill.model_build.verify import run_batched, run_packed, verify
 from nermill.worker.contracts.errors import ArtifactError, EngineError
 from nermill.worker.contracts.manifest import load_manifest

@@ -118,10 +118,10 @@ def test_evaluate_scores_and_holds_floors(nermill, broker, serving, tmp_path):
     assert body["scores"]["precision"] == pytest.approx(0.5)
     code, out, _ = nermill("evaluate", body["run"], "--json")
     assert (code, json.loads(out)["recall"]) == (0, 1.0)
-    for floor in ("--min-f1", "--min-accuracy"):
-        code, _, err = nermill("evaluate", body["run"], floor, "0.9")
+    for threshold in ("--min-f1", "--min-accuracy"):
+        code, _, err = nermill("evaluate", body["run"], threshold, "0.9")
         assert code == 4
-        assert "below the floor" in err
+        assert "below the threshold" in err
     code, out, _ = nermill("evaluate", body["run"], "--compare", body["run"])
     assert code == 0
     assert "+0.0000" in out
@@ -442,7 +442,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(nermill, broker, corpus, tmp_pa
         r"bad.conll:2: 3 columns": ["submit", mixed / "bad.conll", "--out", out, *good],
         r"a run's folder itself": ["submit", corpus, "--out", planned, *good],
         r"nobody://in: Protocol not known": ["submit", "nobody://in", "--out", out, *good],
-        r"--devices 'gpu': say auto": ["run", corpus, "--out", out, "--devices", "gpu"],
+        r"--devices 'gpu': 'gpu' is no device; say auto": ["run", corpus, "--out", out, "--devices", "gpu"],
         r"a folder of runs, not a run; name one: .*/run=one": ["status", runs, *good],
         r"no run here": ["status", tmp_path, *good],
         r"--follow tails one file": ["submit", corpus, corpus, "--follow", "--out", out, *good],
@@ -541,7 +541,9 @@ def test_what_is_left_out_and_rejected_is_said(nermill, broker, tmp_path):
     assert err == f"nermill: left out: {folder}/README.md (documentation)\n"
     code, out, err = nermill("plan", folder, "--on-error", "fail")
     assert (code, out) == (2, "")
-    assert f"{folder}/a.csv:3: 1 field where the header has 2; mend it, or go on without it: --on-error reject" in err
+    assert (
+        f"{folder}/a.csv:3: 1 field where the header has 2; correct it, or leave it out with --on-error reject" in err
+    )
 
 
 def test_labels_that_the_model_lacks_are_named_before_anything_is_written(nermill, tmp_path):

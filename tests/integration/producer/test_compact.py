@@ -20,7 +20,7 @@ from pyarrow import parquet as pq
 
 from nermill.producer.runs import compact as compacting
 from nermill.producer.runs import run as runs
-from nermill.producer.runs.compact import compact, take_up
+from nermill.producer.runs.compact import compact, finish_interrupted_swap
 from nermill.producer.runs.planning import Request, make_plan
 from nermill.producer.runs.queue import Queue
 from nermill.producer.runs.rejects import read_rejects, retry
@@ -362,7 +362,7 @@ def test_a_swap_on_a_disk_without_the_exchange_is_taken_up(exchangeless, monkeyp
         with pytest.raises(KeyboardInterrupt):
             compact(run, plan)
     assert os.path.exists(run.uri) != is_gone
-    assert take_up(run) is None
+    assert finish_interrupted_swap(run) is None
     after = read_plan(run)
     assert (after == plan, table_of(run, after)) == (is_gone, before)
     assert len(compact(run, after).shards) == 1

@@ -119,7 +119,7 @@ def test_a_wrong_input_is_one_line_and_writes_nothing(nermill, tmp_path):
         ((run, "--format", "xml", "--to", to), "one of conll, jsonl, csv"),
         ((run, "--format", "csv", "--to", there), "exists already"),
         ((run, "--format", "csv", "--json"), "name one with --to"),
-        ((spaced, "--format", "conll", "--to", to), "the word 'New York', which CoNLL cannot hold"),
+        ((spaced, "--format", "conll", "--to", to), "the word 'New York', which CoNLL cannot represent"),
     ):
         code, out, err = nermill("export", *arguments)
         assert (code, out, err.count("\n")) == (2, "", 1), err

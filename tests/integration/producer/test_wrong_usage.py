@@ -31,7 +31,7 @@ WRONG = {
     "--format": ("docx", "one of "),
     "--gold": ("nowhere.conll", "No such file"),
     "--high-water": ("0", "--high-water"),
-    "--id-column": ("key", "mend --id-column"),
+    "--id-column": ("key", "name the id with --id-column"),
     "--key": ("{file}", "; name "),
     "--layout": ("rows", "one of documents, entities"),
     "--limit": ("0", "--limit"),
@@ -61,7 +61,7 @@ WRONG = {
 FINDINGS = {"--broker", "--devices", "--model", "--out"}  # doctor goes on: what is wrong is what it is asked for
 NEED_NO_PLACE = {"doctor", "tag"}
 NOWHERE = dict.fromkeys(("run", "plan", "submit", "list"), "no such f")
-NOWHERE["restore"] = "its name says no format"
+NOWHERE["restore"] = "its name shows no format"
 HELPFUL = {"help", "install_completion", "show_completion"}
 COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands
 

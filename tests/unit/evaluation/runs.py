@@ -1,4 +1,4 @@
-"""Runs made by hand: parts with the tags, entities and measurements that a test wants."""
+"""Runs for tests: parts with given tags, entities and measurements."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import pyarrow.parquet as pq
 from nermill.worker.contracts.layout import RunFolder, part_name
 from nermill.worker.contracts.plan import Options, Plan, Shard
 from nermill.worker.contracts.schema import part_schema, with_metadata
-from nermill.worker.evaluation.chunks import Labels, find_chunks, read_tags
+from nermill.worker.evaluation.chunks import LabelIndex, find_chunks, read_tags
 
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 
 
 @dataclass(frozen=True)
 class Doc:
-    """One document of a made run; ``tags`` None is a rejected one."""
+    """One document of a run; ``tags`` is None for a rejected document."""
 
     words: Sequence[str] | None
     tags: Sequence[str] | None
@@ -33,7 +33,7 @@ class Doc:
 
 def entities_of(words: Sequence[str], tags: Sequence[str], scores: Sequence[float]) -> list[dict[str, Any]]:
     """The entities that a worker writes for these tags."""
-    labels = Labels()
+    labels = LabelIndex()
     import numpy as np
 
     chunks = find_chunks(read_tags(pa.array(tags, pa.string()), np.array([0, len(tags)]), labels, normalise=False))
@@ -50,7 +50,7 @@ def entities_of(words: Sequence[str], tags: Sequence[str], scores: Sequence[floa
 
 
 def stats_of(shard: int, documents: int, **given: Any) -> dict[str, Any]:
-    """What a worker measures for one shard of a second."""
+    """A worker's measurements for one shard that takes a second."""
     return {
         "documents": documents,
         "ok": documents,

@@ -1,4 +1,4 @@
-"""Bootstrap intervals: those of a plain resampling of documents, and as wide as theory says."""
+"""Bootstrap intervals equal those of a plain resampling of documents, and are as wide as theory predicts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two runs held against each other."""
+"""Comparison of two runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HALF = ["B-PER", "O", "O", "O"]
 
 
 def test_the_difference_of_two_runs(tmp_path: Path) -> None:
-    """Of 90 documents the first run gets half of 30 wrong, the other half of 10; their parts are cut differently."""
+    """Of 90 documents the first run gets half of 30 wrong, the other half of 10; their parts differ in size."""
     one = make_run(tmp_path / "one", [Doc(WORDS, HALF if n < 30 else GOLD, GOLD) for n in range(90)], per_shard=20)
     two = make_run(tmp_path / "two", [Doc(WORDS, HALF if n < 10 else GOLD, GOLD) for n in range(90)], per_shard=35)
     report = evaluate(one, compare=two)

@@ -1,4 +1,4 @@
-"""The written pages say what the program does."""
+"""The documentation agrees with the program."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_every_field_of_a_report_is_documented(tmp_path: Path) -> None:
 
 
 def test_the_room_is_light_until_a_page_is_drawn() -> None:
-    """The producer imports it: no accelerator library, and no chart library before there is a chart."""
+    """The producer imports it, so it imports no accelerator library, and matplotlib only to draw a chart."""
     program = "import sys, nermill.worker.evaluation; print(*{m.partition('.')[0] for m in sys.modules})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())

@@ -1,4 +1,4 @@
-"""The headline figures are seqeval's own, and our counts must equal them."""
+"""The main scores are computed by seqeval, and nermill's counts must equal them."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_a_count_that_differs_from_seqevals_fails_the_evaluation(
 
 @pytest.mark.parametrize("figure", ["accuracy", "per_label PER f1", "strict recall"])
 def test_every_headline_figure_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: str) -> None:
-    def changed(self: scores.Tally) -> dict[str, Any]:
+    def changed(self: scores.ChunkCounts) -> dict[str, Any]:
         found = made(self)
         *path, name = figure.split()
         inner = found
@@ -126,7 +126,7 @@ def test_every_headline_figure_is_compared(tmp_path: Path, monkeypatch: pytest.M
         inner[name] += 1e-8
         return found
 
-    made = scores.Tally.scores
-    monkeypatch.setattr(scores.Tally, "scores", changed)
+    made = scores.ChunkCounts.scores
+    monkeypatch.setattr(scores.ChunkCounts, "scores", changed)
     with pytest.raises(EvaluationError, match=figure):
         evaluate(make_run(tmp_path, DOCS))

@@ -1,4 +1,4 @@
-"""The page: self-contained, everything escaped, drawn for whatever a report holds."""
+"""The HTML report: self-contained, all texts escaped, charts for every kind of report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HOSTILE = [
 
 
 class Page(HTMLParser):
-    """Tags, what they point to, and the text of a page."""
+    """Tags, link targets and text of a page."""
 
     def __init__(self, html: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Our arithmetic and seqeval's are one, in both modes."""
+"""nermill's scores equal seqeval's, in both modes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CLOSE = {"rel": 1e-9, "abs": 1e-9}
 
 
 def garble(tags: list[str], rng: random.Random) -> list[str]:
-    """A prediction: mostly the gold tags, some changed, orphan I- among them."""
+    """A prediction: the gold tags with some changes, among them ``I-`` without a ``B-``."""
     return [rng.choice(TAGS) if rng.random() < 0.15 else tag for tag in tags]
 
 
@@ -94,7 +94,7 @@ def test_a_real_corpus_scores_as_in_seqeval(file: str, tmp_path: Path) -> None:
     )
 )
 def test_random_sequences_score_as_in_seqeval(tmp_path_factory: pytest.TempPathFactory, pairs) -> None:
-    """A hundred sequences an example, twenty examples: gold becomes IOB2 first, predictions stay as they are."""
+    """Twenty examples of a hundred sequences: gold is converted to IOB2, predictions are not changed."""
     gold = [list(to_iob2(g, "IOB1")) for g, _ in pairs]
     predicted = [p for _, p in pairs]
     docs = [Doc([f"w{i}" for i in range(len(g))], p, g) for g, p in zip(gold, predicted, strict=True)]

@@ -1,4 +1,4 @@
-"""An evaluation that maps labels and leaves entities out, and what it says of them."""
+"""An evaluation that maps labels and leaves entities out, and its report about them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_labels_that_are_left_out_do_not_count(run: RunFolder) -> None:
     assert report["calibration"]["entities"] == 2
     assert report["labels"]["gold"]["left_out"] == {"LOC": 1, "location": 1}
     assert report["labels"]["predicted"]["left_out"] == {"LOC": 2}
-    assert "left out, as asked for: gold LOC (1), gold location (1), predicted LOC (2)" in report["warnings"]
+    assert "left out by options: gold LOC (1), gold location (1), predicted LOC (2)" in report["warnings"]
 
 
 def test_entities_below_the_score_do_not_count(run: RunFolder) -> None:
@@ -67,7 +67,7 @@ def test_disjoint_labels_are_explained_with_the_map_that_mends_it(tmp_path: Path
     report = evaluate(run)
     (line,) = report["warnings"]
     assert report["f1"] == 0.0
-    assert "location (2), person (2); it knows LOC, PER; no label is in both, so F1 is 0" in line
+    assert "location (2), person (2); it has LOC, PER; no label is in both, so F1 is 0" in line
     assert line.endswith(f"nermill evaluate {run.uri} --map location=LOC,person=PER")
 
 

@@ -1,4 +1,4 @@
-"""Tag schemes: the same chunks, whatever they are written in."""
+"""Tag schemes: conversion keeps the chunks."""
 
 from __future__ import annotations
 

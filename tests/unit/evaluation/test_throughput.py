@@ -1,4 +1,4 @@
-"""Throughput of a paced run, set beforehand and counted by hand."""
+"""Throughput of a run with given times, compared with values computed by hand."""
 
 from __future__ import annotations
 

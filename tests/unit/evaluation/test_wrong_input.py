@@ -1,4 +1,4 @@
-"""What cannot be evaluated: one clear line each, saying what is wrong and where."""
+"""Runs and gold files that cannot be evaluated: each gives one line that says what is wrong and where."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import zstandard
 
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.layout import RunFolder, part_name
-from nermill.worker.contracts.manifest import TOKENIZER_FILE, Input, Manifest, file_sha256, load_manifest
+from nermill.worker.contracts.manifest import TOKENIZER_FILE, GraphInput, Manifest, file_sha256, load_manifest
 from nermill.worker.contracts.schema import SCHEMA_VERSION
-from nermill.worker.evaluation import below_floors, evaluate
+from nermill.worker.evaluation import below_thresholds, evaluate
 from tests.unit.evaluation.runs import Doc, make_run, write_part
 
 WORDS = ["Anna", "flew", "to", "Rome"]
@@ -23,7 +23,7 @@ GOLD = "Anna B-PER\nflew O\nto O\nRome B-LOC\n\n"
 
 
 def line_of(run: RunFolder, **options) -> str:
-    """The error's line; there is only one."""
+    """The message of the error, which has one line."""
     with pytest.raises(UsageError) as error:
         evaluate(run, **options)
     assert "\n" not in str(error.value)
@@ -58,7 +58,7 @@ def test_a_run_that_is_not_complete(run: RunFolder) -> None:
 def test_a_run_without_any_part(run: RunFolder) -> None:
     for shard in (0, 1):
         run.remove(part_name(shard))
-    assert "no part is there yet" in line_of(run, partial=True)
+    assert "it has no part yet" in line_of(run, partial=True)
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: data[::-1]])
@@ -150,7 +150,7 @@ def test_gold_by_document(tmp_path: Path) -> None:
     ("gold", "says"),
     [
         (GOLD * 3, "gold ends after 3 documents, the run has 'doc:3' as number 4"),
-        (GOLD * 5, ":21: gold goes on after the run's 4 documents"),
+        (GOLD * 5, ":21: gold has more than the run's 4 documents"),
         (GOLD * 2 + GOLD.replace("to O\n", "") + GOLD, ":11: 3 gold tags for the 4 words of document 'doc:2'"),
         (GOLD * 3 + GOLD.replace("to", "from"), ":18: the word 'from' stands where document 'doc:3' has 'to'"),
         (GOLD * 3 + GOLD.replace("B-PER", "PER"), ":16: the tag 'PER' is of no known scheme"),
@@ -214,7 +214,7 @@ def test_a_gold_file_for_a_partial_run_skips_what_is_missing(tmp_path: Path) -> 
 
 
 def artifact_that_knows_people(folder: Path) -> Manifest:
-    """An artifact whose only label is PER, with compiled shapes; nothing that could run."""
+    """An artifact whose only label is PER, with compiled shapes and without a model."""
     folder.mkdir()
     (folder / "model.onnx").write_bytes(b"no graph")
     (folder / TOKENIZER_FILE).write_bytes(b"{}")
@@ -224,7 +224,7 @@ def artifact_that_knows_people(folder: Path) -> Manifest:
         model_file="model.onnx",
         layout="packed",
         precision="fp32",
-        inputs=(Input("input_ids", "int64"),),
+        inputs=(GraphInput("input_ids", "int64"),),
         shapes=((8, 64), (4, 128)),
         token_budget=512,
         max_length=128,
@@ -248,9 +248,9 @@ def test_labels_that_the_model_does_not_know(tmp_path: Path) -> None:
     run = make_run(tmp_path, docs, model=str(tmp_path / "people"), artifact=manifest.sha256)
     report = evaluate(run)
     (line,) = report["warnings"]
-    assert "gold has labels that the model does not know: GPE (3); it knows PER" in line
+    assert "gold has labels that the model does not have: GPE (3); it has PER" in line
     line = line_of(run, gold=gold_file(tmp_path, GOLD.replace("B-LOC", "B-GPE") * 3))
-    assert "gold.conll: gold has labels that the model does not know: GPE (3)" in line
+    assert "gold.conll: gold has labels that the model does not have: GPE (3)" in line
     assert report["lengths"]["shapes"] == [[8, 64], [4, 128]]
     assert report["origin"]["artifact"]["name"] == "people"
 
@@ -262,10 +262,10 @@ def test_a_changed_artifact_is_not_quoted(tmp_path: Path) -> None:
     assert report["warnings"] == []
 
 
-def test_floors(tmp_path: Path) -> None:
+def test_thresholds(tmp_path: Path) -> None:
     report = evaluate(make_run(tmp_path, [Doc(WORDS, ["B-PER", "O", "O", "O"], TAGS)] * 10))
-    assert below_floors(report, f1=0.6, accuracy=0.7, documents_per_second=9.0) == []
-    lines = below_floors(report, f1=0.7, accuracy=0.8, documents_per_second=11.0)
+    assert below_thresholds(report, f1=0.6, accuracy=0.7, documents_per_second=9.0) == []
+    lines = below_thresholds(report, f1=0.7, accuracy=0.8, documents_per_second=11.0)
     assert [line.split(" is below")[0] for line in lines] == [
         "f1 0.666667",
         "accuracy 0.75",
@@ -273,8 +273,8 @@ def test_floors(tmp_path: Path) -> None:
     ]
 
 
-def test_a_floor_without_gold(run: RunFolder) -> None:
+def test_a_threshold_without_gold(run: RunFolder) -> None:
     report = evaluate(run)
-    assert below_floors(report, documents_per_second=0.1) == []
+    assert below_thresholds(report, documents_per_second=0.1) == []
     with pytest.raises(UsageError, match="no gold tags"):
-        below_floors(report, f1=0.5)
+        below_thresholds(report, f1=0.5)

@@ -1,4 +1,4 @@
-"""Texts to measure with, from each kind of file."""
+"""Texts for measurements, read from each kind of file."""
 
 from __future__ import annotations
 

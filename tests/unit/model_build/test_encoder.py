@@ -1,4 +1,4 @@
-"""The packed forward itself, its weights' names, and the forms of its linear layers."""
+"""The packed forward pass, the names of its weights, and the kinds of its linear layers."""
 
 from __future__ import annotations
 

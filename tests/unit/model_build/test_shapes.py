@@ -1,4 +1,4 @@
-"""Which shapes to compile: the text of --shapes, the shipped tables, the best choice, the packing."""
+"""Which shapes to compile: parsing --shapes, the bundled cost tables, the best choice, packing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ tables = st.dictionaries(
 
 
 def seconds_of(lengths: np.ndarray, costs: Costs, shapes: tuple[tuple[int, int], ...]) -> float:
-    """Each window in the cheapest shape that takes it, rows taken as full."""
+    """Cost of each window in the cheapest shape that it fits, where all rows are full."""
     total = 0.0
     for length in lengths.tolist():
         prices = [costs.token_seconds(shape) for shape in shapes if shape[1] >= length]

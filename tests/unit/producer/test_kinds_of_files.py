@@ -1,4 +1,4 @@
-"""The kinds of files that people have: which are read, as how many documents, with how much gold; what is refused."""
+"""Kinds of files that users have: which are read, with how many documents and gold tags, and which are refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def read(path: Path, **options: Any) -> tuple[str, list[Document]]:
 
 
 class Kind(NamedTuple):
-    """A kind of file; ``documents``, ``gold`` and ``rejects`` of one that is read, ``refusal`` of one that is not."""
+    """A kind of file: its number of documents, gold tags and rejects, or the message with which it is refused."""
 
     name: str
     content: str | bytes | Callable[[Path], None]
@@ -48,7 +48,7 @@ def table(**columns: Any) -> Callable[[Path], None]:
 
 
 def hugging_face(path: Path) -> None:
-    """As datasets writes it: tags as numbers, their names in the file's metadata."""
+    """A file as Hugging Face datasets writes it: tags as numbers, with names in the file's metadata."""
     names = ["O", "B-PER", "I-PER", "B-LOC"]
     features = {"tokens": {}, "ner_tags": {"_type": "List", "feature": {"_type": "ClassLabel", "names": names}}}
     made = pa.table({"tokens": [["Ada", "L."], ["Bonn"], ["x"]], "ner_tags": [[1, 2], [3], [9]]})

@@ -1,4 +1,4 @@
-"""The same request finds its run again; a wrong one leaves nothing behind."""
+"""The same request finds its run again; an invalid request writes nothing."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_plan_is_enough_to_know_the_run(request_):
 
 @pytest.mark.parametrize("name", ["in.jsonl", "in.csv.gz", "in.parquet"])
 def test_the_reading_says_how_far_it_is(request_, tmp_path, name, monkeypatch):
-    monkeypatch.setattr(reading, "_TOLD_SECONDS", 0.0)
+    monkeypatch.setattr(reading, "REPORT_SECONDS", 0.0)
     path = tmp_path / name
     texts = [f"Ada {n} {hashlib.sha256(str(n).encode()).hexdigest()}" for n in range(20_000)]
     if name.endswith("parquet"):

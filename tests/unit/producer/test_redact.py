@@ -1,4 +1,4 @@
-"""Redaction of one text: what is no entity stays, offsets hold, pseudonyms go back."""
+"""Redaction of one text: other text stays, offsets are right, pseudonyms can be restored."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ texts = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("ab \u03
 
 @st.composite
 def documents(draw):
-    """A text and entities anywhere in it: overlapping, adjacent, empty, out of order."""
+    """A text and random entities in it: overlapping, adjacent, empty, unordered."""
     text = draw(texts)
     place = st.integers(0, len(text))
     spans = draw(st.lists(st.tuples(place, place, st.sampled_from(LABELS), st.floats(0, 1)), max_size=8))
@@ -28,7 +28,7 @@ def entity(text, start, end, label="PER", score=0.9):
 
 
 def numbered():
-    """Pseudonyms by label and text, and what takes them back."""
+    """Functions that return the pseudonym of a label and text, and the text of a pseudonym."""
     known: dict[tuple[str, str], str] = {}
     numbers = count(1)
 

@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nermill.producer.runs.shards import ShardLimits, cut, document_text, estimated_tokens, kind_of, write_shards
+from nermill.producer.runs.shards import (
+    ShardLimits,
+    document_text,
+    estimated_tokens,
+    group_documents,
+    kind_of,
+    write_shards,
+)
 from nermill.worker.contracts.document import Document, Fault
 from nermill.worker.contracts.layout import RunFolder
 from nermill.worker.contracts.shard import read_documents, read_shard, shard_table
@@ -27,7 +34,7 @@ documents = st.lists(
 
 @given(documents, st.integers(1, 5), st.integers(1, 100), st.integers(1, 30))
 def test_cut_keeps_order_and_limits(items, count, characters, tokens):
-    groups = list(cut(items, ShardLimits(count, characters, tokens)))
+    groups = list(group_documents(items, ShardLimits(count, characters, tokens)))
     assert [d for group in groups for d in group] == items
     for group in groups:
         sizes = [document_text(d) for d in group]

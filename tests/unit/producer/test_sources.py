@@ -1,4 +1,4 @@
-"""Every format, whole and damaged, becomes the documents that are in it or one clear line."""
+"""Files of every format, complete and damaged, give their documents or one clear line."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class TestJsonl:
         assert documents[1].id == f"{path}:2"
         assert documents[1].fault.message == "broken JSON (Expecting value, column 10)"
         assert documents[3].fault.message == "broken JSON (nested too deep)"
-        refused(rf"{path}:2: broken JSON .*; mend it, or go on without it: --on-error reject", path, on_error="fail")
+        refused(rf"{path}:2: broken JSON .*; correct it, or leave it out with --on-error reject", path, on_error="fail")
 
     def test_a_file_without_any_json_is_refused(self, write):
         path = write("a.jsonl", "Ada met Bob.\nCarol came.\n")
@@ -97,7 +97,7 @@ class TestJsonl:
 
     def test_no_id_field_anywhere_is_named_where_one_was_asked_for(self, write):
         path = write("a.jsonl", '{"key": 1, "text": "Ada"}\n{"key": 2, "text": "Bob"}\n')
-        refused(rf"{path}:1: no field 'kye' \(found: key, text\); mend --id-column", path, id_column="kye")
+        refused(rf"{path}:1: no field 'kye' \(found: key, text\); name the id with --id-column", path, id_column="kye")
         assert [d.id for d in read(path)] == [f"{path}:1", f"{path}:2"]
 
     def test_lines_that_cannot_be_read_are_rejects_whatever_the_id_field(self, write, monkeypatch):
@@ -199,7 +199,12 @@ class TestParquet:
         assert math.isnan(third.fields["n"])  # JSON's null, once it is in a shard
         refused(r"no field 'text' \(found: key, body, n\)", path)
         refused("column 'n' is double, not a string", path, text_column="n")
-        refused(r"no field 'who' \(found: key, body, n\); mend --id-column", path, id_column="who", text_column="body")
+        refused(
+            r"no field 'who' \(found: key, body, n\); name the id with --id-column",
+            path,
+            id_column="who",
+            text_column="body",
+        )
 
     def test_bytes_that_are_not_utf8(self, tmp_path):
         path = tmp_path / "a.parquet"

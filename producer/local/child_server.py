@@ -1,7 +1,7 @@
-"""Keeps one server beside its owner: whatever ends the owner, the server stops and its folder is swept.
+"""Runs a server as long as the process that started it lives, then stops the server and removes its folder.
 
-Run by path, as ``python -I -S keeper.py FOLDER SERVER ARGUMENT...``, so that nothing but the standard library
-is loaded. The owner holds the other end of standard input; the kernel closes it even after ``kill -9``.
+It is run by path, as ``python -I -S child_server.py FOLDER SERVER ARGUMENT...``, so that only the standard library is
+loaded. The parent process holds the other end of standard input, which the kernel closes when it ends, however it ends.
 """
 
 from __future__ import annotations
@@ -14,7 +14,15 @@ import threading
 
 
 def keep(folder: str, command: list[str]) -> int:
-    """Runs ``command`` until it ends or standard input closes, removes ``folder``, returns the exit status."""
+    """Runs a server until it ends or standard input is closed.
+
+    Args:
+        folder: Removed after the server has ended.
+        command: The server's command line.
+
+    Returns:
+        The server's exit status.
+    """
     with subprocess.Popen(command, stdin=subprocess.DEVNULL) as server:
         threading.Thread(target=_stop_with_owner, args=(server,), daemon=True).start()
         status = server.wait()

@@ -1,4 +1,4 @@
-"""Commands that hand a run's result on: redact, restore, publish, export."""
+"""Commands that write a run's result for other programs: redact, restore, publish, export."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from nermill.producer.commands import options as o
 from nermill.producer.commands.request import label_list
 from nermill.worker.contracts.errors import UsageError
 
-To = Annotated[
-    str, typer.Option("--to", metavar="FILE", help="A file that is not there yet: .jsonl, .parquet or .csv.")
-]
+To = Annotated[str, typer.Option("--to", metavar="FILE", help="A new file: .jsonl, .parquet or .csv.")]
 
 
 def redact(
@@ -29,40 +27,40 @@ def redact(
         typer.Option(
             "--key",
             metavar="FILE",
-            help="pseudonym: a new file that takes them back; hash: the secret, made where it is not there.",
+            help="pseudonym: a new file that restores the texts; hash: file with the secret, created if missing.",
         ),
     ] = None,
     only: Annotated[
         str, typer.Option("--only", metavar="LABELS", help="Labels to replace, as in PER,ORG; default: all.")
     ] = "",
     min_score: Annotated[
-        float, typer.Option("--min-score", metavar="SCORE", min=0, max=1, help="Entities below it stay as they are.")
+        float, typer.Option("--min-score", metavar="SCORE", min=0, max=1, help="Entities with a lower score stay.")
     ] = 0.0,
     json: o.Json = False,
 ) -> int:
-    """Write a complete run's texts with their entities replaced; what is no entity stays as it is.
+    """Write a complete run's texts with their entities replaced; all other text stays.
 
-    A model misses entities (its recall is below 1), so a redacted text may still hold names, and what is no entity
-    (a rare disease, a quotation) can tell who is meant. Measure the recall on texts of your own with nermill evaluate,
-    and let a person read what must not leak. Ids of documents are written as they are. The texts of rejected documents
-    are left out. The same text with the same label has the same hash or pseudonym all over the run; with --key and
-    pseudonym, nermill restore gives the texts back. The file and the key appear whole or not at all.
+    A model misses entities (its recall is below 1), so a redacted text may still contain names; and other text, such
+    as a rare disease or a quotation, can identify a person. Measure the recall on your own texts with nermill evaluate,
+    and let a person read what must not leak. Ids of documents are written unchanged. The texts of rejected documents
+    are left out. The same text with the same label has the same hash or pseudonym in the whole run; with --key and
+    pseudonym, nermill restore restores the texts. The file and the key are written completely or not at all.
     """
     from dataclasses import asdict
 
-    from nermill.producer.entities.redact import HOWS
+    from nermill.producer.entities.redact import METHODS
     from nermill.producer.entities.redacted import redact_run
     from nermill.producer.entities.view import print_json
     from nermill.producer.runs.progress import say
     from nermill.producer.runs.result import open_complete
 
-    if with_ not in HOWS:
-        raise UsageError(f"--with {with_!r}: one of {', '.join(HOWS)}")
+    if with_ not in METHODS:
+        raise UsageError(f"--with {with_!r}: one of {', '.join(METHODS)}")
     labels = frozenset(label_list(only))
     folder, plan = open_complete(run)
     done = redact_run(folder, plan, to, with_, key, labels, min_score)
     if done.left_out:
-        say(f"the texts of {done.left_out:,} rejected documents are left out: nobody looked for entities in them")
+        say(f"the texts of {done.left_out:,} rejected documents are left out: they were not searched for entities")
     if json:
         print_json({"run": folder.uri, "run_id": plan.run_id, "to": to, "with": with_, **asdict(done)})
     else:
@@ -73,13 +71,13 @@ def redact(
 
 def restore(
     file: Annotated[
-        str, typer.Argument(metavar="FILE", help="What nermill redact --with pseudonym wrote.", show_default=False)
+        str, typer.Argument(metavar="FILE", help="A file of nermill redact --with pseudonym.", show_default=False)
     ],
-    key: Annotated[str, typer.Option("--key", metavar="FILE", help="The key that was written with it.")],
+    key: Annotated[str, typer.Option("--key", metavar="FILE", help="The key file that was written with it.")],
     to: To,
     json: o.Json = False,
 ) -> int:
-    """Write the texts that a file of pseudonyms stands for, with its key."""
+    """Restore the texts of a file with pseudonyms by its key."""
     from nermill.producer.entities.redacted import restore_file
     from nermill.producer.entities.view import print_json
 
@@ -96,22 +94,24 @@ def publish(
     table: Annotated[
         str,
         typer.Argument(
-            metavar="TABLE", help="The Delta table's folder or URI; created where none is.", show_default=False
+            metavar="TABLE", help="The Delta table's folder or URI; created if missing.", show_default=False
         ),
     ],
     layout: Annotated[
         str,
-        typer.Option("--layout", metavar="LAYOUT", help="documents (a row a document) or entities (a row an entity)."),
+        typer.Option(
+            "--layout", metavar="LAYOUT", help="documents (one row a document) or entities (one row an entity)."
+        ),
     ] = "documents",
     merge_schema: Annotated[
         bool, typer.Option("--merge-schema", help="Add columns that the table does not have.")
     ] = False,
     json: o.Json = False,
 ) -> int:
-    """Add a complete run to a Delta table in one commit, exactly once however often it is called.
+    """Add a complete run to a Delta table in one commit; repeated calls add it once.
 
-    Needs pip install 'nermill[delta]'. The commit carries the run's id as Delta's application transaction: a call that
-    is repeated, killed at any moment, or made by two at once adds the rows once.
+    Needs pip install 'nermill[delta]'. The commit contains the run's id as Delta's application transaction: calls that
+    are repeated, killed at any moment, or made at the same time add the rows once.
     """
     from dataclasses import asdict
 
@@ -129,7 +129,7 @@ def publish(
     elif done.is_new:
         print(f"{done.table}: version {done.version} has {done.rows:,} rows of {folder.uri}")
     else:
-        print(f"{done.table}: the rows of {folder.uri} are there since version {done.version}; nothing to do")
+        print(f"{done.table}: the rows of {folder.uri} are in it since version {done.version}; nothing to do")
     return 0
 
 
@@ -137,28 +137,26 @@ def export(
     run: o.Run,
     format_: Annotated[
         str,
-        typer.Option("--format", metavar="FORMAT", help="conll (word and tag), jsonl or csv (a row an entity)."),
+        typer.Option("--format", metavar="FORMAT", help="conll (word and tag), jsonl or csv (one row an entity)."),
     ],
-    to: Annotated[
-        str, typer.Option("--to", metavar="FILE", help="A file that is not there yet; default: standard output.")
-    ] = "-",
+    to: Annotated[str, typer.Option("--to", metavar="FILE", help="A new file; default: standard output.")] = "-",
     json: o.Json = False,
 ) -> int:
-    """Write a complete run for people who correct it and train on it.
+    """Write a complete run for annotation tools and for training.
 
     A corrected CoNLL file of a run over CoNLL input is gold: nermill evaluate RUN --gold FILE. That of a run over texts
-    is an input of its own, whose tags are gold: nermill run FILE --unit document. --json says what was written to --to.
+    is a new input with gold tags: nermill run FILE --unit document. --json describes the file of --to.
     """
     from nermill.producer.entities.export import FORMATS, export_lines
     from nermill.producer.entities.redacted import new_file
     from nermill.producer.entities.view import print_json
     from nermill.producer.runs.result import open_complete
-    from nermill.worker.contracts.store import telling
+    from nermill.worker.contracts.store import store_errors
 
     if format_ not in FORMATS:
         raise UsageError(f"--format {format_!r}: one of {', '.join(FORMATS)}")
     if json and to == "-":
-        raise UsageError("--json says what was written to a file; name one with --to")
+        raise UsageError("--json describes the file that was written; name one with --to")
     folder, plan = open_complete(run)
     lines = export_lines(folder, plan, format_)
     if to == "-":
@@ -169,9 +167,9 @@ def export(
     with new_file(to) as aside, open(aside, "w", encoding="utf-8", newline="\n") as stream:
         for line in lines:
             count += 1
-            with telling("write", to):
+            with store_errors("write", to):
                 stream.write(line + "\n")
-        with telling("write", to):
+        with store_errors("write", to):
             stream.flush()
     if json:
         print_json({"run": folder.uri, "run_id": plan.run_id, "to": to, "format": format_, "lines": count})

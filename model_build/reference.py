@@ -35,7 +35,7 @@ GOLDEN_TEXTS = (
 )
 
 
-def oracle_logits(checkpoint: Checkpoint, windows: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+def reference_logits(checkpoint: Checkpoint, windows: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
     """Logits of each window from transformers, float32, unpadded: (tokens, labels) each.
 
     Raises:
@@ -88,7 +88,7 @@ def windows_of(checkpoint: Checkpoint, texts: Sequence[str], max_length: int) ->
 def golden(checkpoint: Checkpoint, max_length: int) -> Golden:
     """The golden answers of a checkpoint, for windows of at most ``max_length`` tokens."""
     windows = windows_of(checkpoint, GOLDEN_TEXTS, max_length)
-    return Golden(GOLDEN_TEXTS, windows, tuple(oracle_logits(checkpoint, windows)))
+    return Golden(GOLDEN_TEXTS, windows, tuple(reference_logits(checkpoint, windows)))
 
 
 def check_graph(engine: Engine, answers: Golden) -> float:
