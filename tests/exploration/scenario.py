@@ -522,6 +522,9 @@ class Mill:
         idle = all(len(process.actors) <= 1 and process.asleep_until <= world.now for process in self._workers())
         asleep = any(actor.asleep_until > world.now for actor in world.actors)
         if not self.scenario.waits and not self.watch.is_finished():
+            if self.is_produced and self.watch.is_blocked():  # somebody looks, and sends it again
+                self.is_produced = False
+                world.later(OPERATOR_SECONDS, "producer", self._start_producer)
             return False
         return self.is_produced and idle and not asleep and not any(world.queues.values())
 

@@ -19,6 +19,7 @@ from redis import Redis
 from nermill.worker.contracts.broker import redis_client
 from nermill.worker.contracts.ledger import Claim, Ledger, WorkerProcess
 from nermill.worker.contracts.plan import Options, Shard
+from tests.exploration.mutants import MUTANTS
 from tests.exploration.server import Server
 
 LEASE = 60.0
@@ -47,6 +48,12 @@ def test_a_seeded_fault_is_found_and_a_schedule_is_walked_again(root: Path) -> N
     assert again.returncode == 0, again.stdout + again.stderr
     assert "<-- kill w0" in again.stdout
     assert "no invariant is violated" in again.stdout
+
+
+def test_each_seeded_fault_still_fits_the_code(root: Path) -> None:
+    counts = {mutant.name: (root / mutant.file).read_text("utf-8").count(mutant.old) for mutant in MUTANTS}
+    assert len(counts) == len(MUTANTS) >= 25
+    assert {name for name, count in counts.items() if count != 1} == set()
 
 
 class Twin:
