@@ -56,6 +56,17 @@ def test_each_seeded_fault_still_fits_the_code(root: Path) -> None:
     assert {name for name, count in counts.items() if count != 1} == set()
 
 
+def test_the_model_names_code_that_exists(root: Path) -> None:
+    page = (root / "worker/queue/MODEL.md").read_text("utf-8").partition("## Invariants")[2]
+    named = 0
+    for file, names in re.findall(r"`([\w/]+\.(?:py|lua))`((?:,? `\w+`)+)", page):
+        text = (root / file).read_text("utf-8")
+        for name in re.findall(r"`(\w+)`", names):
+            named += 1
+            assert re.search(rf"(def |function |function step\.|\"){name}\b", text), f"{file} has no {name}"
+    assert named > 40
+
+
 class Twin:
     """A server of the exploration, as the ledger's client."""
 
