@@ -83,7 +83,7 @@ class Watch:
                 self._world.violated(f"{actor.process.name} releases a lease of shard {key[1]} that it does not hold")
         elif name == "quarantine":
             self._leases.pop((arguments[1], arguments[2]), None)
-        elif name == "close":
+        elif name == "close" and told:
             self._leases.pop((arguments[1], FINISH), None)
         elif name == "drop":
             self._leases = {key: held for key, held in self._leases.items() if key[0] != arguments[1]}

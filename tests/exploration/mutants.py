@@ -61,6 +61,7 @@ MUTANTS = (
     Mutant("a new folder is not synced", STORE, "        _sync_folder(os.path.dirname(folder))\n", "        pass\n"),
     Mutant("a store's put is not conditional", STORE, ', mode="create")', ")", ("store",)),
     Mutant("a part that is found is not synced", SHARDS, "            run.sync(name)\n", ""),
+    Mutant("a mark that is found is not synced", PART, "        run.sync(SUCCESS_FILE)\n", "", ("slow",)),
     Mutant("a plan that is found is not synced", RUN, "    run.sync(PLAN_FILE)\n", ""),
     Mutant(
         "a shard is recorded before its part is there",
@@ -164,6 +165,7 @@ MUTANTS = (
         LUA,
         "if holds(run, shard, lease) then unlease(run, shard) end\n  unsend(run, shard)\n",
         "if holds(run, shard, lease) then unlease(run, shard) end\n",
+        ("queue",),
     ),
     Mutant(
         "a sent shard is not noted",

@@ -93,7 +93,7 @@ SCENARIOS = {
         Scenario("disk"),
         Scenario("store", out="sim://bucket/out", seconds=(5.0, 5.0)),
         Scenario("slow", seconds=(15.0, 15.0)),
-        Scenario("queue", documents=("a", "b", "c", "d", "e"), seconds=(6.0,) * 5, shard_documents=1),
+        Scenario("queue", documents=tuple("abcdefgh"), seconds=(6.0,) * 8, shard_documents=1),
         Scenario("poison", documents=(POISON, "b", "c", "d")),
         Scenario("alone", waits=False),
         Scenario("blind", waits=False, blind=("w0",)),
