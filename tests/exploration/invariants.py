@@ -34,7 +34,9 @@ class Watch:
         self._deaths: Counter[str] = Counter()  # of processes that tagged a document alone
         self._dropped = False
         self._lost: Counter[tuple[str, str]] = Counter()  # leases that ended while they were held
+        self._attempts: dict[tuple[str, str], int] = {}  # of a process's lease of a shard
         self._looked = 0.0
+        self._was_blocked = False
         self.checked_from = 0  # the number of the first step that another walk did not check
         self.sent = 0
         self.tagged: Counter[int] = Counter()
@@ -62,6 +64,7 @@ class Watch:
                     f"attempt {told[1]} of shard {shard}, which was lost {self._lost[run, shard]} times"
                 )
             self._leases[run, shard] = actor.process, lease, now + arguments[6] / 1000
+            self._attempts[actor.process.name, shard] = told[1]
             held_shards = [key for key, held in self._leases.items() if held[0] is actor.process and key[1] != FINISH]
             if len(held_shards) > self._scenario.concurrency and not actor.process.is_hindered:
                 self._world.violated(f"{actor.process.name} holds {len(held_shards)} shards")
@@ -80,7 +83,7 @@ class Watch:
                 self._world.violated(f"{actor.process.name} releases a lease of shard {key[1]} that it does not hold")
         elif name == "quarantine":
             self._leases.pop((arguments[1], arguments[2]), None)
-        elif name == "close":
+        elif name == "close" and told:
             self._leases.pop((arguments[1], FINISH), None)
         elif name == "drop":
             self._leases = {key: held for key, held in self._leases.items() if key[0] != arguments[1]}
@@ -103,6 +106,10 @@ class Watch:
         """Whether the ledger says so."""
         return self._hash(f"run:{self._run_id()}").get("state") == "finished"
 
+    def is_blocked(self) -> bool:
+        """Whether the ledger says that no live worker can read the run's folder."""
+        return "blocked" in self._hash(f"run:{self._run_id()}")
+
     def befell(self, kind: str, process: Process) -> None:
         """A fault is about to happen at a step of a process."""
         if kind == "drop":
@@ -124,9 +131,8 @@ class Watch:
             return
         self._singles.pop(process.name, None)
         self.tagged[first // size] += 1
-        run = self._run_id()
-        attempts = self._hash(f"run:{run}:attempts").get(str(first // size), "0")
-        if size > 1 and int(attempts) > MAX_ATTEMPTS:
+        attempts = self._attempts[process.name, str(first // size)]
+        if size > 1 and attempts > MAX_ATTEMPTS:
             self._world.violated(f"shard {first // size} is tagged as a whole at attempt {attempts}")
 
     def annotated(self, process: Process) -> None:
@@ -256,13 +262,15 @@ class Watch:
                 if one & other:
                     violated(f"shard {min(one & other)} of {run} is in two places")
             somewhere = pending | sent | leases | results | quarantined
-            if header.get("state") != "cancelled" and not shards <= somewhere:
+            self._was_blocked |= "blocked" in header  # what is received meanwhile is added again by who resumes the run
+            if header.get("state") != "cancelled" and not self._was_blocked and not shards <= somewhere:
                 violated(f"shard {min(shards - somewhere)} of {run} is in no place")
             if header.get("state") == "finishing" and FINISH not in somewhere:
                 violated(f"the last step of {run} is in no place")
             if header.get("state") in ("finishing", "finished") and not shards <= results:
                 violated(f"run {run} is {header['state']}, shard {min(shards - results)} is not recorded")
-            if pending and not self._is_enrolled(run) and not (header.get("artifact") == "" and (sent | leases)):
+            is_one_by_one = header.get("artifact") == "" and (sent | leases)
+            if pending and not (self._is_enrolled(run) or is_one_by_one or "blocked" in header):
                 violated(f"shards of {run} are pending, and nobody will send them")
             places["sent"] |= {f"{run} {shard}" for shard in sent}
             places["leases"] |= {f"{run} {shard}" for shard in leases}
@@ -319,7 +327,7 @@ class Watch:
             keys = [key for key in world.server.values if f":{run}" in key and "run:" in key]
             if missing := [key for key in keys if key not in world.server.deadlines]:
                 violated(f"the work is done, and {missing} stay for ever")
-            if max(map(world.server.deadlines.__getitem__, keys), default=0.0) > world.now + CLOSED_SECONDS:
+            if max((world.server.deadlines.get(key, 0.0) for key in keys), default=0.0) > world.now + CLOSED_SECONDS:
                 violated(f"the work is done, and the run stays for more than {CLOSED_SECONDS} s")
         for key, value in world.server.values.items():
             is_index = key.startswith(tuple(KEY_PREFIX + name for name in ("turn:", "sent", "leases")))

@@ -48,17 +48,20 @@ SHARDS, POISON, PARTS, PART = (
 RUN = "producer/runs/run.py"
 
 MUTANTS = (
-    Mutant("a part replaces one that is there", STORE, "os.link(aside, path)", "os.replace(aside, path)"),
+    Mutant(
+        "a part replaces one that is there", STORE, "os.link(temporary, path)", "os.replace(temporary, path)", ("slow",)
+    ),
     Mutant("a file is not synced", STORE, "            os.fsync(stream.fileno())\n", ""),
     Mutant(
         "a file's name is not synced",
         STORE,
-        "            os.unlink(aside)\n    _sync_folder(folder)\n",
-        "            os.unlink(aside)\n",
+        "            os.unlink(temporary)\n    _sync_folder(folder)\n",
+        "            os.unlink(temporary)\n",
     ),
     Mutant("a new folder is not synced", STORE, "        _sync_folder(os.path.dirname(folder))\n", "        pass\n"),
     Mutant("a store's put is not conditional", STORE, ', mode="create")', ")", ("store",)),
     Mutant("a part that is found is not synced", SHARDS, "            run.sync(name)\n", ""),
+    Mutant("a mark that is found is not synced", PART, "        run.sync(SUCCESS_FILE)\n", "", ("slow",)),
     Mutant("a plan that is found is not synced", RUN, "    run.sync(PLAN_FILE)\n", ""),
     Mutant(
         "a shard is recorded before its part is there",
@@ -162,6 +165,7 @@ MUTANTS = (
         LUA,
         "if holds(run, shard, lease) then unlease(run, shard) end\n  unsend(run, shard)\n",
         "if holds(run, shard, lease) then unlease(run, shard) end\n",
+        ("queue",),
     ),
     Mutant(
         "a sent shard is not noted",
@@ -220,16 +224,16 @@ MUTANTS = (
     Mutant(
         "a run is finished before it is marked",
         SHARDS,
-        "        mark_complete(run, sorted(shard.index for shard in plan.shards))\n        run.sweep()",
+        "        mark_complete(run, sorted(shard.index for shard in plan.shards))\n        run.remove_stale_files()",
         "        self._ledger.close(claim.run_id, claim)\n"
-        "        mark_complete(run, sorted(shard.index for shard in plan.shards))\n        run.sweep()",
+        "        mark_complete(run, sorted(shard.index for shard in plan.shards))\n        run.remove_stale_files()",
     ),
     Mutant(
         "a run is evaluated before it is marked",
         SHARDS,
-        "        mark_complete(run, sorted(shard.index for shard in plan.shards))\n        run.sweep()",
+        "        mark_complete(run, sorted(shard.index for shard in plan.shards))\n        run.remove_stale_files()",
         "        self._evaluate(claim)\n"
-        "        mark_complete(run, sorted(shard.index for shard in plan.shards))\n        run.sweep()",
+        "        mark_complete(run, sorted(shard.index for shard in plan.shards))\n        run.remove_stale_files()",
     ),
     Mutant(
         "_SUCCESS comes before the rejects",

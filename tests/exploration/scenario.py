@@ -93,7 +93,7 @@ SCENARIOS = {
         Scenario("disk"),
         Scenario("store", out="sim://bucket/out", seconds=(5.0, 5.0)),
         Scenario("slow", seconds=(15.0, 15.0)),
-        Scenario("queue", documents=("a", "b", "c", "d", "e"), seconds=(6.0,) * 5, shard_documents=1),
+        Scenario("queue", documents=tuple("abcdefgh"), seconds=(6.0,) * 8, shard_documents=1),
         Scenario("poison", documents=(POISON, "b", "c", "d")),
         Scenario("alone", waits=False),
         Scenario("blind", waits=False, blind=("w0",)),
@@ -522,6 +522,9 @@ class Mill:
         idle = all(len(process.actors) <= 1 and process.asleep_until <= world.now for process in self._workers())
         asleep = any(actor.asleep_until > world.now for actor in world.actors)
         if not self.scenario.waits and not self.watch.is_finished():
+            if self.is_produced and self.watch.is_blocked():  # somebody looks, and sends it again
+                self.is_produced = False
+                world.later(OPERATOR_SECONDS, "producer", self._start_producer)
             return False
         return self.is_produced and idle and not asleep and not any(world.queues.values())
 

@@ -93,6 +93,10 @@ class Server:
             return -2
         return round((self.deadlines[key] - self._clock()) * 1000) if key in self.deadlines else -1
 
+    def ttl(self, key: str) -> int:
+        left = self.pttl(key)
+        return left if left < 0 else round(left / 1000)
+
     def get(self, key: str) -> str | None:
         return self.values.get(key)
 

@@ -424,7 +424,8 @@ class World:
                 yield Fault("switch", other.name)
         yield Fault("kill", actor.process.slot)
         yield Fault("pause", actor.process.slot)
-        yield Fault("stall", actor.name)
+        if len(actor.process.actors) > 1:
+            yield Fault("stall", actor.name)
         if actor.failure is not None:
             yield Fault("fail")
             if actor.writes:
@@ -432,8 +433,10 @@ class World:
         for queue, messages in self.queues.items():
             if messages:
                 yield Fault("lose", queue)
+        waiting = {named(message) for messages in self.queues.values() for _, _, message in messages}
         for _, _, message in self.taken:
-            yield Fault("repeat", named(message))
+            if named(message) not in waiting:
+                yield Fault("repeat", named(message))
         if self.server.values and self.may_drop:
             yield Fault("drop")
         yield Fault("power")

@@ -19,6 +19,7 @@ from redis import Redis
 from nermill.worker.contracts.broker import redis_client
 from nermill.worker.contracts.ledger import Claim, Ledger, WorkerProcess
 from nermill.worker.contracts.plan import Options, Shard
+from tests.exploration.mutants import MUTANTS
 from tests.exploration.server import Server
 
 LEASE = 60.0
@@ -47,6 +48,23 @@ def test_a_seeded_fault_is_found_and_a_schedule_is_walked_again(root: Path) -> N
     assert again.returncode == 0, again.stdout + again.stderr
     assert "<-- kill w0" in again.stdout
     assert "no invariant is violated" in again.stdout
+
+
+def test_each_seeded_fault_still_fits_the_code(root: Path) -> None:
+    counts = {mutant.name: (root / mutant.file).read_text("utf-8").count(mutant.old) for mutant in MUTANTS}
+    assert len(counts) == len(MUTANTS) >= 25
+    assert {name for name, count in counts.items() if count != 1} == set()
+
+
+def test_the_model_names_code_that_exists(root: Path) -> None:
+    page = (root / "worker/queue/MODEL.md").read_text("utf-8").partition("## Invariants")[2]
+    named = 0
+    for file, names in re.findall(r"`([\w/]+\.(?:py|lua))`((?:,? `\w+`)+)", page):
+        text = (root / file).read_text("utf-8")
+        for name in re.findall(r"`(\w+)`", names):
+            named += 1
+            assert re.search(rf"(def |function |function step\.|\"){name}\b", text), f"{file} has no {name}"
+    assert named > 40
 
 
 class Twin:

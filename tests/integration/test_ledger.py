@@ -359,6 +359,19 @@ def test_a_late_worker_does_not_hold_up_a_run_that_was_lost_with_the_servers_mem
     assert [message.shard for message in due(ledger)] == [1]
 
 
+@pytest.mark.parametrize("end", ["cancel", "close"])
+def test_what_is_written_after_a_runs_end_is_forgotten_with_it(ledger: Ledger, client: Redis, end: str) -> None:
+    begin(ledger, 2)
+    claim = Delivery(ledger).one()
+    getattr(ledger, end)("r")
+    ledger.complete(claim, "w", ok=10, rejected=0, tokens=1, computed=1)
+    ledger.unable("r", "w", "/out: not there")
+    ledger.quarantine(claim, "refused")
+    keys = list(client.scan_iter(f"{ledger._prefix}run:*"))
+    assert {key.rpartition(":")[2] for key in keys} >= {"results", "unable", "quarantined"}
+    assert all(0 < client.ttl(key) <= 86_400 for key in keys)
+
+
 def test_the_last_step_is_left_to_workers_that_can_read_the_folder(ledger: Ledger) -> None:
     begin(ledger, 1, artifact=ART)
     able, blind = worker(name="able"), worker(name="blind")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,14 @@ def test_a_run_is_not_complete_before_its_rejects_are_written(tmp_path: Path) ->
     with pytest.raises(StoreError, match="put a folder in the place of that file"):
         mark_complete(run, [0])
     assert not run.exists(SUCCESS_FILE)
+
+
+def test_a_mark_that_another_process_left_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    (tmp_path / SUCCESS_FILE).touch()
+    mark_complete(RunFolder(str(tmp_path)), [])
+    assert synced == [str(tmp_path)]
 
 
 def test_rejects_of_a_compacted_part_have_the_attempts_of_their_shard(tmp_path: Path) -> None:

@@ -98,6 +98,11 @@ local function unlease(run, shard)
   redis.call('ZREM', prefix .. 'leases', join(run, shard))
 end
 
+-- what a late step writes for a run that ended is forgotten with the run
+local function end_with_run(run)
+  if state(run) == 'finished' or state(run) == 'cancelled' then expire(run, redis.call('TTL', key(run))) end
+end
+
 -- gives a run its turn again whose only message is not waited for any more: see promote, of runs without an artifact
 local function go_on(run)
   local finish = redis.call('ZSCORE', key(run, 'pending'), FINISH) and 1 or 0
@@ -370,6 +375,7 @@ function step.unable(run, worker, milliseconds, reason, now)
   now = clock(now)
   if state(run) == 'unknown' then return 0 end
   redis.call('HSET', key(run, 'unable'), worker, (now + milliseconds) .. ' ' .. reason)
+  end_with_run(run)
   local queue = queue_of(run)
   local found, said = unable(run, queue, now)
   local live = live_workers(queue, now)
@@ -390,6 +396,7 @@ function step.quarantine(run, shard, last_error)
   redis.call('HDEL', key(run, 'since'), shard)
   go_on(run)
   remove_documents(run, shard)
+  end_with_run(run)
   return 1
 end
 
@@ -417,6 +424,7 @@ function step.complete(run, shard, lease, worker, ok, rejected, tokens, computed
     count(run, 'duplicates', 1)
   end
   go_on(run)
+  end_with_run(run)
   return {newly, finish_when_done(run)}
 end
 

@@ -98,6 +98,7 @@ def mark_complete(run: RunFolder, shards: Iterable[int]) -> None:
         StoreError: a part cannot be read, or a file cannot be written.
     """
     if run.exists(SUCCESS_FILE):
+        run.sync(SUCCESS_FILE)
         return
     sink, count = pa.BufferOutputStream(), 0
     with pq.ParquetWriter(sink, REJECTS, compression="zstd") as writer:
