@@ -60,15 +60,19 @@ def plan(
         Path | None,
         typer.Option("--costs", metavar="FILE", help="A nermill-build bench --json, to estimate device time."),
     ] = None,
+    price_per_hour: Annotated[
+        float | None,
+        typer.Option("--price-per-hour", metavar="PRICE", min=0, help="Of one device; gives the price of the run."),
+    ] = None,
     json: o.Json = False,
 ) -> int:
-    """Dry run: documents, shards, token lengths, duplicate ids, device time; sends and writes nothing."""
+    """Dry run: documents, shards, token lengths, duplicate ids, device time, price; sends and writes nothing."""
     from nermill.producer.entities.view import print_estimate, print_json
     from nermill.producer.runs.estimate import estimate
     from nermill.producer.runs.progress import reading
 
     with reading() as on_read:
-        found = estimate(request, costs, on_read)
+        found = estimate(request, costs, on_read, price_per_hour)
     say_left_out(found.left_out)
     if json:
         print_json(found.as_json())

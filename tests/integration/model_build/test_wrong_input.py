@@ -135,7 +135,7 @@ def test_weights_that_are_missing(refusal: Callable[..., str], make_checkpoint: 
         (("--shapes", "2x64,2x64"), "a shape is there twice"),
         (("--shapes", "2x128"), "--shapes 2x128: the model reads at most 96 tokens"),
         (("--precision", "int4"), "--precision int4: backend torch takes fp32, fp16, bf16, int8"),
-        (("--backend", "tensorrt"), "--backend tensorrt: nermill builds onnx, torch, aie, om"),
+        (("--backend", "tensorrt"), "--backend tensorrt: nermill builds onnx, torch, openvino, aie, om"),
         (("--layout", "ragged"), "--layout ragged: nermill builds packed, plain"),
         (("--index-dtype", "int8"), "--index-dtype int8: nermill builds int64, int32"),
         (("--shape", "2x64"), "No such option: --shape"),

@@ -304,6 +304,28 @@ def test_plan_tells_without_writing(nermill, tmp_path):
     assert "█" in out
 
 
+def test_plan_tells_the_price_of_the_run_and_of_a_million_documents(nermill, tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps({"id": n, "text": "Ada " * 40}) + "\n" for n in range(4)) + '{"text": ""}\n')
+    costs = tmp_path / "costs.json"
+    costs.write_text(
+        json.dumps({"kind": "measured", "source": "here", "shapes": [{"rows": 1, "length": 512, "seconds": 512_000}]})
+    )
+    code, out, _ = nermill("plan", path, "--costs", costs, "--price-per-hour", "2.5", "--json")
+    body = json.loads(out)
+    assert code == 0
+    run = body["tokens"]["total"] * 1000 / 3600 * 2.5
+    assert body["price"] == pytest.approx({"per_hour": 2.5, "run": run, "per_million_documents": run / 4 * 1e6})
+    told = f"price      {run:,.2f}, {run / 4 * 1e6:,.2f} for a million documents like these (at 2.5 an hour)"
+    assert told in " ".join(nermill("plan", path, "--costs", costs, "--price-per-hour", "2.5")[1].split("\n"))
+    assert json.loads(nermill("plan", path, "--costs", costs, "--json")[1])["price"] is None
+    shutil.copytree(resolve_artifact("demo"), tmp_path / "art")
+    (tmp_path / "art" / "bench.json").unlink()
+    code, _, error = nermill("plan", path, "--model", tmp_path / "art", "--price-per-hour", "1")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "--price-per-hour: the device's time is not known" in error
+
+
 def test_plan_expects_seconds_from_the_table_that_lies_with_the_artifact(nermill, tmp_path, sample):
     """After the demo model is built again: nermill-build bench demo --json > model_build/demo/artifact/bench.json."""
     corpus = sample / "wikigold.jsonl"
