@@ -62,7 +62,7 @@ def near(one: Any, other: Any) -> bool:
 
 
 def test_the_sample_is_scored_by_seqeval(sample: Path, tmp_path: Path) -> None:
-    (source,) = sample.glob("*.conll")
+    source = sample / "wikigold.conll"
     sentences = read_conll(source)
     rng = np.random.default_rng(3)
     tags = sorted({tag for _, gold in sentences for tag in gold})
