@@ -26,8 +26,9 @@ from nermill.worker.contracts.manifest import TOKENIZER_FILE, resolve_artifact
 from nermill.worker.contracts.plan import Options
 from nermill.worker.contracts.shard import shard_table
 from nermill.worker.engine import Batch
-from nermill.worker.tagging.pipeline import Pipeline, Tagger
+from nermill.worker.tagging.pipeline import Pipeline
 from nermill.worker.tagging.pool import Job, Pool, build_batch
+from nermill.worker.tagging.tagger import Tagger
 from nermill.worker.tagging.tokens import Tokens
 from nermill.worker.tagging.windows import SPECIAL_TOKENS, Windows, split_into_windows
 from tests.doubles.engine import HashEngine, manifest

@@ -8,7 +8,7 @@ import time
 
 from nermill.worker.contracts.errors import NermillError
 from nermill.worker.process.settings import read_settings
-from nermill.worker.tagging.pipeline import Tagger
+from nermill.worker.tagging.tagger import Tagger
 
 EXAMPLE = "Ada Lovelace wrote the first program in London for Charles Babbage."
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from importlib.abc import MetaPathFinder
 
 from nermill.worker.contracts.errors import NermillError
-from nermill.worker.tagging.pipeline import Tagger
+from nermill.worker.tagging.tagger import Tagger
 
 
 class _WithoutPandas(MetaPathFinder):

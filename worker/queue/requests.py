@@ -10,7 +10,7 @@ from nermill.worker.contracts.errors import MessageError
 from nermill.worker.contracts.message import check_request
 from nermill.worker.contracts.plan import options_from
 from nermill.worker.queue.shards import ShardWorker
-from nermill.worker.tagging.pipeline import Tagger
+from nermill.worker.tagging.tagger import Tagger
 
 
 def tag_documents(worker: ShardWorker, documents: Any, options: Any) -> list[dict[str, Any]]:
