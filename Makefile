@@ -21,7 +21,7 @@ ASCEND := .venv-ascend
 TRANSFORMERS4 := .venv-transformers4
 OLD_TRANSFORMERS := 4.48.3
 PINS := pyproject.toml constraints.txt
-SAMPLE := model_build/demo/sample/wikigold.conll
+SAMPLE := model_build/demo/sample/*.conll
 READ := import glob, pyarrow.parquet as p; t = p.read_table(sorted(glob.glob("out/demo/run=*/part-*.parquet"))); \
 	print(t.num_rows, "documents,", sum(map(len, t["entities"].to_pylist())), "entities")
 

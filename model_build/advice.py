@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from nermill.model_build.corpus import encode, read_texts
-from nermill.model_build.shapes import Costs, Packing, best_shapes, load_costs, packing
+from nermill.model_build.shapes import Costs, Packing, best_shapes, bucket, load_costs, packing
 from nermill.worker.contracts.manifest import TOKENIZER_FILE, Manifest, load_manifest
 from nermill.worker.tagging.batching import LOOK_AHEAD
 from nermill.worker.tagging.windows import split_into_windows
@@ -46,6 +46,7 @@ def advise(
     choices = {best_shapes(windows, costs, number) for number in range(1, count + 1)}
     chosen = min((packing(windows, costs, shapes, LOOK_AHEAD) for shapes in sorted(choices)), key=lambda p: p.seconds)
     padded = _padded_seconds(windows, costs)
+    bucketed = bucket(windows, costs)
     rate = texts / chosen.seconds
     body = {
         **_describe(chosen),
@@ -57,6 +58,11 @@ def advise(
             "length": max(length for _, length in costs.seconds),
             "fill": round(float(windows.mean()) / max(length for _, length in costs.seconds), 4),
             "documents_per_second": round(texts / padded, 1),
+        },
+        "nearest_bucket": {
+            "lengths": bucketed.lengths,
+            "fill": round(bucketed.fill, 4),
+            "documents_per_second": round(texts / bucketed.seconds, 1),
         },
         "costs": {"name": costs.name, "kind": costs.kind, "source": costs.source},
         "devices": math.ceil(target / rate) if target else None,
@@ -92,6 +98,8 @@ def _lines(body: dict[str, Any], manifest: Manifest, target: float | None) -> li
     word = "estimate" if body["costs"]["kind"] == "estimate" else "measured"
     alone = body["one_a_row"]
     padded = f"{alone['documents_per_second']:,.1f} documents/s ({word})"
+    nearest = body["nearest_bucket"]
+    buckets = f"{nearest['documents_per_second']:,.1f} documents/s ({word}), full batches of rows of "
     lines = [
         f"compile      --shapes {shapes}",
         f"corpus       {body['documents']:,} documents, {body['windows']:,} windows, {body['tokens']:,} tokens "
@@ -99,6 +107,7 @@ def _lines(body: dict[str, Any], manifest: Manifest, target: float | None) -> li
         f"packed       {body['rows']:,} rows, fill {body['fill']:.1%}, {body['device_seconds']:,.1f} device seconds, "
         f"{body['documents_per_second']:,.1f} documents/s ({word})",
         f"pad to {alone['length']:<5} fill {alone['fill']:.1%}, {padded}",
+        f"bucketed     fill {nearest['fill']:.1%}, {buckets}{', '.join(map(str, nearest['lengths']))}",
         f"costs        {body['costs']['name']}: {body['costs']['source']}",
     ]
     if target:

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from nermill.model_build import aie, export, int8, om
+from nermill.model_build import aie, export, int8, om, openvino
 from nermill.model_build.checkpoint import Checkpoint, open_checkpoint
 from nermill.model_build.reference import check_graph, golden
 from nermill.model_build.shapes import parse_shapes
@@ -42,6 +42,7 @@ TOKEN_BUDGET = 1024  # padded tokens of a batch where shapes are free; measured 
 PRECISIONS: dict[Backend, tuple[Precision, ...]] = {
     "onnx": ("fp32", "fp16", "int8"),
     "torch": ("fp32", "fp16", "bf16", "int8"),
+    "openvino": ("fp32", "bf16", "int8"),
     "aie": ("fp16", "fp32"),
     "om": ("fp16",),
 }
@@ -54,6 +55,8 @@ _LIBRARIES = (
     "tokenizers",
     "onnx",
     "onnxruntime",
+    "openvino",
+    "nncf",
     "mindietorch",
     "torch_aie",
     "aclruntime",
@@ -74,6 +77,7 @@ class Order:
         soc: Name of the Ascend chip, for the backends ``aie`` and ``om``.
         name: What people will call it; the checkpoint's own name where it is empty.
         atc: Whether ``om`` is compiled here; else the artifact waits for ``nermill-build adopt``.
+        calibrate: File of texts that ``openvino`` finds the scales of int8 with; the golden ones where it is None.
     """
 
     backend: Backend
@@ -84,6 +88,7 @@ class Order:
     soc: str = aie.SOC
     name: str = ""
     atc: bool = True
+    calibrate: str | None = None
 
 
 def compile_artifact(where: str, out: Path, order: Order) -> Manifest:
@@ -96,6 +101,8 @@ def compile_artifact(where: str, out: Path, order: Order) -> Manifest:
     precision = check_order(order)
     checkpoint = open_checkpoint(where)
     shapes = parse_shapes(order.shapes, checkpoint.max_length, order.backend)
+    if order.backend == "openvino":
+        openvino.check_machine(precision)
     if order.backend == "om":
         shapes = shapes or om.default_shapes(checkpoint.max_length)
         om.check_order(shapes, order.soc)
@@ -120,7 +127,7 @@ def compile_artifact(where: str, out: Path, order: Order) -> Manifest:
             check_graph(OnnxEngine(folder, replace(graph, model_file=om.GRAPH_FILE)), answers)
             manifest = om.finish(folder, manifest, out, soc=order.soc, has_atc=order.atc)
         else:
-            model_file, details = _compile(model, order, precision, shapes, folder)
+            model_file, details = _compile(model, order, manifest, answers, folder)
             manifest = replace(manifest, model_file=model_file, details={**manifest.details, **details})
         del model
         gc.collect()
@@ -207,21 +214,29 @@ def check_order(order: Order) -> Precision:
     if order.index_dtype not in ("int64", "int32"):
         raise UsageError(f"--index-dtype {order.index_dtype}: nermill builds int64, int32")
     offered = PRECISIONS[order.backend]
-    if order.precision is None:
-        return offered[0]
-    if order.precision not in offered:
-        raise UsageError(f"--precision {order.precision}: backend {order.backend} takes {', '.join(offered)}")
-    return order.precision
+    precision = order.precision or offered[0]
+    if precision not in offered:
+        raise UsageError(f"--precision {precision}: backend {order.backend} takes {', '.join(offered)}")
+    if order.calibrate is not None and (order.backend, precision) != ("openvino", "int8"):
+        raise UsageError(
+            f"--calibrate: {order.backend} {precision} has no scales to find; it is for --backend openvino "
+            "--precision int8"
+        )
+    return precision
 
 
 def _compile(
-    model: Encoder, order: Order, precision: Precision, shapes: tuple[tuple[int, int], ...], folder: Path
+    model: Encoder, order: Order, manifest: Manifest, answers: Golden, folder: Path
 ) -> tuple[str, dict[str, Any]]:
-    dtype = getattr(torch, order.index_dtype)
+    dtype, precision = getattr(torch, order.index_dtype), manifest.precision
     if order.backend == "aie":
         return "model.pt", aie.compile_module(
-            model, folder / "model.pt", shapes=shapes, dtype=dtype, precision=precision, soc=order.soc
+            model, folder / "model.pt", shapes=manifest.shapes, dtype=dtype, precision=precision, soc=order.soc
         )
+    if order.backend == "openvino":
+        rows, details = openvino.calibration(order.calibrate, folder, manifest, answers.windows)
+        openvino.to_openvino(model, folder, dtype, rows)
+        return openvino.MODEL_FILE, details
     model = model.to(_DTYPES[precision])
     if order.backend == "onnx":
         export.to_onnx(model, folder / "model.onnx", dtype)

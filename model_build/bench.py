@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nermill.worker.contracts.errors import EngineError
+from nermill.worker.contracts.processor import processor_name
 from nermill.worker.engine import load_engine
 from nermill.worker.engine.encoder import Architecture
 from nermill.worker.engine.golden import lay_rows
@@ -59,8 +58,7 @@ def _machine(device: str) -> str:
     """The device, and for a CPU which one and how much of it."""
     if device != "cpu":
         return device
-    models = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE)
-    return f"{len(os.sched_getaffinity(0))} cores of {models[0] if models else platform.machine()}"
+    return f"{len(os.sched_getaffinity(0))} cores of {processor_name()}"
 
 
 def _shapes(engine: Engine) -> list[tuple[int, int]]:
@@ -112,7 +110,10 @@ def _peak_gflops(engine: Engine, threads: int, shape: tuple[int, int, int], repe
     backend = engine.manifest.backend
     if backend in ("aie", "om"):
         return None  # their packages have no product of their own to compare with
-    product = _onnx_product(engine, threads, shape) if backend == "onnx" else _torch_product(engine, shape)
+    if backend == "torch":
+        product = _torch_product(engine, shape)
+    else:
+        product = (_onnx_product if backend == "onnx" else _openvino_product)(engine, threads, shape)
     rows, inner, columns = shape
     return round(2 * rows * inner * columns / _seconds(product, repeats) / 1e9, 2)
 
@@ -138,6 +139,23 @@ def _onnx_product(engine: Engine, threads: int, shape: tuple[int, int, int]) -> 
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     session = open_session(model.SerializeToString(), engine.device, engine.manifest, threads)
     return lambda: session.run(None, {"x": x})
+
+
+def _openvino_product(engine: Engine, threads: int, shape: tuple[int, int, int]) -> Callable[[], object]:
+    import openvino
+    from openvino import opset13 as op
+
+    from nermill.worker.engine.openvino import settings
+
+    rows, inner, columns = shape
+    x = np.ones((rows, inner), np.float32)
+    entry, weight = op.parameter(x.shape, np.float32), op.constant(np.ones((inner, columns), np.float32))
+    factors = [entry, weight]
+    if engine.manifest.precision == "int8":
+        factors = [op.fake_quantize(factor, -1.28, 1.27, -1.28, 1.27, 256) for factor in factors]
+    model = openvino.Model([op.matmul(*factors, False, False)], [entry])
+    request = openvino.Core().compile_model(model, "CPU", settings(engine.manifest, threads)).create_infer_request()
+    return lambda: request.infer([x], share_inputs=True, share_outputs=True)
 
 
 def _torch_product(engine: Engine, shape: tuple[int, int, int]) -> Callable[[], object]:

@@ -14,6 +14,7 @@ import typer
 from nermill.worker.contracts.console import exit_code
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.manifest import load_manifest, resolve_artifact
+from nermill.worker.contracts.processor import has_int8_products, processor_name
 
 BEYOND_TOLERANCE = 4
 
@@ -30,7 +31,7 @@ def compile_(
         str, typer.Argument(help="Hugging Face folder, or OWNER/NAME@REVISION of the hub.", show_default=False)
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder to make; must not exist.", show_default=False)],
-    backend: Annotated[str, typer.Option("--backend", help="Who runs it: onnx, torch, aie or om.")] = "onnx",
+    backend: Annotated[str, typer.Option("--backend", help="Who runs it: onnx, torch, openvino, aie or om.")] = "onnx",
     layout: Annotated[
         str, typer.Option("--layout", help="packed rows, or plain: input_ids, attention_mask, token_type_ids.")
     ] = "packed",
@@ -47,20 +48,30 @@ def compile_(
     atc: Annotated[
         bool, typer.Option("--atc/--no-atc", help="For om: compile here, or write graph, command and script.")
     ] = True,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            "--calibrate",
+            metavar="FILE",
+            help="For openvino int8: texts like yours (CoNLL, JSONL or plain lines) to find scales with.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compile a checkpoint into an artifact, checked against its golden answers."""
     from nermill.model_build.artifact import Order, compile_artifact
 
-    order = Order(backend, layout, precision, shapes, index_dtype, soc, name, atc)  # type: ignore[arg-type]
+    order = Order(backend, layout, precision, shapes, index_dtype, soc, name, atc, calibrate)  # type: ignore[arg-type]
     manifest = compile_artifact(checkpoint, out, order)
     _built(out, manifest, as_json)
+    if backend == "openvino" and manifest.precision == "int8":
+        if calibrate is None:
+            _note("its scales are of the golden texts alone; --calibrate FILE with texts like yours is more exact")
+        if not has_int8_products():
+            _note(f"this CPU ({processor_name()}) has no VNNI: let bench say whether --backend onnx is faster here")
     if manifest.details.get("pending"):
-        print(
-            f"nermill-build: to complete it, run {out}/convert.sh on a machine with CANN, then "
-            f"nermill-build adopt {out} {out}/model.om",
-            file=sys.stderr,
-        )
+        _note(f"run {out}/convert.sh on a machine with CANN, then nermill-build adopt {out} {out}/model.om")
 
 
 def adopt(
@@ -206,12 +217,19 @@ def _built(out: Path, manifest: Any, as_json: bool) -> None:
     lines = [f"{out}: {manifest.name}, {_kind(manifest)}, {_size(out) / 1e6:.1f} MB"]
     if "atc" in details:
         lines.append(f"atc          {details['atc']['log']} ({details['atc']['seconds']:g} s; {out / 'atc.log'})")
+    if "calibration" in details:
+        body |= {"calibration": details["calibration"]}
+        lines.append(f"calibrated   with {details['calibration']['rows']} rows of {details['calibration']['texts']}")
     if "command" in details:
         body |= {key: details.get(key) for key in ("command", "cann", "tried", "notes")}
         lines.append(f"command      {details['command']}")
     _answer(body, as_json, lines)
     for note in details.get("notes", ()):
-        print(f"nermill-build: {note}", file=sys.stderr)
+        _note(note)
+
+
+def _note(text: str) -> None:
+    print(f"nermill-build: {text}", file=sys.stderr)
 
 
 def _kind(manifest: Any) -> str:

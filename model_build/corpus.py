@@ -11,6 +11,8 @@ from tokenizers import Tokenizer
 
 from nermill.worker.contracts.errors import UsageError
 
+_OTHERS = (".json", ".csv", ".tsv", ".parquet", ".gz", ".zst", ".bz2", ".xz")  # they would be taken for plain lines
+
 
 @dataclass(frozen=True)
 class Text:
@@ -28,6 +30,8 @@ def read_texts(inputs: Sequence[str]) -> list[Text]:
     """
     texts = []
     for name in inputs:
+        if name.endswith(_OTHERS):
+            raise UsageError(f"{name}: CoNLL, JSONL or plain lines are read here")
         try:
             lines = Path(name).read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:

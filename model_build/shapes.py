@@ -177,3 +177,35 @@ def packing(lengths: Int, costs: Costs, shapes: Sequence[Shape], waiting: int) -
         float(lengths.sum()) / computed,
         sum(number * costs.seconds[shape] for shape, number in calls.items()),
     )
+
+
+@dataclass(frozen=True)
+class Bucketing:
+    """Windows padded to the nearest bucket, one a row.
+
+    Attributes:
+        lengths: The buckets that windows went into.
+        fill: Real tokens as a share of those computed.
+        seconds: Device seconds, by the table of costs, every batch taken as full.
+    """
+
+    lengths: list[int]
+    fill: float
+    seconds: float
+
+
+def bucket(lengths: Int, costs: Costs) -> Bucketing:
+    """Pads each window to the shortest length of the table that takes it, at the number of rows best for that length.
+
+    Raises:
+        UsageError: no shape of the table takes the longest window.
+    """
+    row_seconds: dict[int, float] = {}
+    for (rows, length), seconds in costs.seconds.items():
+        row_seconds[length] = min(seconds / rows, row_seconds.get(length, np.inf))
+    buckets = np.array(sorted(row_seconds))
+    if lengths.max() > buckets[-1]:
+        raise UsageError(f"--costs {costs.name}: no shape takes a window of {lengths.max()} tokens")
+    used, rows_of = np.unique(buckets[np.searchsorted(buckets, lengths)], return_counts=True)
+    seconds = sum(int(number) * row_seconds[int(n)] for n, number in zip(used, rows_of, strict=True))
+    return Bucketing(used.tolist(), float(lengths.sum() / (used * rows_of).sum()), seconds)

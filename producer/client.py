@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, get_args
 
 from nermill.producer.entities.tagging import REQUEST_SECONDS, request_annotations
+from nermill.producer.runs import by_value
 from nermill.producer.runs import run as runs
 from nermill.producer.runs.planning import Request, make_plan
 from nermill.producer.runs.queue import DEFAULT_BROKER, HIGH_WATER, Queue
@@ -42,6 +44,8 @@ class Producer:
         linger: Seconds that a sent document waits at most for its shard to fill.
         high_water: Unfinished documents above which sending waits.
         priority: ``high``, ``normal`` or ``low``: shards of a higher priority go first.
+        by_value: Documents travel through the broker: ``out`` is as the workers see it, and is not looked at. For
+            ``submit``, ``wait`` and ``status``; ``send`` writes into ``out``.
 
     Raises:
         UsageError: an argument that cannot be served.
@@ -59,14 +63,16 @@ class Producer:
         linger: float = 1.0,
         high_water: int = HIGH_WATER,
         priority: Priority = "normal",
+        by_value: bool = False,
     ) -> None:
         if priority not in get_args(Priority):
             raise UsageError(f"priority {priority!r}: say high, normal or low")
-        self._priority = priority
+        self._priority, self._by_value = priority, by_value
         self._out, self._model, self._linger, self._high_water = out, model, linger, high_water
         self._options, self._limits = options or Options(), limits or ShardLimits()
         self._queue = Queue(broker or os.environ.get("NERMILL_BROKER_URL", DEFAULT_BROKER))
         self._stream: Stream | None = None
+        self._opening = threading.Lock()  # of several threads that send first, one opens the stream
 
     def __enter__(self) -> Producer:
         return self
@@ -96,13 +102,10 @@ class Producer:
         Raises:
             StoreError: the output takes no more.
         """
-        stream = self._open_stream()
-        with stream.lock:
-            name = str(stream.documents) if id is None else id
-            kept = None if fields is None else dict(fields)
-            if isinstance(document, str):
-                return stream.add(text_document(name, document, kept))
-            return stream.add(Document(name, words=tuple(document), fields=kept))
+        name, kept = id or "", None if fields is None else dict(fields)
+        if isinstance(document, str):
+            return self._open_stream().add(text_document(name, document, kept))
+        return self._open_stream().add(Document(name, words=tuple(document), fields=kept))
 
     def flush(self) -> None:
         """Makes what was sent durable now, without waiting for full shards."""
@@ -124,6 +127,10 @@ class Producer:
         """
         read = read or ReadOptions()
         request = Request(inputs, self._needed_out(), self._model, read, self._options, self._limits, self._priority)
+        if self._by_value:
+            with by_value.packed(request) as packed:
+                by_value.send(packed, self._queue)
+            return packed.run.uri
         run, plan = make_plan(request)
         runs.resume(run, plan, self._queue, self._high_water)
         return run.uri
@@ -159,12 +166,13 @@ class Producer:
         if run is None:
             run = self._sent_run()
             self.close()
-        folder, plan = runs.open_run(run)
-        return runs.wait(folder, plan, self._queue)
+        folder, plan = by_value.open_seen_or_not(run, lambda: self._queue)
+        follow = by_value.wait if by_value.is_followed_by_ledger(plan) else runs.wait
+        return follow(folder, plan, self._queue)
 
     def status(self, run: str | None = None) -> Status:
         """A run's status now; without a name, that of the stream of sent documents."""
-        folder, plan = runs.open_run(run or self._sent_run())
+        folder, plan = by_value.open_seen_or_not(run or self._sent_run(), lambda: self._queue)
         return look(folder, plan, self._queue)
 
     def close(self) -> None:
@@ -173,19 +181,22 @@ class Producer:
             self._stream.close()
 
     def _open_stream(self) -> Stream:
-        if self._stream is None or not self._stream.plan.is_open:
-            self._stream = Stream(
-                self._needed_out(),
-                self._queue,
-                model=self._model,
-                options=self._options,
-                limits=self._limits,
-                linger=self._linger,
-                high_water=self._high_water,
-                source="nermill.producer.Producer",
-                priority=self._priority,
-            )
-        return self._stream
+        if self._by_value:
+            raise UsageError("send writes into the output folder: leave by_value out, or submit files by value")
+        with self._opening:
+            if self._stream is None or not self._stream.plan.is_open:
+                self._stream = Stream(
+                    self._needed_out(),
+                    self._queue,
+                    model=self._model,
+                    options=self._options,
+                    limits=self._limits,
+                    linger=self._linger,
+                    high_water=self._high_water,
+                    source="nermill.producer.Producer",
+                    priority=self._priority,
+                )
+            return self._stream
 
     def _needed_out(self) -> str:
         if self._out is None:

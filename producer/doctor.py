@@ -20,10 +20,12 @@ from nermill.worker.contracts.errors import BrokerError, NermillError
 from nermill.worker.contracts.labels import bare_labels
 from nermill.worker.contracts.layout import RunFolder
 from nermill.worker.contracts.manifest import Manifest, load_manifest, resolve_artifact
+from nermill.worker.contracts.processor import has_bf16, has_int8_products, processor_name
 
 _RUNTIMES = {
     "onnx": ("onnxruntime", "worker"),
     "torch": ("torch", "torch"),
+    "openvino": ("openvino", "openvino"),
     "aie": ("mindietorch", ""),
     "om": ("ais_bench", ""),
 }
@@ -165,7 +167,14 @@ def _runtime(manifest: Manifest) -> Finding:
         remedy = f"install the aclruntime wheel for Python {platform.python_version()}, or use the wheel's Python"
         return Finding("runtime", False, "ais_bench is installed and aclruntime, which it needs, is not", remedy)
     if find_spec(module) is not None:
-        return Finding("runtime", True, f"{module} is installed for backend {manifest.backend}")
+        detail = f"{module} is installed for backend {manifest.backend}"
+        if manifest.backend != "openvino":
+            return Finding("runtime", True, detail)
+        if manifest.precision == "bf16" and not has_bf16():
+            remedy = "nermill-build compile CHECKPOINT --backend openvino --precision int8 --out ART"
+            return Finding("runtime", False, f"{detail}, and this CPU ({processor_name()}) computes no bf16", remedy)
+        slow = manifest.precision == "int8" and not has_int8_products()
+        return Finding("runtime", True, detail + "; this CPU has no VNNI: let bench compare it with onnx" * slow)
     remedy = f"pip install 'nermill[{extra}]'" if extra else f"install {_WHEELS[manifest.backend]}"
     return Finding("runtime", False, f"{module} is not installed, backend {manifest.backend} needs it here", remedy)
 

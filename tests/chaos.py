@@ -68,22 +68,22 @@ class Outcome:
 
 def undisturbed(documents: int) -> list[dict[str, Any]]:
     """The table of a run without faults."""
-    with TemporaryDirectory(prefix="nm-") as folder, harness(Path(folder)) as mill:
-        mill.worker()
-        run, plan = mill.submit(texts(documents))
-        mill.wait(run, plan)
+    with TemporaryDirectory(prefix="nm-") as folder, harness(Path(folder)) as fleet:
+        fleet.worker()
+        run, plan = fleet.submit(texts(documents))
+        fleet.wait(run, plan)
         return rows(run)
 
 
 def disturbed(chaos: Chaos, seed: int) -> Outcome:
     """Runs two workers with the faults."""
     rng = random.Random(seed)
-    with TemporaryDirectory(prefix="nm-") as folder, harness(Path(folder), lease_seconds=3.0) as mill:
-        run, plan = mill.submit(texts(chaos.documents))
-        workers = [mill.worker(FAULT_BATCH_SECONDS=str(chaos.batch_seconds)) for _ in range(2)]
+    with TemporaryDirectory(prefix="nm-") as folder, harness(Path(folder), lease_seconds=3.0) as fleet:
+        run, plan = fleet.submit(texts(chaos.documents))
+        workers = [fleet.worker(FAULT_BATCH_SECONDS=str(chaos.batch_seconds)) for _ in range(2)]
         began = time.monotonic()
-        with Thief(mill, chaos, len(plan.shards), seed) as thief:
-            mill.until(run.committed)
+        with Thief(fleet, chaos, len(plan.shards), seed) as thief:
+            fleet.until(run.committed)
             deeds = (
                 ["kill"] * chaos.kills
                 + ["term"] * chaos.terms
@@ -93,13 +93,13 @@ def disturbed(chaos: Chaos, seed: int) -> Outcome:
             rng.shuffle(deeds)
             for deed in deeds:
                 time.sleep(rng.uniform(0.3, 2.0))
-                _harm(mill, deed, rng.choice(workers), rng)
+                _harm(fleet, deed, rng.choice(workers), rng)
                 for worker in workers:
                     if not worker.is_alive:
                         worker.start()
             early = run.exists(SUCCESS_FILE)
-            mill.wait(run, plan, timeout=600)
-        with mill.queue().ledger() as ledger:
+            fleet.wait(run, plan, timeout=600)
+        with fleet.queue().ledger() as ledger:
             progress = ledger.progress(plan.run_id)
         seconds = time.monotonic() - began
         table = rows(run)
@@ -116,8 +116,8 @@ class Thief:
         stolen, repeated: Number of messages dropped and repeated so far.
     """
 
-    def __init__(self, mill: Harness, chaos: Chaos, shards: int, seed: int) -> None:
-        self._mill = mill
+    def __init__(self, fleet: Harness, chaos: Chaos, shards: int, seed: int) -> None:
+        self._mill = fleet
         self._rng = random.Random(seed)
         self._steal, self._repeat = math.ceil(chaos.stolen * shards), math.ceil(chaos.repeated * shards)
         self._stop = threading.Event()
@@ -154,16 +154,16 @@ class Thief:
             client.rpush(key, message)
 
 
-def _harm(mill: Harness, deed: str, worker: Worker, rng: random.Random) -> None:
+def _harm(fleet: Harness, deed: str, worker: Worker, rng: random.Random) -> None:
     if deed == "kill":
         worker.kill()
     elif deed == "term":
         worker.terminate()
     elif deed == "stop":
         worker.signal(signal.SIGSTOP)
-        time.sleep(mill.lease_seconds + rng.uniform(0.5, 2))
+        time.sleep(fleet.lease_seconds + rng.uniform(0.5, 2))
         worker.signal(signal.SIGCONT)
     else:
-        mill.server.kill()
+        fleet.server.kill()
         time.sleep(rng.uniform(0.1, 1))
-        mill.server.start()
+        fleet.server.start()

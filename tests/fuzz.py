@@ -185,7 +185,13 @@ def _with_odd_arguments(rng: random.Random) -> bytes:
 
 
 def _with_odd_body(rng: random.Random, canary: Path) -> bytes:
-    follow = {"task": "os.mkdir", "args": [str(canary)], "kwargs": {}, "options": {}, "subtask_type": None}
+    follow: dict[str, Any] = {
+        "task": "os.mkdir",
+        "args": [str(canary)],
+        "kwargs": {},
+        "options": {},
+        "subtask_type": None,
+    }
     documents = [["Ada met Charles."]]
     body: Any = rng.choice(
         [

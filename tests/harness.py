@@ -182,7 +182,7 @@ class Harness:
 
     def message_lists(self, client: Redis) -> list[str]:
         """Keys of the lists of messages, of all queues and priorities."""
-        return [key for key in client.keys("nermill*") if client.type(key) == "list"]
+        return [str(key) for key in client.keys("nermill*") if client.type(key) == "list"]
 
     def submit(self, texts: list[str], **options: Any) -> tuple[RunFolder, Plan]:
         """Plans a run and sends it."""
@@ -192,7 +192,7 @@ class Harness:
 
     @contextmanager
     def submitting(
-        self, texts: list[str], *, url: str = "", within: Sequence[str] = ()
+        self, texts: list[str], *options: str, url: str = "", within: Sequence[str] = ()
     ) -> Iterator[subprocess.Popen[str]]:
         """Runs ``nermill submit --wait`` as a process.
 
@@ -213,7 +213,7 @@ class Harness:
         with (
             (self.folder / "producer.log").open("wb") as log,
             subprocess.Popen(
-                [*within, *command, "--shard-documents", "64", "--wait", "--json"],
+                [*within, *command, *options, "--shard-documents", "64", "--wait", "--json"],
                 env={**os.environ, "NERMILL_BROKER_URL": url or self.server.url},
                 cwd=ROOT,
                 stdout=subprocess.PIPE,

@@ -130,8 +130,9 @@ def carry(taps: Sequence[int], latency: float) -> None:
     under_way: deque[tuple[float, int, bytes]] = deque()
     while True:
         pause = max(0.0, under_way[0][0] - time.monotonic()) if under_way else None
-        ready, _, _ = select.select([sys.stdin, *taps], [], [], pause)
-        if sys.stdin in ready:
+        stdin = sys.stdin.fileno()
+        ready, _, _ = select.select([stdin, *taps], [], [], pause)
+        if stdin in ready:
             return
         for tap in ready:
             under_way.append((time.monotonic() + latency, ends[tap], os.read(tap, MAX_FRAME)))

@@ -76,29 +76,29 @@ def over_four_hosts(rehearsal: Rehearsal) -> Outcome:
             options=["--port", str(PORT), "--bind", rack.address("broker")],
             password=PASSWORD,
             within=rack.enter("broker"),
-        ) as mill,
+        ) as fleet,
     ):
         url = f"redis://:{PASSWORD}@{rack.address('broker')}:{PORT}/0"
         slow = str(rehearsal.batch_seconds)
         for host in WORKERS:
-            mill.worker(within=rack.enter(host), NERMILL_BROKER_URL=url, FAULT_BATCH_SECONDS=slow)
-        for worker in mill.workers:
+            fleet.worker(within=rack.enter(host), NERMILL_BROKER_URL=url, FAULT_BATCH_SECONDS=slow)
+        for worker in fleet.workers:
             worker.await_ready()
         documents = texts(rehearsal.documents)
-        with mill.submitting(documents, url=url, within=rack.enter("producer")) as producer:
-            run = mill.run_at_work()
-            pause = _harm(rehearsal, rack, run, mill)
+        with fleet.submitting(documents, url=url, within=rack.enter("producer")) as producer:
+            run = fleet.run_at_work()
+            pause = _harm(rehearsal, rack, run, fleet)
             early = run.exists(SUCCESS_FILE)
             told, _ = producer.communicate(timeout=600)
         told_after = time.time() - Path(run.path(SUCCESS_FILE)).stat().st_mtime
-        assert producer.returncode == 0, f"{told}\n{mill.logs()}"
+        assert producer.returncode == 0, f"{told}\n{fleet.logs()}"
         report = json.loads(told)
-        with mill.queue().ledger() as ledger:
+        with fleet.queue().ledger() as ledger:
             redeliveries = ledger.progress(report["run_id"]).redeliveries
         return Outcome(rows(run), report, redeliveries, pause, told_after, not early)
 
 
-def _harm(rehearsal: Rehearsal, rack: Hosts, run: RunFolder, mill: Harness) -> float:
+def _harm(rehearsal: Rehearsal, rack: Hosts, run: RunFolder, fleet: Harness) -> float:
     if rehearsal.worker_away:
         with rack.cut_off(WORKERS[0]):
             time.sleep(rehearsal.worker_away)
@@ -108,4 +108,4 @@ def _harm(rehearsal: Rehearsal, rack: Hosts, run: RunFolder, mill: Harness) -> f
     with rack.cut_off("broker"):
         time.sleep(rehearsal.broker_away)
         before = run.committed()
-    return mill.until(lambda: run.committed() > before)
+    return fleet.until(lambda: run.committed() > before)

@@ -83,26 +83,26 @@ def with_failover(failover: Failover) -> Outcome:
     options = ["--port", str(port), "--bind", "127.0.0.1", "--masterauth", PASSWORD]
     with (
         TemporaryDirectory(prefix="nm-") as folder,
-        harness(Path(folder), options=options, password=PASSWORD) as mill,
-        watched(mill, port, failover.down_after) as sentinels,
+        harness(Path(folder), options=options, password=PASSWORD) as fleet,
+        watched(fleet, port, failover.down_after) as sentinels,
     ):
         hosts = ";".join(f"sentinel://:{PASSWORD}@127.0.0.1:{port}" for port in sentinels)
         url = f"{hosts}/0?master_name={SERVICE}"
         environment = {"NERMILL_BROKER_URL": url, "FAULT_BATCH_SECONDS": str(failover.batch_seconds)}
         for _ in range(2):
-            mill.worker(failover.app, **environment)
-        for worker in mill.workers:
+            fleet.worker(failover.app, **environment)
+        for worker in fleet.workers:
             worker.await_ready()
-        mill.until(lambda: all(_is_complete(port) for port in sentinels))
-        with mill.submitting(texts(failover.documents), url=url) as producer:
-            run = mill.run_at_work()
-            mill.server.kill()
+        fleet.until(lambda: all(_is_complete(port) for port in sentinels))
+        with fleet.submitting(texts(failover.documents), url=url) as producer:
+            run = fleet.run_at_work()
+            fleet.server.kill()
             killed = time.time()
             early = run.exists(SUCCESS_FILE)
             told, _ = producer.communicate(timeout=600)
-        assert producer.returncode == 0, f"{told}\n{mill.logs()}"
-        for nth in range(len(mill.workers)):
-            _await_service_of_one(mill, nth, url)
+        assert producer.returncode == 0, f"{told}\n{fleet.logs()}"
+        for nth in range(len(fleet.workers)):
+            _await_service_of_one(fleet, nth, url)
         return Outcome(rows(run), json.loads(told), _longest_pause(run, killed), not early)
 
 
@@ -112,28 +112,28 @@ def _longest_pause(run: RunFolder, since: float) -> float:
     return float(max(later - earlier for earlier, later in pairwise(times)))
 
 
-def _await_service_of_one(mill: Harness, nth: int, url: str) -> None:
+def _await_service_of_one(fleet: Harness, nth: int, url: str) -> None:
     """Waits until one worker has served a run while the others stood still: it came over to the new primary."""
-    others = [worker for worker in mill.workers if worker is not mill.workers[nth]]
+    others = [worker for worker in fleet.workers if worker is not fleet.workers[nth]]
     for worker in others:
         worker.signal(signal.SIGSTOP)
-    run, plan = mill.plan(texts(32 + nth))
+    run, plan = fleet.plan(texts(32 + nth))
     send(run, plan, Queue(url))
-    mill.until(lambda: run.exists(SUCCESS_FILE), 25)
+    fleet.until(lambda: run.exists(SUCCESS_FILE), 25)
     for worker in others:
         worker.signal(signal.SIGCONT)
 
 
 @contextmanager
-def watched(mill: Harness, port: int, down_after: float) -> Iterator[list[int]]:
-    """Gives the mill's server a replica, and both of them sentinels; yields the ports of the three."""
+def watched(fleet: Harness, port: int, down_after: float) -> Iterator[list[int]]:
+    """Gives the fleet's server a replica, and both of them sentinels; yields the ports of the three."""
     with ExitStack() as stack:
-        folder = mill.folder / "replica"
+        folder = fleet.folder / "replica"
         folder.mkdir()
         options = ["--port", str(free_port()), "--bind", "127.0.0.1", "--replicaof", "127.0.0.1", str(port)]
         replica = Server(folder, [*options, "--masterauth", PASSWORD], PASSWORD)
         stack.callback(replica.kill)
-        yield [stack.enter_context(_sentinel(mill.folder, port, down_after)) for _ in range(SENTINELS)]
+        yield [stack.enter_context(_sentinel(fleet.folder, port, down_after)) for _ in range(SENTINELS)]
 
 
 @contextmanager

@@ -40,7 +40,7 @@ from nermill.worker.contracts.dispatch import Dispatcher
 from nermill.worker.contracts.errors import MessageError, NermillError, UsageError
 from nermill.worker.contracts.ledger import Ledger
 from nermill.worker.contracts.manifest import resolve_artifact
-from nermill.worker.contracts.message import FINISH_RUN, QUEUE, TAG_DOCUMENTS, TAG_SHARD
+from nermill.worker.contracts.message import FINISH_RUN, FIRST_VERSION_TASK, QUEUE, TAG_DOCUMENTS, TAG_SHARD
 from nermill.worker.process import logs, tracing
 from nermill.worker.process.health import send_heartbeats
 from nermill.worker.process.metrics import Metrics, serve
@@ -162,7 +162,10 @@ def _in_one_line(record: logging.LogRecord) -> bool:
 
 @task_unknown.connect  # type: ignore[untyped-decorator]
 def _refuse_unknown(name: str, **_: Any) -> None:
-    _refuse(f"a message for the task {name!r:.80}, which is not one of nermill's")
+    if name == FIRST_VERSION_TASK:
+        _refuse("a message of nermill 1, which this version does not serve; its runs need its own workers")
+    else:
+        _refuse(f"a message for the task {name!r:.80}, which is not one of nermill's")
 
 
 @task_rejected.connect  # type: ignore[untyped-decorator]

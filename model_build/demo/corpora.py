@@ -138,7 +138,7 @@ def bits(*labels: str) -> int:
 
 
 _O = bits(OUTSIDE)
-_OPEN = bits(OUTSIDE, "B-MISC", "I-MISC")
+OPEN = bits(OUTSIDE, "B-MISC", "I-MISC")
 
 
 def spans_of(tags: list[str]) -> list[tuple[int, int, str]]:
@@ -282,14 +282,14 @@ def read_all(data: Path, share: float = 0.08, seed: int = 20) -> tuple[list[Corp
         return _O
 
     def open_to_misc(_: str) -> int:
-        return _OPEN
+        return OPEN
 
     conll = read("conll", [data / "conll2003" / "train.txt"], _PLAIN, closed, tag=3)
     parts = [data / "crossner" / domain / f"{part}.txt" for domain in _DOMAINS for part in ("train", "dev", "test")]
     crossner = sentences(read("crossner", parts, CROSSNER, closed))
     known = demonyms([*conll, *crossner])
     parts = [data / "wnut17" / "train.conll", data / "wnut17" / "dev.conll"]
-    wnut = sentences(read("wnut17", parts, WNUT17, lambda word: _OPEN if word in known else _O))
+    wnut = sentences(read("wnut17", parts, WNUT17, lambda word: OPEN if word in known else _O))
     parts = [data / "btc" / f"{segment}.conll" for segment in "abegh"]
     btc = sentences(read("btc", parts, _PLAIN, open_to_misc))
     uner = read("uner", [data / "uner_ewt" / "dev.iob2"], _PLAIN, open_to_misc, 1, 2, comments=True)

@@ -31,10 +31,10 @@ def status(
     json: o.Json = False,
 ) -> int:
     """Say how far a run is: committed, rejected, waiting, documents/s, tokens/s, padding, time left."""
-    from nermill.producer.runs.run import open_runs
+    from nermill.producer.runs.by_value import open_seen_or_not
 
     queue, code = cache(lambda: _queue_if_any(broker)), 0
-    for at, (folder, plan) in enumerate(open_runs(runs)):
+    for at, (folder, plan) in enumerate([open_seen_or_not(uri, queue) for uri in dict.fromkeys(runs)]):
         if at and not json:
             print()
         code = max(code, report_status(_current(folder, plan, queue, watch=watch), as_json=json))
@@ -43,14 +43,15 @@ def status(
 
 def _current(folder: RunFolder, plan: Plan, find_queue: Callable[[], Queue | None], *, watch: bool) -> Status:
     """A run's status now, or at its end where it is watched; a complete one needs no queue."""
+    from nermill.producer.runs.by_value import is_followed_by_ledger, open_seen_or_not
     from nermill.producer.runs.progress import watching
-    from nermill.producer.runs.run import open_run
     from nermill.producer.runs.status import PartTotals, look
 
     totals = PartTotals(folder)
-    current = look(folder, plan, None, totals)
-    if current.state == "complete":
-        return current
+    if not is_followed_by_ledger(plan):
+        current = look(folder, plan, None, totals)
+        if current.state == "complete":
+            return current
     queue = find_queue()
     current = look(folder, plan, queue, totals)
     if watch:
@@ -58,7 +59,7 @@ def _current(folder: RunFolder, plan: Plan, find_queue: Callable[[], Queue | Non
             while current.state == "running":
                 show(current)
                 time.sleep(WATCH_SECONDS)
-                folder, plan = open_run(folder.uri)
+                folder, plan = open_seen_or_not(folder.uri, find_queue)
                 current = look(folder, plan, queue, totals)
     return current
 
@@ -112,13 +113,14 @@ def resume(
 
 def cancel(runs: o.Runs, broker: o.Broker = DEFAULT_BROKER, json: o.Json = False) -> int:
     """Stop what has not started; committed parts stay, and nermill resume takes the run up again."""
+    from nermill.producer.runs.by_value import open_seen_or_not
     from nermill.producer.runs.queue import Queue
     from nermill.producer.runs.run import cancel as cancel_run
-    from nermill.producer.runs.run import open_runs
     from nermill.producer.runs.status import look
 
-    opened = open_runs(runs)
-    queue = Queue(broker)
+    find_queue = cache(lambda: Queue(broker))
+    opened = [open_seen_or_not(uri, find_queue) for uri in dict.fromkeys(runs)]
+    queue = find_queue()
     for folder, plan in opened:
         report_status(look(folder, cancel_run(folder, plan, queue), queue), as_json=json)
     return 0

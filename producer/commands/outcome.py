@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from nermill.worker.contracts.errors import NermillError
 from nermill.worker.contracts.layout import REPORT_JSON
 
+REJECTS = 3  # finished with rejects, or not complete
+
 if TYPE_CHECKING:
     from nermill.producer.runs.queue import Queue
     from nermill.producer.runs.status import Status
@@ -45,11 +47,12 @@ def ensure_evaluated(run: RunFolder, plan: Plan) -> None:
     """
     if not plan.has_gold:
         return
-    from nermill.producer.runs.progress import say
+    from nermill.producer.runs.progress import counting, say
     from nermill.worker.evaluation import evaluate, write_report
 
     if not run.exists(REPORT_JSON):
-        write_report(run, evaluate(run))
+        with counting("evaluating", "documents") as on_documents:
+            write_report(run, evaluate(run, on_documents=on_documents))
     for line in json.loads(run.read(REPORT_JSON))["warnings"]:
         say(line)
 
@@ -65,7 +68,16 @@ def go_on(run: RunFolder, plan: Plan, queue: Queue, high_water: int, *, wait: bo
         if wait and runs.wait(run, plan, queue, show).state == "complete":
             ensure_evaluated(run, plan)
     code = report_status(look(run, plan, queue), as_json=as_json)
-    return code if wait else 0
+    return code if wait else exit_code_of_sent(plan.details.get("rejected", 0), run)
+
+
+def exit_code_of_sent(rejected: int, run: RunFolder) -> int:
+    """The exit code where nobody waits for the workers: that of rejects where some are known already."""
+    from nermill.producer.runs.progress import counted, say
+
+    if rejected:
+        say(f"{counted(rejected, 'document')} rejected as unreadable: nermill rejects {run.uri}")
+    return REJECTS if rejected else 0
 
 
 @contextmanager

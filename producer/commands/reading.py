@@ -54,7 +54,7 @@ def evaluate(
     options.
     """
     from nermill.producer.entities.view import comparison_line, print_json, score_line
-    from nermill.producer.runs.progress import say
+    from nermill.producer.runs.progress import counting, say
     from nermill.producer.runs.run import open_run, open_runs
     from nermill.worker.contracts.labels import LabelChoice
     from nermill.worker.evaluation import GoldOptions, write_report
@@ -68,7 +68,16 @@ def evaluate(
     file = None if gold is None else GoldOptions(gold, *columns)
     code = 0
     for folder in folders:
-        report = evaluated(folder, gold=file, partial=partial, compare=other, choice=choice, seqeval=seqeval)
+        with counting("evaluating", "documents") as on_documents:
+            report = evaluated(
+                folder,
+                gold=file,
+                partial=partial,
+                compare=other,
+                choice=choice,
+                seqeval=seqeval,
+                on_documents=on_documents,
+            )
         missed = below_thresholds(
             report, f1=min_f1, accuracy=min_accuracy, documents_per_second=min_documents_per_second
         )
@@ -108,11 +117,12 @@ def compact(
     """
     from nermill.producer.entities.view import print_json
     from nermill.producer.runs.compact import compact as compacted
-    from nermill.producer.runs.progress import counted
+    from nermill.producer.runs.progress import counted, counting
     from nermill.producer.runs.run import open_runs
 
     for folder, plan in open_runs(runs):
-        before, after = len(plan.shards), len(compacted(folder, plan, part_mib << 20).shards)
+        with counting("compacting", "shards read") as on_shard:
+            before, after = len(plan.shards), len(compacted(folder, plan, part_mib << 20, on_shard).shards)
         if json:
             print_json({"run": folder.uri, "run_id": plan.run_id, "parts": {"before": before, "after": after}})
         elif before == after:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from dataclasses import asdict
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from nermill.producer.commands.outcome import report_status, told_how_to_go_on
-from nermill.worker.contracts.errors import StoreError, UsageError
+from nermill.producer.commands.outcome import exit_code_of_sent, report_status, told_how_to_go_on
+from nermill.worker.contracts.content import COMPRESSED
+from nermill.worker.contracts.errors import NermillError, StoreError, UsageError
 
 if TYPE_CHECKING:
     from nermill.producer.runs.planning import Request
     from nermill.producer.runs.queue import Queue
     from nermill.producer.runs.stream import Stream
+    from nermill.producer.sources.live import LiveLines, Position
     from nermill.worker.contracts.plan import Shard
 
 
@@ -25,23 +27,38 @@ def stream(
     high_water: int,
     *,
     follow: bool,
+    resume: str,
     ack: bool,
     wait: bool,
     as_json: bool,
 ) -> int:
     """Feeds an open run from standard input or a growing file until its end or Ctrl-C.
 
+    Args:
+        resume: Folder of a run that goes on; empty for that of the followed file, or a new one.
+
     Raises:
-        UsageError: the input cannot be followed.
+        UsageError: the input cannot be followed, or is not the one that the run was begun with.
         StoreError: a shard could not be written, or its acknowledgement not be told; ``nermill resume`` closes the run.
     """
     from nermill.producer.runs import run as runs
-    from nermill.producer.runs.progress import say, watching
+    from nermill.producer.runs.continuation import find_durable, find_followed, followed_run_id
+    from nermill.producer.runs.progress import counting, say, watching
     from nermill.producer.runs.status import look
     from nermill.producer.runs.stream import Stream
 
-    descriptor, name = _open(request, follow)
-    stream = Stream(
+    lines, name = _open(request, follow)
+    durable = find_durable(resume, request, queue) if resume else find_followed(request, queue) if follow else None
+    position = durable.position if durable else None
+    if durable and position:
+        with counting("passing over", "bytes") as on_bytes:
+            lines.skip(position, durable.run.uri, on_bytes)
+
+    def acknowledge(shard: Shard, position: Position | None) -> None:
+        if ack:
+            _acknowledge(opened.plan.run_id, shard, position)
+
+    opened = Stream(
         request.out,
         queue,
         model=request.model,
@@ -51,59 +68,80 @@ def stream(
         high_water=high_water,
         source=name,
         priority=request.priority,
-        on_shard=_acknowledge if ack else lambda _: None,
+        on_shard=acknowledge,
+        run_id=followed_run_id(request) if follow and not resume else "",
+        durable=durable,
     )
-    with told_how_to_go_on(f"nermill resume {stream.run.uri}"):
-        say(f"stream open: {stream.run.uri}")
-        interrupted = _feed(stream, descriptor, name, request, follow)
-        plan = stream.close()
+    again = "the same command again" if follow else f"nermill submit - --resume {opened.run.uri} < THE SAME INPUT"
+    with told_how_to_go_on(f"{again}; to end it: nermill resume {opened.run.uri}"):
+        if durable and position:
+            say(f"stream goes on behind line {position.line:,}, byte {position.byte:,}: {opened.run.uri}")
+            acknowledge(durable.shards[-1], position)
+        else:
+            say(f"stream open: {opened.run.uri}")
+        interrupted, rejected = _feed(opened, lines, name, request, follow)
+        plan = opened.close()
         say(f"stream closed: {plan.documents:,} documents in {len(plan.shards):,} shards are durable")
         if interrupted and not follow:
             raise KeyboardInterrupt
         if wait:
             with watching() as show:
-                runs.wait(stream.run, plan, queue, show)
-    code = report_status(look(stream.run, plan, queue), as_json=as_json)
-    return code if wait else 0
+                runs.wait(opened.run, plan, queue, show)
+    code = report_status(look(opened.run, plan, queue), as_json=as_json)
+    return code if wait else exit_code_of_sent(rejected, opened.run)
 
 
-def _open(request: Request, follow: bool) -> tuple[int, str]:
+def _open(request: Request, follow: bool) -> tuple[LiveLines, str]:
+    from nermill.producer.sources.live import LiveLines
+
     if not follow:
-        return sys.stdin.fileno(), "-"
+        return LiveLines(sys.stdin.fileno(), "-", follow=False), "-"
     if len(request.inputs) != 1:
         raise UsageError(f"--follow tails one file, not {len(request.inputs)}; start one stream for each")
     name = request.inputs[0]
+    if name.endswith(COMPRESSED) or request.read.format not in (None, "jsonl"):
+        raise UsageError(f"{name}: --follow reads JSON lines that are not compressed; submit it without --follow")
     try:
-        return os.open(name, os.O_RDONLY), name
+        descriptor = os.open(name, os.O_RDONLY)
     except OSError as error:
         raise UsageError(f"{name}: cannot be read ({error.strerror}); check the path") from None
+    return LiveLines(descriptor, name, follow=True), name
 
 
-def _acknowledge(shard: Shard) -> None:
+def _acknowledge(run_id: str, shard: Shard, position: Position | None) -> None:
     from nermill.producer.entities.view import print_json
 
+    body = {"run_id": run_id, "index": shard.index, "first": shard.first, "documents": shard.documents}
+    if position is not None:
+        body |= {"byte": position.byte, "line": position.line}
     try:
-        print_json({name: value for name, value in asdict(shard).items() if name != "sha256"})
+        print_json(body)
     except OSError as error:
         # What is still buffered would fail once more at the interpreter's end, whose exit code hides ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        reason = f"standard output takes no more acknowledgements ({error.strerror})"
-        raise StoreError(f"{reason}; send again what comes behind the last one") from None
+        raise StoreError(f"standard output takes no more acknowledgements ({error.strerror})") from None
 
 
-def _feed(stream: Stream, descriptor: int, name: str, request: Request, follow: bool) -> bool:
-    """Reads in a thread of its own, so that Ctrl-C never falls between a shard and its record; True after Ctrl-C."""
+def _feed(stream: Stream, lines: LiveLines, name: str, request: Request, follow: bool) -> tuple[bool, int]:
+    """Reads in a thread of its own, so that Ctrl-C never falls between a shard and its record.
+
+    Returns:
+        Whether Ctrl-C ended it, and how many lines were rejected.
+    """
     stop, done = threading.Event(), threading.Event()
     failures: list[Exception] = []
+    rejected = 0
 
     def read() -> None:
-        from nermill.producer.runs.stream import live_lines
         from nermill.producer.sources.jsonl import parse_live_line
 
+        nonlocal rejected
         try:
-            for number, line in live_lines(descriptor, stop, follow=follow):
+            for position, line in lines.read(stop):
                 if line is None or line.strip():
-                    stream.add(parse_live_line(line, f"{name}:{number}", request.read))
+                    document = parse_live_line(line, f"{name}:{position.line}", request.read)
+                    rejected += document.fault is not None
+                    stream.add(document, position)
         except Exception as error:  # raised below, where somebody hears it
             failures.append(error)
         finally:
@@ -120,5 +158,8 @@ def _feed(stream: Stream, descriptor: int, name: str, request: Request, follow: 
     stream.end()
     done.wait()
     if failures:
+        if follow:
+            with suppress(NermillError):
+                stream.flush()  # what a rotated file held may not be there again
         raise failures[0]
-    return interrupted
+    return interrupted, rejected

@@ -104,8 +104,16 @@ def print_estimate(found: Estimate) -> None:
         table.append(("time", f"{duration(found.seconds)} of one device ({found.seconds_from})"))
     elif found.max_length:
         table.append(("time", "unknown: nermill-build bench MODEL --json > MODEL/bench.json measures the device"))
+    if found.price is not None:
+        per_million = found.price["per_million_documents"]
+        each = "" if per_million is None else f", {_money(per_million)} for a million documents like these"
+        table.append(("price", f"{_money(found.price['run'])}{each} (at {found.price['per_hour']:g} an hour)"))
     print_rows(table)
     _print_histogram(found)
+
+
+def _money(amount: float) -> str:
+    return f"{amount:,.2f}" if amount >= 1 or not amount else f"{amount:.2g}"
 
 
 def _print_histogram(found: Estimate) -> None:

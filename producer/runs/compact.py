@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import pyarrow as pa
@@ -39,7 +40,12 @@ ASIDE = "_compact"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
-def compact(run: RunFolder, plan: Plan, target_bytes: int = TARGET_BYTES) -> Plan:
+def compact(
+    run: RunFolder,
+    plan: Plan,
+    target_bytes: int = TARGET_BYTES,
+    on_shard: Callable[[int, int], None] = lambda *_: None,
+) -> Plan:
     """Joins consecutive parts, with their documents, until each has about the target size.
 
     The new files are made aside, under names that no file of the run ever had. On a local disk the new folder takes
@@ -56,6 +62,7 @@ def compact(run: RunFolder, plan: Plan, target_bytes: int = TARGET_BYTES) -> Pla
         run: A complete run.
         plan: Its plan.
         target_bytes: Size that a part should have; one of more than MAX_CHARACTERS is not made, however small it is.
+        on_shard: Told, after each shard, how many were looked at or joined, and how many that will be: each twice.
 
     Returns:
         The run's new plan.
@@ -68,7 +75,12 @@ def compact(run: RunFolder, plan: Plan, target_bytes: int = TARGET_BYTES) -> Pla
         return finished
     if plan.is_open or not plan.shards or not _indices(plan) <= run.committed():
         raise UsageError(f"{run.uri}: the run is not complete; nermill resume it first")
-    groups = list(_groups(run, plan, target_bytes))
+    done, steps = count(1), 2 * len(plan.shards)
+
+    def tell() -> None:
+        on_shard(next(done), steps)
+
+    groups = list(_groups(run, plan, target_bytes, tell))
     if len(groups) == len(plan.shards):
         if run.is_local:
             _clear(run)
@@ -77,7 +89,7 @@ def compact(run: RunFolder, plan: Plan, target_bytes: int = TARGET_BYTES) -> Pla
     aside = _aside(run, token)
     first = max(run.committed() | run.shards()) + 1
     try:
-        shards = tuple(_join(run, aside, index, group) for index, group in enumerate(groups, first))
+        shards = tuple(_join(run, aside, index, group, tell) for index, group in enumerate(groups, first))
         compacted = replace(plan, shards=shards, details={**plan.details, "compacted": token})
         compacted.write(aside)
         is_same = read_plan(run).shards == plan.shards and _indices(plan) <= _whole(run)
@@ -136,12 +148,13 @@ def _changed(run: RunFolder) -> StoreError:
     return StoreError(f"{run.uri}: changed while it was compacted, and left as it is; compact it again")
 
 
-def _groups(run: RunFolder, plan: Plan, target: int) -> Iterator[list[Shard]]:
+def _groups(run: RunFolder, plan: Plan, target: int, tell: Callable[[], None]) -> Iterator[list[Shard]]:
     group: list[Shard] = []
     size = characters = 0
     split = False
     for shard in plan.shards:
         cost, length, came_split = _measure(run, shard.index)
+        tell()
         full = size + cost > target or characters + length > MAX_CHARACTERS
         if group and (full or came_split != split):
             yield group
@@ -171,17 +184,18 @@ def _intact(run: RunFolder, shard: int) -> Iterator[None]:
         raise StoreError(f"{run.path(part_name(shard))}: damaged ({error}); remove it and nermill resume") from None
 
 
-def _join(run: RunFolder, aside: RunFolder, index: int, group: list[Shard]) -> Shard:
-    documents = pa.concat_tables([read_shard(run, shard.index, shard.sha256) for shard in group])
+def _join(run: RunFolder, aside: RunFolder, index: int, group: list[Shard], tell: Callable[[], None]) -> Shard:
+    tables = [read_shard(run, shard.index, shard.sha256) for shard in group]
+    documents = pa.concat_tables(tables).replace_schema_metadata(tables[-1].schema.metadata)  # where a stream goes on
     data, sha256 = encode_shard(documents)
     aside.write(aside.shard_file(index), data)
     stats = [entry for shard in group for entry in part_stats(run, shard.index)]
     metadata = {"shard": str(index), "stats": json.dumps(stats)}
-    aside.write(part_name(index), _joined(run, [shard.index for shard in group], metadata))
+    aside.write(part_name(index), _joined(run, [shard.index for shard in group], metadata, tell))
     return Shard(index, group[0].first, documents.num_rows, sha256)
 
 
-def _joined(run: RunFolder, shards: list[int], metadata: dict[str, str]) -> bytes:
+def _joined(run: RunFolder, shards: list[int], metadata: dict[str, str], tell: Callable[[], None]) -> bytes:
     """Several parts in one, a row group each, with the first one's metadata and what is new."""
     sink = pa.BufferOutputStream()
     writer: Any = None
@@ -193,6 +207,7 @@ def _joined(run: RunFolder, shards: list[int], metadata: dict[str, str]) -> byte
             schema = table.schema.with_metadata({**(table.schema.metadata or {}), **added})
             writer = pq.ParquetWriter(sink, schema, compression="zstd")
         writer.write_table(table.replace_schema_metadata(schema.metadata))
+        tell()
     writer.close()
     return bytes(sink.getvalue())
 

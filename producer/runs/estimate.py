@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from array import array
 from dataclasses import dataclass, field
 from itertools import islice
@@ -40,6 +41,7 @@ class Estimate:
         long: Documents above the model's length.
         duplicates: Documents whose id was there before, and the ids of the first few.
         seconds: Expected device seconds, where a bench table is known.
+        price_per_hour: Of one device, in a currency that the user knows.
     """
 
     run: str
@@ -61,6 +63,17 @@ class Estimate:
     duplicate_ids: list[str] = field(default_factory=list)
     seconds: float | None = None
     seconds_from: str = ""
+    price_per_hour: float | None = None
+
+    @property
+    def price(self) -> dict[str, Any] | None:
+        """Money for the run and for a million documents of its kind, where a price and the device time are known."""
+        if self.price_per_hour is None or self.seconds is None:
+            return None
+        run = self.price_per_hour * self.seconds / 3600
+        documents = self.documents - self.rejected
+        million = run / documents * 1e6 if documents else None
+        return {"per_hour": self.price_per_hour, "run": run, "per_million_documents": million}
 
     @property
     def histogram(self) -> list[dict[str, Any]]:
@@ -86,10 +99,13 @@ class Estimate:
             "duplicate_ids": {"documents": self.duplicates, "examples": self.duplicate_ids},
             "device_seconds": None if self.seconds is None else round(self.seconds, 1),
             "device_seconds_from": self.seconds_from or None,
+            "price": self.price,
         }
 
 
-def estimate(request: Request, costs: Path | None = None, on_read: OnRead = ignore_progress) -> Estimate:
+def estimate(
+    request: Request, costs: Path | None = None, on_read: OnRead = ignore_progress, price_per_hour: float | None = None
+) -> Estimate:
     """Reads an input as ``submit`` would, and counts.
 
     Args:
@@ -97,10 +113,13 @@ def estimate(request: Request, costs: Path | None = None, on_read: OnRead = igno
         costs: What ``nermill-build bench --json`` wrote; default: ``bench.json`` in the artifact's folder, where it
             was measured on this very artifact.
         on_read: Told now and then how far the reading is.
+        price_per_hour: Of one device.
 
     Raises:
-        UsageError: an input, the model, the costs or the output is wrong.
+        UsageError: an input, the model, the costs, the price or the output is wrong.
     """
+    if price_per_hour is not None and not math.isfinite(price_per_hour):
+        raise UsageError(f"--price-per-hour {price_per_hour}: say what one device costs an hour")
     model = model_identity(request.model, request.options)
     artifact = None if request.model is None else resolve_artifact(request.model)
     opened = open_sources(request.inputs, request.read)
@@ -114,7 +133,13 @@ def estimate(request: Request, costs: Path | None = None, on_read: OnRead = igno
         found.run_id = planned_run_id(out, request, model, sources, prints)
         found.run = f"{out}/run={found.run_id}"
         found.exists = RunFolder(found.run).exists(PLAN_FILE)
+    found.price_per_hour = price_per_hour
     table = _table(costs, artifact, model["sha256"])
+    if table is None and price_per_hour is not None:
+        raise UsageError(
+            "--price-per-hour: the device's time is not known; measure it with nermill-build bench MODEL --json "
+            "> bench.json and name that with --costs"
+        )
     lengths = _Lengths(artifact)
     found.max_length = load_manifest(artifact).max_length if artifact else 0
     found.inputs = [

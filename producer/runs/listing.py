@@ -11,11 +11,11 @@ from typing import Any
 import pyarrow as pa
 
 from nermill.producer.runs.queue import Queue
-from nermill.producer.runs.status import look, scores_of
+from nermill.producer.runs.status import look
 from nermill.producer.sources.files import absolute, is_remote, suggestion
 from nermill.worker.contracts.errors import StoreError, UsageError
 from nermill.worker.contracts.layout import PLAN_FILE, RunFolder
-from nermill.worker.contracts.part import open_part
+from nermill.worker.contracts.part import open_part, scores_of
 from nermill.worker.contracts.plan import Plan, read_plan
 from nermill.worker.contracts.schema import metadata_of
 

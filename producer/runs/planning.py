@@ -36,6 +36,7 @@ class Request:
         out: Folder or URI that holds runs.
         model: Artifact, by name or path; None leaves it to the workers.
         priority: Whose shards go first; no part of the run's identity.
+        by_value: Documents travel through the broker, not through the run's folder.
     """
 
     inputs: tuple[str, ...]
@@ -45,6 +46,7 @@ class Request:
     options: Options = field(default_factory=Options)
     limits: ShardLimits = field(default_factory=ShardLimits)
     priority: Priority = "normal"
+    by_value: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,10 @@ def make_plan(
             unit=request.read.unit if any(source.format == "conll" for source in sources) else "document",
             has_gold=reading.has_gold,
             priority=request.priority,
-            details={"left_out": found.left_out} if found.left_out else {},
+            details={
+                **({"left_out": found.left_out} if found.left_out else {}),
+                **({"rejected": reading.rejected} if reading.rejected else {}),
+            },
         )
         plan.write(run)
     return run, plan
@@ -259,5 +264,7 @@ def planned_run_id(
     """
     inputs = [(source.file.uri, source.format, sha256) for source, (sha256, _) in zip(sources, prints, strict=True)]
     asked = [PLAN_VERSION, out, inputs, model, asdict(request.read), asdict(request.options), asdict(request.limits)]
+    if request.by_value:
+        asked.append("by value")
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:RUN_ID_LENGTH]
     return f"f{digest[1:]}" if digest.isdecimal() else digest  # readers of OUT take a column of digits for numbers

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from nermill.producer.runs.run import OnStatus
 from nermill.producer.runs.status import Status
-from nermill.producer.sources.reading import OnRead, ignore_progress
+from nermill.producer.sources.reading import OnRead
 from nermill.worker.contracts.console import visible
 from nermill.worker.contracts.ledger import WorkerProcess
 
@@ -21,6 +21,8 @@ LINE_SECONDS = 10.0
 LABEL_WIDTH = 10
 _BAR_WIDTH = 50
 _SHOWN_WORKERS = 8
+
+OnCount = Callable[[int, int], None]
 
 
 def say(text: str) -> None:
@@ -55,22 +57,36 @@ def paused(show: OnStatus) -> OnStatus:
 @contextmanager
 def reading() -> Iterator[OnRead]:
     """A bar for the reading of inputs, on a terminal alone."""
+    with _bar("reading", "documents") as update:
+        yield lambda far: update(far.bytes, far.total_bytes, far.documents)
+
+
+@contextmanager
+def counting(name: str, noun: str) -> Iterator[OnCount]:
+    """A bar for work whose size is known, on a terminal alone; to be told how much is done, and of how much."""
+    with _bar(name, noun) as update:
+        yield lambda done, total: update(done, total, done)
+
+
+@contextmanager
+def _bar(name: str, noun: str) -> Iterator[Callable[[int, int, int], None]]:
+    """A bar; to be told how far it is, its end, and the number that is shown."""
     if not sys.stderr.isatty():
-        yield ignore_progress
+        yield lambda *_: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("reading"),
+        TextColumn("{task.description}"),
         BarColumn(_BAR_WIDTH),
         TaskProgressColumn(),
-        TextColumn("{task.fields[documents]:,} documents"),
+        TextColumn(f"{{task.fields[shown]:,}} {noun}"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("reading", total=None, documents=0)
-        yield lambda far: bar.update(task, completed=far.bytes, total=far.total_bytes, documents=far.documents)
+        task = bar.add_task(name, total=None, shown=0)
+        yield lambda done, total, shown: bar.update(task, completed=done, total=total, shown=shown)
 
 
 def facts(status: Status) -> list[str]:
@@ -79,7 +95,7 @@ def facts(status: Status) -> list[str]:
     if status.trouble:
         return [*found, status.trouble]
     if not status.committed:
-        return [*found, "the first are at work" if status.progress.leased else "waiting for a worker"]
+        return [*found, _at_work(status) or "waiting for a worker"]
     found.append(f"{status.documents_per_second:,.0f} documents/s")
     if status.rejected:
         found.append(f"{status.rejected:,} rejected")
@@ -98,7 +114,8 @@ def rows(status: Status, *, own_worker: bool = False) -> list[tuple[str, str]]:
     ]
     if status.state != "complete" and (progress.waiting or progress.leased):
         waiting = "shard waits" if progress.waiting == 1 else "shards wait"
-        found.append(("queue", f"{progress.waiting:,} {waiting}, {progress.leased:,} at work"))
+        computed = f" ({_tokens(status)} computed)" if progress.leased_tokens else ""
+        found.append(("queue", f"{progress.waiting:,} {waiting}, {progress.leased:,} at work{computed}"))
     if trouble := status.trouble or ("" if own_worker else _nobody_listens(status)):
         found.append(("trouble", trouble))
     if status.committed:
@@ -117,6 +134,17 @@ def rows(status: Status, *, own_worker: bool = False) -> list[tuple[str, str]]:
     if len(workers) > _SHOWN_WORKERS:
         found.append(("", f"and {len(workers) - _SHOWN_WORKERS:,} more, which --json lists"))
     return found
+
+
+def _at_work(status: Status) -> str:
+    """How far the shards are that workers hold; empty where there is none."""
+    if not status.progress.leased:
+        return ""
+    return f"the first are at work: {_tokens(status)}" if status.progress.leased_tokens else "the first are at work"
+
+
+def _tokens(status: Status) -> str:
+    return f"{status.progress.leased_computed:,} of {status.progress.leased_tokens:,} tokens"
 
 
 def _able(status: Status) -> list[WorkerProcess]:

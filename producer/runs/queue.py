@@ -111,10 +111,13 @@ class Queue:
         with self.ledger() as ledger:
             ledger.drop(run_id)
 
-    def hold_stream(self, run_id: str, seconds: float) -> None:
-        """Says that the stream of an open run has a producer, for so long."""
+    def hold_stream(self, run_id: str, holder: str, seconds: float) -> bool:
+        """Says that the stream of an open run has a producer, for so long; False where it has another one."""
+        key, milliseconds = f"{KEY_PREFIX}stream:{run_id}", int(seconds * 1000)
         with self.ledger():
-            self._client.set(f"{KEY_PREFIX}stream:{run_id}", 1, px=int(seconds * 1000))
+            if self._client.set(key, holder, nx=True, px=milliseconds):
+                return True
+            return bool(self._client.get(key) == holder and self._client.pexpire(key, milliseconds))
 
     def leave_stream(self, run_id: str) -> None:
         """Says that it has none any more."""
@@ -143,6 +146,16 @@ class Queue:
                 return dict(self._client.config_get(name)).get(name)
             except ResponseError:
                 return None
+
+    def max_memory(self) -> int:
+        """The server's limit of its memory in bytes; 0 where it has none or does not tell."""
+        from redis.exceptions import ResponseError
+
+        with self.ledger():
+            try:
+                return int(dict(self._client.info("memory")).get("maxmemory", 0))
+            except ResponseError:
+                return 0
 
     def first_version(self) -> str:
         """What the first version left at this broker; empty where there is nothing."""

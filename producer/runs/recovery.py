@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 
 from nermill.producer.runs.queue import Queue
+from nermill.producer.sources.live import Position
 from nermill.worker.contracts.errors import StoreError
 from nermill.worker.contracts.layout import PLAN_FILE, RunFolder
 from nermill.worker.contracts.plan import Plan, Shard
@@ -22,13 +23,7 @@ def recover(run: RunFolder, plan: Plan, queue: Queue) -> Plan:
     Raises:
         StoreError: a shard cannot be read.
     """
-    shards: list[Shard] = []
-    first = 0
-    for index in sorted(run.shards()):
-        data = run.read(run.shard_file(index))
-        documents = _count(data, run.path(run.shard_file(index)))
-        shards.append(Shard(index, first, documents, hashlib.sha256(data).hexdigest()))
-        first += documents
+    shards, _ = durable_shards(run)
     if queue.has_producer(plan.run_id):
         return replace(plan, shards=tuple(shards))
     plan = closed(plan, shards)
@@ -36,13 +31,31 @@ def recover(run: RunFolder, plan: Plan, queue: Queue) -> Plan:
     return plan
 
 
-def _count(data: bytes, name: str) -> int:
+def durable_shards(run: RunFolder) -> tuple[list[Shard], Position | None]:
+    """The shards in a stream's folder, and how far they reach in its input, where they say so.
+
+    Raises:
+        StoreError: a shard cannot be read.
+    """
+    shards: list[Shard] = []
+    first, position = 0, None
+    for index in sorted(run.shards()):
+        data = run.read(run.shard_file(index))
+        documents, position = _look_into(data, run.path(run.shard_file(index)))
+        shards.append(Shard(index, first, documents, hashlib.sha256(data).hexdigest()))
+        first += documents
+    return shards, position
+
+
+def _look_into(data: bytes, name: str) -> tuple[int, Position | None]:
+    """Documents of a shard, and the place behind it in its stream's input."""
     import pyarrow as pa
     from pyarrow import ipc
 
     try:
-        return int(ipc.open_file(pa.BufferReader(data)).read_all().num_rows)
-    except pa.ArrowInvalid as error:
+        table = ipc.open_file(pa.BufferReader(data)).read_all()
+        return table.num_rows, Position.of_metadata(table.schema.metadata)
+    except (pa.ArrowInvalid, TypeError, ValueError) as error:
         raise StoreError(f"{name}: not a shard ({error})") from None
 
 

@@ -103,12 +103,18 @@ def send(run: RunFolder, plan: Plan, queue: Queue, high_water: int = HIGH_WATER,
 
 
 def resume(run: RunFolder, plan: Plan, queue: Queue, high_water: int = HIGH_WATER, on_wait: OnStatus = ignore) -> Plan:
-    """Sends again what has no part; a cancelled run is taken up again, an abandoned stream is closed."""
+    """Sends again what has no part; a cancelled run is taken up again, an abandoned stream is closed.
+
+    Raises:
+        UsageError: the run goes by value and is not complete: its documents may not be here.
+    """
     run.remove_stale_files()
     if not run.is_local:
         from nermill.producer.runs.compact import finish_interrupted_swap
 
         plan = finish_interrupted_swap(run) or plan
+    if plan.is_open and plan.by_value:
+        raise UsageError(f"{run.uri}: its documents come through the broker; to go on, submit the same input again")
     if plan.is_open:
         plan = recover(run, plan, queue)
     if plan.cancelled:
@@ -185,7 +191,8 @@ def cancel(run: RunFolder, plan: Plan, queue: Queue) -> Plan:
     """Stops what has not started; committed parts stay, and so does what a worker holds at this moment."""
     if finish(run, plan, queue):
         return plan
-    cancelled = plan.cancel(run)
+    workers_write_it = plan.by_value and plan.is_open
+    cancelled = replace(plan, cancelled=True) if workers_write_it else plan.cancel(run)
     with queue.ledger() as ledger:
         ledger.cancel(plan.run_id)
     return cancelled

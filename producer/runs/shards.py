@@ -6,12 +6,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from nermill.producer.sources.live import Position
 from nermill.worker.contracts.document import Document
+from nermill.worker.contracts.errors import StoreError
 from nermill.worker.contracts.layout import RunFolder
 from nermill.worker.contracts.plan import Shard
 from nermill.worker.contracts.shard import encode_shard, shard_table
 
 BYTES_PER_TOKEN = 4
+ANOTHER_PRODUCER = "another producer goes on with this stream; this one ends"
 
 Kind = Literal["text", "words"] | None
 
@@ -63,14 +66,29 @@ def differ(one: Kind, other: Kind) -> bool:
     return one is not None and other is not None and one != other
 
 
-def write_shard(run: RunFolder, index: int, first: int, documents: list[Document]) -> Shard:
+def write_shard(
+    run: RunFolder,
+    index: int,
+    first: int,
+    documents: list[Document],
+    *,
+    position: Position | None = None,
+    exclusive: bool = False,
+) -> Shard:
     """Writes one shard's file, durably.
+
+    Args:
+        position: The place behind it in the input of a stream.
+        exclusive: Whether a shard of other documents that is there is kept, and an error.
 
     Raises:
         StoreError: the store does not take it.
     """
-    data, sha256 = encode_shard(shard_table(documents))
-    run.write(run.shard_file(index), data)
+    table = shard_table(documents)
+    data, sha256 = encode_shard(table if position is None else table.replace_schema_metadata(position.as_metadata()))
+    name = run.shard_file(index)
+    if not run.write(name, data, exclusive=exclusive) and run.read(name) != data:
+        raise StoreError(f"{run.path(name)}: {ANOTHER_PRODUCER}")
     return Shard(index, first, len(documents), sha256)
 
 

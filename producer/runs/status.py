@@ -14,14 +14,13 @@ import pyarrow as pa
 
 from nermill.producer.runs.queue import Queue
 from nermill.worker.contracts.errors import StoreError
-from nermill.worker.contracts.layout import REPORT_JSON, RunFolder, part_name
+from nermill.worker.contracts.layout import RunFolder, part_name
 from nermill.worker.contracts.ledger import Progress, WorkerProcess
-from nermill.worker.contracts.part import measurements, open_part
+from nermill.worker.contracts.part import measurements, open_part, scores_of
 from nermill.worker.contracts.plan import Plan
 from nermill.worker.contracts.schema import metadata_of
 
 _READERS = 16
-_SCORES = ("f1", "precision", "recall", "accuracy", "strict", "per_label")
 
 State = Literal["running", "complete", "incomplete", "cancelled"]
 
@@ -106,6 +105,7 @@ class Status:
                 "waiting": self.progress.waiting,
                 "leased": self.progress.leased,
             },
+            "at_work": {"tokens": self.progress.leased_tokens, "computed": self.progress.leased_computed},
             "documents": {"total": self.total, "ok": self.ok, "rejected": self.rejected},
             "tokens": self.tokens,
             "seconds": round(self.seconds, 3),
@@ -173,15 +173,19 @@ class PartTotals:
 def look(run: RunFolder, plan: Plan, queue: Queue | None = None, totals: PartTotals | None = None) -> Status:
     """A run's status now; without a queue only what the folder knows.
 
+    A run by value whose plan is open is looked at in the ledger alone.
+
     Raises:
         StoreError: the folder cannot be read.
         BrokerError: the queue does not answer.
     """
-    totals = totals or PartTotals(run)
     progress, listening = Progress(), tuple[WorkerProcess, ...]()
     if queue is not None:
         with queue.ledger() as ledger:
             progress, listening = ledger.progress(plan.run_id), tuple(ledger.workers())
+    if plan.by_value and plan.is_open and progress.state != "unknown":
+        return _by_ledger(run, plan, progress, listening)
+    totals = totals or PartTotals(run)
     planned = run.shards() if plan.is_open else {shard.index for shard in plan.shards}
     committed = totals.update(planned)
     busy = bool(progress.waiting or progress.leased)
@@ -215,12 +219,27 @@ def look(run: RunFolder, plan: Plan, queue: Queue | None = None, totals: PartTot
     )
 
 
-def scores_of(run: RunFolder) -> dict[str, Any] | None:
-    """The scores of an evaluation that was made before, if there is one."""
-    if not run.exists(REPORT_JSON):
-        return None
-    report = json.loads(run.read(REPORT_JSON))
-    return {name: report[name] for name in _SCORES if name in report} or None
+def _by_ledger(run: RunFolder, plan: Plan, progress: Progress, listening: tuple[WorkerProcess, ...]) -> Status:
+    """The status of a run whose folder tells nothing yet, or not from here."""
+    states: dict[str, State] = {"finished": "complete", "cancelled": "cancelled"}
+    is_busy = bool(progress.waiting or progress.leased)
+    end = time.time() if progress.leased else progress.finished
+    return Status(
+        run=run.uri,
+        run_id=plan.run_id,
+        state=states.get(progress.state, "running" if is_busy else "incomplete"),
+        planned=progress.planned,
+        committed=progress.done,
+        total=progress.submitted,
+        ok=progress.ok,
+        rejected=progress.rejected,
+        tokens=progress.tokens,
+        computed_tokens=progress.computed,
+        seconds=max(0.0, end - progress.started) if progress.started else 0.0,
+        progress=progress,
+        listening=listening,
+        scores=json.loads(progress.scores) if progress.scores else None,
+    )
 
 
 def part_stats(run: RunFolder, shard: int) -> list[dict[str, Any]]:

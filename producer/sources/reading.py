@@ -45,6 +45,7 @@ class Reading:
 
     Attributes:
         counts: Documents of each source so far.
+        rejected: Documents that cannot be tagged, so far.
         has_gold: Whether any document so far had gold tags.
     """
 
@@ -53,6 +54,7 @@ class Reading:
     ) -> None:
         self._sources, self._sizes, self._options, self._on_read = sources, sizes, options, on_read
         self.counts = [0] * len(sources)
+        self.rejected = 0
         self.has_gold = False
 
     def documents(self) -> Iterator[Document]:
@@ -62,10 +64,11 @@ class Reading:
             UsageError: as ``Source.documents``.
         """
         reported = time.monotonic()
-        self.counts = [0] * len(self._sources)
+        self.counts, self.rejected = [0] * len(self._sources), 0
         for at, source in enumerate(self._sources):
             for document in source.documents(self._options):
                 self.counts[at] += 1
+                self.rejected += document.fault is not None
                 self.has_gold |= document.gold_tags is not None
                 yield document
                 if time.monotonic() - reported > REPORT_SECONDS:

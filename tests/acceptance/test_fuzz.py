@@ -14,18 +14,19 @@ from tests.integration.test_fuzz import fuzz_ledger, fuzz_messages
 
 
 @pytest.fixture
-def mill() -> Iterator[Harness]:
+def fleet() -> Iterator[Harness]:
     with tempfile.TemporaryDirectory(prefix="nm-") as folder, harness(Path(folder)) as made:
         yield made
 
 
 @pytest.mark.timeout(600)
-def test_ten_thousand_mutated_messages(mill: Harness) -> None:
-    fuzz_messages(mill, seed=2, count=10_000)
+@pytest.mark.parametrize("seed", [2, 3])
+def test_ten_thousand_mutated_messages(fleet: Harness, seed: int) -> None:
+    fuzz_messages(fleet, seed, count=10_000)
 
 
-def test_mutated_ledger_entries(mill: Harness) -> None:
-    fuzz_ledger(mill, seed=2, count=3000)
+def test_mutated_ledger_entries(fleet: Harness) -> None:
+    fuzz_ledger(fleet, seed=2, count=3000)
 
 
 @pytest.mark.parametrize("seed", range(2, 10))

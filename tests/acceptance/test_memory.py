@@ -21,15 +21,15 @@ GROWTH = 1.05
 
 @pytest.mark.timeout(1800)
 def test_a_workers_memory_stays_flat() -> None:
-    with tempfile.TemporaryDirectory(prefix="nm-") as folder, harness(Path(folder), lease_seconds=60) as mill:
-        run, plan = mill.submit(texts(DOCUMENTS), documents_per_shard=DOCUMENTS_PER_SHARD)
-        worker = mill.worker()
+    with tempfile.TemporaryDirectory(prefix="nm-") as folder, harness(Path(folder), lease_seconds=60) as fleet:
+        run, plan = fleet.submit(texts(DOCUMENTS), documents_per_shard=DOCUMENTS_PER_SHARD)
+        worker = fleet.worker()
         process = psutil.Process(worker.process.pid)
         samples: list[int] = []
         began = time.monotonic()
         while not run.exists(SUCCESS_FILE):
-            assert worker.is_alive, mill.logs()
-            assert time.monotonic() - began < 1500, mill.logs()
+            assert worker.is_alive, fleet.logs()
+            assert time.monotonic() - began < 1500, fleet.logs()
             if len(run.committed()) >= WARM_SHARE * len(plan.shards):
                 samples.append(process.memory_info().rss)
             time.sleep(0.5)

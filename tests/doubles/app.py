@@ -116,7 +116,7 @@ def meet(folder: Path) -> None:
     Ledger.complete = together  # type: ignore[method-assign, assignment]
 
 
-nermill.worker.tagging.pipeline.load_engine = load_engine  # before nermill.worker.app loads anything
+nermill.worker.tagging.pipeline.load_engine = load_engine  # type: ignore[attr-defined]  # before nermill.worker.app loads anything
 
 import nermill.worker.app  # noqa: E402
 import nermill.worker.queue.shards  # noqa: E402
@@ -146,7 +146,7 @@ if os.environ.get("FAULT_DEFECT"):
     def defect(*_: object) -> None:
         raise AttributeError("a defect")
 
-    nermill.worker.queue.shards.read_shard = defect  # type: ignore[assignment]
+    nermill.worker.queue.shards.read_shard = defect  # type: ignore[assignment, attr-defined]
 
 app = nermill.worker.app.app
 

@@ -1,8 +1,8 @@
 """``faulty://``: an fsspec store that several processes share, and that fails or hangs on demand.
 
 Its files are in the folder ``FAULT_STORE``. The file ``FAULT_STORE/.fault`` holds ``500`` (each call fails),
-``500 0.3`` (that share of the calls fails) or ``hang`` (calls wait until the file is removed). A put is atomic, as on
-an object store.
+``500 0.3`` (that share of the calls fails), ``hang`` (calls wait until the file is removed) or ``slow 2`` (a put takes
+so many seconds). A put is atomic, as on an object store.
 """
 
 from __future__ import annotations
@@ -52,6 +52,9 @@ class FaultyStore(AbstractFileSystem):
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_: Any) -> None:
         target = self._local(path)
+        words = self._fault(Path(os.environ["FAULT_STORE"]) / ".fault")
+        if words[:1] == ["slow"]:
+            time.sleep(float(words[1]))
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = target.parent / f".put-{uuid.uuid4().hex}"
         aside.write_bytes(value)

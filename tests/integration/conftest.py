@@ -1,4 +1,4 @@
-"""A mill of its own for every test that does harm."""
+"""Each test that kills or damages something has a server and workers of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.harness import Harness, harness
 
 
 @pytest.fixture
-def mill() -> Iterator[Harness]:
+def fleet() -> Iterator[Harness]:
     """A server and room for workers, in a folder whose path is short enough for a socket."""
     with tempfile.TemporaryDirectory(prefix="nm-") as folder, harness(Path(folder)) as made:
         yield made

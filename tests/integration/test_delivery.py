@@ -26,115 +26,115 @@ def expected() -> list[dict[str, object]]:
 
 
 def test_messages_sent_twice_and_late_or_second_workers_change_nothing(
-    mill: Harness, expected: list[dict[str, object]]
+    fleet: Harness, expected: list[dict[str, object]]
 ) -> None:
-    run, plan = mill.submit(DOCUMENTS)
+    run, plan = fleet.submit(DOCUMENTS)
     for shard in plan.shards * 3:
-        mill.app().send_task(TAG_SHARD, args=(plan.run_id, run.uri, shard.index), queue="nermill")
-    mill.worker(FAULT_BATCH_SECONDS="0.02")
-    mill.worker(FAULT_BATCH_SECONDS="0.02")
-    mill.wait(run, plan)
+        fleet.app().send_task(TAG_SHARD, args=(plan.run_id, run.uri, shard.index), queue="nermill")
+    fleet.worker(FAULT_BATCH_SECONDS="0.02")
+    fleet.worker(FAULT_BATCH_SECONDS="0.02")
+    fleet.wait(run, plan)
     assert rows(run) == expected
     assert run.exists(SUCCESS_FILE)
 
 
-def test_lost_messages_are_sent_again(mill: Harness, expected: list[dict[str, object]]) -> None:
-    run, plan = mill.submit(DOCUMENTS)
-    with mill.server.client() as client:
-        assert sum(client.delete(key) for key in mill.message_lists(client)) == 1
-    mill.worker()
-    mill.wait(run, plan)
+def test_lost_messages_are_sent_again(fleet: Harness, expected: list[dict[str, object]]) -> None:
+    run, plan = fleet.submit(DOCUMENTS)
+    with fleet.server.client() as client:
+        assert sum(client.delete(key) for key in fleet.message_lists(client)) == 1
+    fleet.worker()
+    fleet.wait(run, plan)
     assert rows(run) == expected
 
 
-def test_a_killed_workers_shards_run_again_within_its_lease(mill: Harness, expected: list[dict[str, object]]) -> None:
-    run, plan = mill.submit(DOCUMENTS)
-    killed_worker = mill.worker(FAULT_BATCH_SECONDS="0.3")
-    mill.until(run.committed)
+def test_a_killed_workers_shards_run_again_within_its_lease(fleet: Harness, expected: list[dict[str, object]]) -> None:
+    run, plan = fleet.submit(DOCUMENTS)
+    killed_worker = fleet.worker(FAULT_BATCH_SECONDS="0.3")
+    fleet.until(run.committed)
     killed_worker.kill()
     killed = time.monotonic()
-    mill.worker()
-    mill.wait(run, plan)
+    fleet.worker()
+    fleet.wait(run, plan)
     assert rows(run) == expected
-    assert time.monotonic() - killed < mill.lease_seconds + 15
+    assert time.monotonic() - killed < fleet.lease_seconds + 15
 
 
-def test_a_worker_that_is_told_to_stop_finishes_or_releases(mill: Harness, expected: list[dict[str, object]]) -> None:
-    run, plan = mill.submit(DOCUMENTS)
-    leaving = mill.worker(FAULT_BATCH_SECONDS="0.2")
-    mill.until(run.committed)
+def test_a_worker_that_is_told_to_stop_finishes_or_releases(fleet: Harness, expected: list[dict[str, object]]) -> None:
+    run, plan = fleet.submit(DOCUMENTS)
+    leaving = fleet.worker(FAULT_BATCH_SECONDS="0.2")
+    fleet.until(run.committed)
     leaving.terminate()
-    with mill.queue().ledger() as ledger:
+    with fleet.queue().ledger() as ledger:
         assert ledger.progress(plan.run_id).leased == 0
-    mill.worker()
-    mill.wait(run, plan)
+    fleet.worker()
+    fleet.wait(run, plan)
     assert rows(run) == expected
-    with mill.queue().ledger() as ledger:
+    with fleet.queue().ledger() as ledger:
         assert ledger.progress(plan.run_id).redeliveries == 0
 
 
 def test_a_worker_that_sleeps_past_its_lease_writes_nothing_that_counts(
-    mill: Harness, expected: list[dict[str, object]]
+    fleet: Harness, expected: list[dict[str, object]]
 ) -> None:
-    run, plan = mill.submit(DOCUMENTS)
-    late = mill.worker(FAULT_BATCH_SECONDS="0.2")
-    mill.until(run.committed)
+    run, plan = fleet.submit(DOCUMENTS)
+    late = fleet.worker(FAULT_BATCH_SECONDS="0.2")
+    fleet.until(run.committed)
     late.signal(signal.SIGSTOP)
-    mill.worker()
-    mill.wait(run, plan)
+    fleet.worker()
+    fleet.wait(run, plan)
     late.signal(signal.SIGCONT)
     late.terminate()
     assert rows(run) == expected
-    with mill.queue().ledger() as ledger:
+    with fleet.queue().ledger() as ledger:
         assert ledger.progress(plan.run_id).ok == len(DOCUMENTS)
 
 
 @pytest.mark.parametrize("point", ["rename", "done", "ack"])
 def test_death_between_commit_ledger_and_acknowledgement(
-    mill: Harness, expected: list[dict[str, object]], point: str
+    fleet: Harness, expected: list[dict[str, object]], point: str
 ) -> None:
-    run, plan = mill.submit(DOCUMENTS)
-    once = {"FAULT_DIE_AT": point, "FAULT_ONCE_FILE": str(mill.folder / "died")}
-    first = mill.worker(**once)
+    run, plan = fleet.submit(DOCUMENTS)
+    once = {"FAULT_DIE_AT": point, "FAULT_ONCE_FILE": str(fleet.folder / "died")}
+    first = fleet.worker(**once)
     first.process.wait(30)
-    mill.worker(**once)
-    mill.wait(run, plan)
+    fleet.worker(**once)
+    fleet.wait(run, plan)
     assert rows(run) == expected
-    with mill.queue().ledger() as ledger:
+    with fleet.queue().ledger() as ledger:
         assert ledger.progress(plan.run_id).ok == len(DOCUMENTS)
 
 
-def test_losing_the_whole_server_loses_progress_only(mill: Harness, expected: list[dict[str, object]]) -> None:
-    run, plan = mill.submit(DOCUMENTS)
-    mill.worker(FAULT_BATCH_SECONDS="0.1")
-    mill.until(run.committed)
-    with mill.server.client() as client:
+def test_losing_the_whole_server_loses_progress_only(fleet: Harness, expected: list[dict[str, object]]) -> None:
+    run, plan = fleet.submit(DOCUMENTS)
+    fleet.worker(FAULT_BATCH_SECONDS="0.1")
+    fleet.until(run.committed)
+    with fleet.server.client() as client:
         client.flushall()
-    resume(run, plan, mill.queue())
-    mill.wait(run, plan)
+    resume(run, plan, fleet.queue())
+    fleet.wait(run, plan)
     assert rows(run) == expected
 
 
-def test_a_server_that_is_killed_and_started_again(mill: Harness, expected: list[dict[str, object]]) -> None:
-    run, plan = mill.submit(DOCUMENTS)
-    mill.worker(FAULT_BATCH_SECONDS="0.1")
-    mill.until(run.committed)
-    mill.server.kill()
+def test_a_server_that_is_killed_and_started_again(fleet: Harness, expected: list[dict[str, object]]) -> None:
+    run, plan = fleet.submit(DOCUMENTS)
+    fleet.worker(FAULT_BATCH_SECONDS="0.1")
+    fleet.until(run.committed)
+    fleet.server.kill()
     time.sleep(1)
-    mill.server.start()
-    mill.wait(run, plan)
+    fleet.server.start()
+    fleet.wait(run, plan)
     assert rows(run) == expected
 
 
-def test_documents_that_kill_their_worker_are_rejected_alone(mill: Harness) -> None:
+def test_documents_that_kill_their_worker_are_rejected_alone(fleet: Harness) -> None:
     documents = texts(256)
     documents[40] = documents[200] = "this one is poison"
-    run, _ = mill.submit(documents, documents_per_shard=256)
+    run, _ = fleet.submit(documents, documents_per_shard=256)
     environment = {"FAULT_ABORT_WORD": "poison", "NERMILL_LEASE_SECONDS": "1"}
-    worker = mill.worker(**environment)
+    worker = fleet.worker(**environment)
     deadline = time.monotonic() + 100
     while not run.exists(SUCCESS_FILE):
-        assert time.monotonic() < deadline, mill.logs()
+        assert time.monotonic() < deadline, fleet.logs()
         if not worker.is_alive:
             worker.start()
         time.sleep(0.1)
@@ -146,16 +146,16 @@ def test_documents_that_kill_their_worker_are_rejected_alone(mill: Harness) -> N
     assert worker.starts <= 24
 
 
-def test_a_hanging_device_ends_its_process(mill: Harness) -> None:
+def test_a_hanging_device_ends_its_process(fleet: Harness) -> None:
     documents = texts(64)
     documents[5] = "poison"
-    mill.submit(documents)
-    hanging = mill.worker(FAULT_HANG_WORD="poison", NERMILL_HANG_SECONDS="2")
+    fleet.submit(documents)
+    hanging = fleet.worker(FAULT_HANG_WORD="poison", NERMILL_HANG_SECONDS="2")
     assert hanging.process.wait(30) == 75
 
 
-def test_sending_a_finished_run_again_is_no_work(mill: Harness) -> None:
-    run, plan = mill.submit(texts(64))
-    mill.worker()
-    mill.wait(run, plan)
-    assert send(run, plan, mill.queue()) == 0
+def test_sending_a_finished_run_again_is_no_work(fleet: Harness) -> None:
+    run, plan = fleet.submit(texts(64))
+    fleet.worker()
+    fleet.wait(run, plan)
+    assert send(run, plan, fleet.queue()) == 0

@@ -30,40 +30,40 @@ def attempts(run: RunFolder) -> set[int]:
 
 @pytest.mark.parametrize("grace", [20.0, 1.0], ids=["finishes what it holds", "releases it"])
 def test_a_worker_drains_within_its_grace_while_another_goes_on(
-    mill: Harness, expected: list[dict[str, Any]], grace: float
+    fleet: Harness, expected: list[dict[str, Any]], grace: float
 ) -> None:
     environment = {"FAULT_BATCH_SECONDS": "0.4", "NERMILL_GRACE_SECONDS": str(grace)}
-    leaving, staying = mill.worker(**environment), mill.worker(**environment)
+    leaving, staying = fleet.worker(**environment), fleet.worker(**environment)
     for worker in (leaving, staying):
         worker.await_ready()
-    run, plan = mill.submit(DOCUMENTS)
-    mill.until(run.committed)
+    run, plan = fleet.submit(DOCUMENTS)
+    fleet.until(run.committed)
     began = time.monotonic()
     assert leaving.terminate() == 0
     seconds = time.monotonic() - began
     print(f"drained in {seconds:.1f} s of {grace:.0f}")
     assert seconds < grace + DELAY
 
-    mill.wait(run, plan)
+    fleet.wait(run, plan)
     assert rows(run) == expected
     assert attempts(run) == {1}
-    with mill.queue().ledger() as ledger:
+    with fleet.queue().ledger() as ledger:
         progress = ledger.progress(plan.run_id)
     assert (progress.redeliveries, progress.duplicates) == (0, 0)
 
 
-def test_a_worker_leaves_though_the_broker_does_not_answer(mill: Harness, expected: list[dict[str, Any]]) -> None:
+def test_a_worker_leaves_though_the_broker_does_not_answer(fleet: Harness, expected: list[dict[str, Any]]) -> None:
     environment = {"FAULT_BATCH_SECONDS": "0.4", "NERMILL_GRACE_SECONDS": "1"}
-    leaving = mill.worker(**environment)
-    run, plan = mill.submit(DOCUMENTS)
-    mill.until(run.committed)
-    mill.server.signal(signal.SIGSTOP)
+    leaving = fleet.worker(**environment)
+    run, plan = fleet.submit(DOCUMENTS)
+    fleet.until(run.committed)
+    fleet.server.signal(signal.SIGSTOP)
     began = time.monotonic()
     assert leaving.terminate() == 0
     seconds = time.monotonic() - began
     print(f"left in {seconds:.1f} s, its grace of 1 and those for the broker included")
     assert seconds < 1 + RELEASE_SECONDS + DELAY
-    mill.server.signal(signal.SIGCONT)
-    mill.worker()
-    mill.wait(run, plan)
+    fleet.server.signal(signal.SIGCONT)
+    fleet.worker()
+    fleet.wait(run, plan)
     assert rows(run) == expected

@@ -32,12 +32,12 @@ from tests.harness import Harness, free_port, rows, texts
 SECRET = "the content of another's file"
 
 
-def test_mutated_messages(mill: Harness) -> None:
-    fuzz_messages(mill, seed=1, count=1500)
+def test_mutated_messages(fleet: Harness) -> None:
+    fuzz_messages(fleet, seed=1, count=1500)
 
 
-def test_mutated_ledger_entries(mill: Harness) -> None:
-    fuzz_ledger(mill, seed=1, count=150)
+def test_mutated_ledger_entries(fleet: Harness) -> None:
+    fuzz_ledger(fleet, seed=1, count=150)
 
 
 def test_mutated_input_files(tmp_path: Path) -> None:
@@ -46,26 +46,26 @@ def test_mutated_input_files(tmp_path: Path) -> None:
     assert refused > 200
 
 
-def fuzz_messages(mill: Harness, seed: int, count: int) -> None:
+def fuzz_messages(fleet: Harness, seed: int, count: int) -> None:
     """Puts mutants into the queue and the control channel of a real worker: no process ends, none is followed."""
-    canary = mill.folder / "canary"
+    canary = fleet.folder / "canary"
     port = free_port()
-    worker = mill.worker(NERMILL_METRICS_PORT=str(port), NERMILL_CONCURRENCY="4")
+    worker = fleet.worker(NERMILL_METRICS_PORT=str(port), NERMILL_CONCURRENCY="4")
     worker.await_ready()
-    before = fingerprint(mill.folder)
+    before = fingerprint(fleet.folder)
     rng = random.Random(seed)
     mutants = list(fuzz.messages(rng, count, canary))
-    with mill.server.client() as client:
+    with fleet.server.client() as client:
         for at in range(0, count, 250):
             client.lpush(QUEUE, *mutants[at : at + 250])
             for command in fuzz.commands(rng, 25, canary):
                 client.publish("/0.celery.pidbox", command)
             deadline = time.monotonic() + 30
             while client.llen(QUEUE):
-                assert worker.is_alive, mill.logs()
-                assert time.monotonic() < deadline, (scrape(port), mill.logs())
+                assert worker.is_alive, fleet.logs()
+                assert time.monotonic() < deadline, (scrape(port), fleet.logs())
                 time.sleep(0.05)
-        mill.until(lambda: sum(scrape(port)) >= count, 30)
+        fleet.until(lambda: sum(scrape(port)) >= count, 30)
         refused, received = scrape(port)
         assert refused > count / 2
         assert received > count / 50, "mutants that are still valid are served"
@@ -74,13 +74,13 @@ def fuzz_messages(mill: Harness, seed: int, count: int) -> None:
         assert told.count(" refused: ") == refused
         assert "Connection to broker lost" not in told
         assert not canary.exists(), "a message was unpickled, followed or executed"
-        assert fingerprint(mill.folder) == before
-        mill.until(lambda: not client.hlen("unacked"), 30)
-    run, plan = mill.submit(texts(64))
-    mill.wait(run, plan)
+        assert fingerprint(fleet.folder) == before
+        fleet.until(lambda: not client.hlen("unacked"), 30)
+    run, plan = fleet.submit(texts(64))
+    fleet.wait(run, plan)
     assert worker.is_alive
     assert len(rows(run)) == 64
-    assert mill.app().control.ping(timeout=5), "remote control works as before"
+    assert fleet.app().control.ping(timeout=5), "remote control works as before"
 
 
 def scrape(port: int) -> tuple[int, int]:
@@ -92,22 +92,22 @@ def scrape(port: int) -> tuple[int, int]:
     return int(float(values["nermill_refused_messages_total"])), int(received)
 
 
-def fuzz_ledger(mill: Harness, seed: int, count: int) -> None:
+def fuzz_ledger(fleet: Harness, seed: int, count: int) -> None:
     """Makes one entry of a run wrong, over and over: the worker says so, counts it, and keeps to its roots."""
-    outside = mill.folder / "outside"
-    run, plan = mill.plan(texts(20), documents_per_shard=10)
-    elsewhere, _ = mill.plan([SECRET] * 20, documents_per_shard=10, out=str(outside))
+    outside = fleet.folder / "outside"
+    run, plan = fleet.plan(texts(20), documents_per_shard=10)
+    elsewhere, _ = fleet.plan([SECRET] * 20, documents_per_shard=10, out=str(outside))
     Path(elsewhere.uri).rename(outside / "run")
-    (mill.out / "link").symlink_to(outside / "run")
+    (fleet.out / "link").symlink_to(outside / "run")
     before = fingerprint(outside)
     tokenizer = Tokenizer.from_file(str(resolve_artifact("demo") / TOKENIZER_FILE))
-    settings = Settings(allowed_roots=str(mill.out), lease_seconds=1)
-    changes = fuzz.ledger_changes(random.Random(seed), plan.run_id, outside / "run", mill.out)
+    settings = Settings(allowed_roots=str(fleet.out), lease_seconds=1)
+    changes = fuzz.ledger_changes(random.Random(seed), plan.run_id, outside / "run", fleet.out)
     states: Counter[str] = Counter()
-    with mill.server.client() as client:
+    with fleet.server.client() as client:
         pipeline = Pipeline(HashEngine(manifest()), tokenizer)
         ledger = Ledger(client)
-        dispatcher = Dispatcher(celery_app(mill.server.url), ledger)
+        dispatcher = Dispatcher(celery_app(fleet.server.url), ledger)
         worker = ShardWorker(pipeline, ledger, dispatcher, settings, Metrics())
         worker.stopping.set()  # no pauses
         for number in range(count):
@@ -131,7 +131,7 @@ def fuzz_ledger(mill: Harness, seed: int, count: int) -> None:
     assert states["refused"] > count / 5, states
     assert states["committed"] > count / 50, states
     assert fingerprint(outside) == before
-    assert not any(SECRET.encode() in path.read_bytes() for path in mill.out.rglob("*") if path.is_file())
+    assert not any(SECRET.encode() in path.read_bytes() for path in fleet.out.rglob("*") if path.is_file())
     for name in run.list():
         assert not name.startswith("."), name
 

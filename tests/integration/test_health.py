@@ -60,12 +60,12 @@ class Launcher:
 
 
 @contextmanager
-def launcher(mill: Harness, port: int = 0, *, ready: bool = True, **environment: str) -> Iterator[Launcher]:
+def launcher(fleet: Harness, port: int = 0, *, ready: bool = True, **environment: str) -> Iterator[Launcher]:
     """Starts one; waits until it is ready, unless told otherwise."""
-    port, log = port or free_port(), mill.folder / "launcher.log"
+    port, log = port or free_port(), fleet.folder / "launcher.log"
     settings = {
-        "NERMILL_BROKER_URL": mill.server.url,
-        "NERMILL_ALLOWED_ROOTS": str(mill.out),
+        "NERMILL_BROKER_URL": fleet.server.url,
+        "NERMILL_ALLOWED_ROOTS": str(fleet.out),
         "NERMILL_METRICS_PORT": str(port),
         "NERMILL_HANG_SECONDS": str(HANG_SECONDS),
         "NERMILL_LEASE_SECONDS": "3",
@@ -86,16 +86,16 @@ def launcher(mill: Harness, port: int = 0, *, ready: bool = True, **environment:
             process.wait(40)
 
 
-def test_a_worker_whose_engine_hangs_says_so_and_is_replaced(mill: Harness) -> None:
-    once = {"FAULT_HANG_WORD": "poison", "FAULT_ONCE_FILE": str(mill.folder / "hung")}
-    with launcher(mill, **once) as made:
+def test_a_worker_whose_engine_hangs_says_so_and_is_replaced(fleet: Harness) -> None:
+    once = {"FAULT_HANG_WORD": "poison", "FAULT_ONCE_FILE": str(fleet.folder / "hung")}
+    with launcher(fleet, **once) as made:
         first = made.worker()
-        run, plan = mill.submit(["A poison comes to London.", *texts(63)])
-        made.until(lambda: (mill.folder / "hung").exists())
+        run, plan = fleet.submit(["A poison comes to London.", *texts(63)])
+        made.until(lambda: (fleet.folder / "hung").exists())
         assert made.until(lambda: made.health() != 200) < HANG_SECONDS + 2
         made.until(lambda: made.worker() not in (0, first))
         made.until(lambda: made.health() == 200)
-        mill.wait(run, plan)
+        fleet.wait(run, plan)
         assert len(rows(run)) == 64
         assert "the device has not answered for" in made.log.read_text()
 
@@ -123,15 +123,15 @@ def test_a_worker_is_unhealthy_while_a_call_of_the_device_is_overdue() -> None:
     ],
     ids=["slow", "running a failed batch again in parts"],
 )
-def test_a_busy_worker_stays_healthy(mill: Harness, faults: dict[str, str], documents: list[str]) -> None:
-    with launcher(mill, **faults) as made:
+def test_a_busy_worker_stays_healthy(fleet: Harness, faults: dict[str, str], documents: list[str]) -> None:
+    with launcher(fleet, **faults) as made:
         first = made.worker()
-        run, plan = mill.submit(documents)
+        run, plan = fleet.submit(documents)
         health = set()
         while len(run.committed()) < len(plan.shards):
             health.add(made.health())
             time.sleep(0.05)
-        mill.wait(run, plan)
+        fleet.wait(run, plan)
         assert health == {200}
         assert made.worker() == first
         (busy,) = [line for line in scrape(made.port) if line.startswith("nermill_device_busy_seconds_total")]
@@ -143,19 +143,19 @@ def scrape(port: int) -> list[str]:
         return str(answer.read().decode()).splitlines()
 
 
-def test_clients_that_say_nothing_do_not_keep_a_probe_waiting(mill: Harness) -> None:
-    with launcher(mill) as made, ExitStack() as silent:
+def test_clients_that_say_nothing_do_not_keep_a_probe_waiting(fleet: Harness) -> None:
+    with launcher(fleet) as made, ExitStack() as silent:
         for _ in range(8):
             silent.enter_context(socket.create_connection(("127.0.0.1", made.port)))
         assert made.health() == 200
 
 
 def test_a_process_that_stands_still_is_killed_and_replaced_and_systemd_is_not_told_that_all_is_well(
-    mill: Harness,
+    fleet: Harness,
 ) -> None:
     with ExitStack() as stack:
         systemd = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
-        systemd.bind(str(mill.folder / "notify"))
+        systemd.bind(str(fleet.folder / "notify"))
         systemd.setblocking(False)
         told: list[tuple[float, str]] = []
 
@@ -166,8 +166,8 @@ def test_a_process_that_stands_still_is_killed_and_replaced_and_systemd_is_not_t
             except BlockingIOError:
                 return
 
-        variables = {"NOTIFY_SOCKET": str(mill.folder / "notify"), "WATCHDOG_USEC": "400000"}
-        made = stack.enter_context(launcher(mill, **variables))
+        variables = {"NOTIFY_SOCKET": str(fleet.folder / "notify"), "WATCHDOG_USEC": "400000"}
+        made = stack.enter_context(launcher(fleet, **variables))
         made.until(lambda: listen() or "READY=1" in [state for _, state in told])
         first = made.worker()
         os.kill(first, signal.SIGSTOP)
@@ -223,12 +223,12 @@ def test_heartbeats_are_sent_while_there_is_no_problem_and_somebody_reads_them(m
     assert not process.is_alive()
 
 
-def test_a_port_that_is_taken_is_one_line_and_tried_again(mill: Harness) -> None:
+def test_a_port_that_is_taken_is_one_line_and_tried_again(fleet: Harness) -> None:
     with socket.socket() as taken, ExitStack() as stack:
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        made = stack.enter_context(launcher(mill, port, ready=False))
+        made = stack.enter_context(launcher(fleet, port, ready=False))
         line = f"nermill-worker: metrics port {port}: [Errno 98] Address already in use; choose another"
         made.until(lambda: line in made.log.read_text())
         assert "Traceback" not in made.log.read_text()

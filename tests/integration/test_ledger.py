@@ -14,6 +14,7 @@ from redis import Redis
 from redis.exceptions import ResponseError
 
 from nermill.worker.contracts.broker import redis_client
+from nermill.worker.contracts.by_value import Documents, Held
 from nermill.worker.contracts.errors import MessageError
 from nermill.worker.contracts.ledger import (
     TRANSITIONS,
@@ -111,6 +112,29 @@ def test_a_lease_from_before_the_server_was_emptied_is_worth_nothing(ledger: Led
     assert not ledger.renew(old, LEASE)
     assert not ledger.release(old)
     assert ledger.renew(heir, LEASE)
+
+
+def test_tokens_that_are_told_with_a_renewal_are_known_as_long_as_the_shard_is_leased(ledger: Ledger) -> None:
+    begin(ledger, 3)
+    queue = Delivery(ledger)
+    claims = [queue.one(now=0), queue.one(now=0), queue.one(now=0)]
+
+    def known() -> tuple[int, int]:
+        progress = ledger.progress("r")
+        return progress.leased_computed, progress.leased_tokens
+
+    assert known() == (0, 0)
+    for claim, tokens in zip(claims, [(10, 100), (20, 200), (30, 300)], strict=True):
+        ledger.renew(claim, LEASE, 0, tokens=tokens)
+    assert known() == (60, 600)
+    ledger.renew(claims[0], LEASE, 0, tokens=(90, 100))
+    ledger.renew(claims[1], LEASE, 0)  # what it told before stays
+    assert known() == (140, 600)
+    complete(ledger, claims[0])
+    ledger.release(claims[1])
+    assert known() == (30, 300)
+    ledger.expire(now=LEASE + 1)
+    assert known() == (0, 0)
 
 
 def test_adding_again_changes_nothing(ledger: Ledger) -> None:
@@ -214,11 +238,11 @@ def test_a_claim_says_how_long_its_shard_waited(ledger: Ledger, client: Redis) -
     assert 0.2 <= claim.waited < 5
     assert 0 < claim.fresh_until - time.monotonic() < LEASE / 2
     assert ledger.release(claim)
-    client.hset(ledger._key("r", "since"), "1", "nonsense")
+    client.hset(ledger.key("r", "since"), "1", "nonsense")
     waited = {index_of(claim): claim.waited for claim in (queue.one(), queue.one())}
     assert waited[0] < 0.2, "released, it waits since then"
     assert waited[1] == 0
-    assert client.hlen(ledger._key("r", "since")) == 0
+    assert client.hlen(ledger.key("r", "since")) == 0
 
 
 def test_a_release_is_no_attempt_and_no_strike(ledger: Ledger) -> None:
@@ -309,7 +333,7 @@ def test_an_entry_that_does_not_fit_is_quarantined_until_it_is_sent_again(
 ) -> None:
     begin(ledger, 2)
     (message,) = due(ledger)
-    client.hset(ledger._key("r"), field, value)
+    client.hset(ledger.key("r"), field, value)
     if field == "uri":
         assert isinstance(ledger.lease("r", message.shard, worker(), LEASE), Claim), "the root check refuses it"
         return
@@ -602,3 +626,108 @@ def test_the_ledger_behaves_like_its_model(client: Redis) -> None:
             max_examples=60, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
+
+
+def declared(ledger: Ledger, shards: int) -> Documents:
+    """A run by value of which no documents were offered."""
+    ledger.open("r", "/out/run=r", Options())
+    documents = Documents(ledger)
+    assert documents.declare("r", [shard(n) for n in range(shards)])
+    return documents
+
+
+def test_a_declared_shard_waits_once_its_documents_are_there(ledger: Ledger) -> None:
+    documents = declared(ledger, 3)
+    assert (ledger.progress("r").planned, ledger.progress("r").submitted) == (3, 30)
+    assert due(ledger) == []
+    assert documents.needed("r") == {0, 1, 2}
+    state, held = documents.offer("r", shard(1), b"one")
+    assert (state, held) == ("closed", Held(4, 4))
+    assert documents.offer("r", shard(1), b"another one")[1] == Held(4, 4), "what waits keeps its documents"
+    assert documents.needed("r") == {0, 2}
+    claim = Delivery(ledger).one()
+    assert (index_of(claim), claim.packed) == (1, 4)
+    assert documents.stored(claim, shard(1))
+    assert documents.held("r") == Held(0, 0)
+    assert documents.needed("r") == {0, 2}
+    complete(ledger, claim)
+    assert not ledger.seal("r"), "two shards have not come"
+    assert documents.needed("r") == {0, 2}
+
+
+def test_a_run_by_value_ends_when_the_last_declared_shard_is_recorded(ledger: Ledger) -> None:
+    documents = declared(ledger, 2)
+    queue = Delivery(ledger)
+    for index in range(2):
+        documents.offer("r", shard(index), b"some")
+        complete(ledger, queue.one())
+    assert documents.held("r") == Held(0, 0)
+    last = queue.one()
+    assert last.shard is None
+    assert ledger.close("r", last, '{"f1": 1.0}')
+    assert (ledger.progress("r").state, ledger.progress("r").scores) == ("finished", '{"f1": 1.0}')
+    assert documents.offer("r", shard(0), b"again")[1] == Held(0, 0)
+
+
+def test_another_shard_of_the_same_number_is_not_declared(ledger: Ledger) -> None:
+    documents = declared(ledger, 2)
+    assert documents.declare("r", [Shard(1, 10, 10, "1" * 64)]), "another hash: its documents may be packed otherwise"
+    assert not documents.declare("r", [Shard(1, 10, 11, SHA)])
+    assert not documents.declare("r", [Shard(1, 9, 10, SHA)])
+    assert [one.documents for one in documents.shards("r")] == [10, 10]
+
+
+def test_runs_that_were_forgotten_are_counted_once(ledger: Ledger, client: Redis) -> None:
+    begin(ledger, 3)
+    turns = f"{ledger._prefix}turn:{QUEUE}:6"
+    client.zadd(turns, {f"forgotten-{n}": n for n in range(2500)})
+    for _ in range(4):
+        assert ledger.load()[1] == 0
+    assert client.zrange(turns, 0, -1) == ["r"]
+    assert ledger.load() == (3, 0)
+    assert index_of(Delivery(ledger).one()) == 0
+
+
+@pytest.mark.parametrize("end", ["cancel", "drop", "quarantine", "complete"])
+def test_documents_leave_redis(ledger: Ledger, client: Redis, end: str) -> None:
+    documents = declared(ledger, 3)
+    for index in range(3):
+        documents.offer("r", shard(index), b"some")
+    claim = Delivery(ledger).one()
+    assert documents.held("r") == Held(24, 24)
+    {
+        "cancel": lambda: ledger.cancel("r"),
+        "drop": lambda: ledger.drop("r"),
+        "quarantine": lambda: ledger.quarantine(claim, "no"),
+        "complete": lambda: complete(ledger, claim),
+    }[end]()
+    left = {"cancel": 8, "drop": 0, "quarantine": 16, "complete": 16}[end]  # what is leased may finish
+    assert documents.held("r") == Held(left, left)
+    if end == "cancel":
+        assert documents.stored(claim, shard(0))
+        assert documents.offer("r", shard(1), b"more") == ("cancelled", Held(0, 0))
+    if end == "drop":
+        assert documents.offer("r", shard(1), b"more") == ("unknown", Held(0, 0))
+        assert not client.keys(f"{ledger.key('r')}*")
+    if end == "quarantine":
+        assert documents.needed("r") == {0}, "sent again, it is served again"
+
+
+def test_a_run_that_was_forgotten_leaves_the_index_of_documents(ledger: Ledger, client: Redis) -> None:
+    documents = declared(ledger, 1)
+    documents.offer("r", shard(0), b"some")
+    assert 0 < client.ttl(ledger.key("r", "documents")) <= 7 * 86400
+    client.delete(*client.keys(f"{ledger.key('r')}*"))
+    ledger.expire()
+    assert client.zcard(f"{ledger._prefix}documents") == 0
+
+
+@pytest.mark.parametrize(
+    "entries", [{"0": "x"}, {"1": f"10 0 {SHA}"}, {"0": f"10 0 {SHA}", "1": f"10 11 {SHA}"}, {"x": ""}]
+)
+def test_shards_that_do_not_follow_one_another_close_no_plan(
+    ledger: Ledger, client: Redis, entries: dict[str, str]
+) -> None:
+    client.hset(ledger.key("r", "shards"), mapping=entries)
+    with pytest.raises(MessageError, match="the ledger's shards do not fit"):
+        Documents(ledger).shards("r")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -28,140 +29,165 @@ def expected() -> list[dict[str, Any]]:
     return undisturbed(len(DOCUMENTS))
 
 
-def submit(mill: Harness) -> tuple[RunFolder, Plan]:
-    return mill.submit(DOCUMENTS, documents_per_shard=32)
+def submit(fleet: Harness) -> tuple[RunFolder, Plan]:
+    return fleet.submit(DOCUMENTS, documents_per_shard=32)
 
 
-def ask(mill: Harness, command: str, run: RunFolder) -> tuple[int, dict[str, Any]]:
+def ask(fleet: Harness, command: str, run: RunFolder) -> tuple[int, dict[str, Any]]:
     """A ``nermill`` command's exit code and ``--json``."""
-    arguments = [sys.executable, "-m", "nermill.producer.cli", command, run.uri, "--broker", mill.server.url, "--json"]
+    arguments = [sys.executable, "-m", "nermill.producer.cli", command, run.uri, "--broker", fleet.server.url, "--json"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout, done.stderr
     return done.returncode, json.loads(done.stdout)
 
 
 def test_a_cancelled_run_says_so_keeps_its_parts_and_is_taken_up_again(
-    mill: Harness, expected: list[dict[str, Any]]
+    fleet: Harness, expected: list[dict[str, Any]]
 ) -> None:
-    run, plan = submit(mill)
-    mill.worker(FAULT_BATCH_SECONDS="0.3", NERMILL_CONCURRENCY="2")
-    mill.until(lambda: len(run.committed()) >= 2)
-    code, told = ask(mill, "cancel", run)
+    run, plan = submit(fleet)
+    fleet.worker(FAULT_BATCH_SECONDS="0.3", NERMILL_CONCURRENCY="2")
+    fleet.until(lambda: len(run.committed()) >= 2)
+    code, told = ask(fleet, "cancel", run)
     assert (code, told["state"]) == (0, "cancelled")
-    status = mill.wait(run, plan.cancel(run))
+    status = fleet.wait(run, plan.cancel(run))
     assert status.state == "cancelled"
     kept = run.committed()
     assert 2 <= len(kept) < len(plan.shards)
     time.sleep(1.5)
     assert run.committed() == kept, "what had not started is not started any more"
     assert not run.exists(SUCCESS_FILE)
-    code, told = ask(mill, "status", run)
+    code, told = ask(fleet, "status", run)
     assert (code, told["state"], told["shards"]["committed"]) == (3, "cancelled", len(kept))
 
     written = {shard: Path(run.path(f"part-{shard:05d}.parquet")).stat().st_mtime_ns for shard in kept}
-    plan = resume(*open_run(run.uri), mill.queue())
+    plan = resume(*open_run(run.uri), fleet.queue())
     assert not plan.cancelled
-    assert mill.wait(run, plan).state == "complete"
+    assert fleet.wait(run, plan).state == "complete"
     assert rows(run) == expected
     assert written == {s: Path(run.path(f"part-{s:05d}.parquet")).stat().st_mtime_ns for s in kept}
-    assert ask(mill, "status", run)[0] == 0
+    assert ask(fleet, "status", run)[0] == 0
 
 
-def test_cancelling_a_run_that_is_complete_changes_nothing(mill: Harness) -> None:
-    run, plan = submit(mill)
-    mill.worker()
-    mill.wait(run, plan)
-    assert not cancel(run, plan, mill.queue()).cancelled
+def test_cancelling_a_run_that_is_complete_changes_nothing(fleet: Harness) -> None:
+    run, plan = submit(fleet)
+    fleet.worker()
+    fleet.wait(run, plan)
+    assert not cancel(run, plan, fleet.queue()).cancelled
     assert look(*open_run(run.uri)).state == "complete"
 
 
-def test_success_is_said_when_every_shard_has_its_part_and_not_before(mill: Harness) -> None:
-    run, plan = submit(mill)
-    mill.worker(FAULT_BATCH_SECONDS="0.05")
-    mill.worker(FAULT_BATCH_SECONDS="0.05")
+def test_success_is_said_when_every_shard_has_its_part_and_not_before(fleet: Harness) -> None:
+    run, plan = submit(fleet)
+    fleet.worker(FAULT_BATCH_SECONDS="0.05")
+    fleet.worker(FAULT_BATCH_SECONDS="0.05")
     everything = {shard.index for shard in plan.shards}
-    mill.until(lambda: run.exists(SUCCESS_FILE), 60)
+    fleet.until(lambda: run.exists(SUCCESS_FILE), 60)
     assert run.committed() == everything
 
 
-def test_a_slow_device_takes_no_more_shards_than_it_is_about_to_compute(mill: Harness) -> None:
-    mill.worker(FAULT_BATCH_SECONDS="0.3", NERMILL_CONCURRENCY="8").await_ready()
-    run, plan = mill.submit(texts(900), documents_per_shard=100)  # a shard is two of its batches
+def test_a_slow_device_takes_no_more_shards_than_it_is_about_to_compute(fleet: Harness) -> None:
+    fleet.worker(FAULT_BATCH_SECONDS="0.3", NERMILL_CONCURRENCY="8").await_ready()
+    run, plan = fleet.submit(texts(900), documents_per_shard=100)  # a shard is two of its batches
     leased = []
-    with mill.queue().ledger() as ledger:
+    with fleet.queue().ledger() as ledger:
 
         def is_done() -> bool:
             leased.append(ledger.progress(plan.run_id).leased)
             return run.exists(SUCCESS_FILE)
 
-        mill.until(is_done)
+        fleet.until(is_done)
     assert 3 <= median(leased) <= 5, "what waits for the device, and what is on its way to it and back"
 
 
-def test_a_dead_workers_shards_are_taken_up_within_its_lease_and_five_seconds(mill: Harness) -> None:
-    run, plan = mill.submit(texts(640), documents_per_shard=16)
-    doomed, _ = [mill.worker(FAULT_BATCH_SECONDS="0.3", NERMILL_CONCURRENCY="4") for _ in range(2)]
-    mill.until(lambda: len(run.committed()) >= 8)
+def test_a_dead_workers_shards_are_taken_up_within_its_lease_and_five_seconds(fleet: Harness) -> None:
+    run, plan = fleet.submit(texts(640), documents_per_shard=16)
+    doomed, _ = [fleet.worker(FAULT_BATCH_SECONDS="0.3", NERMILL_CONCURRENCY="4") for _ in range(2)]
+    fleet.until(lambda: len(run.committed()) >= 8)
     key = f"nermill:run:{plan.run_id}"
-    with mill.server.client() as client:
+    with fleet.server.client() as client:
         held = {shard: client.hget(f"{key}:tokens", shard) for shard in client.zrange(f"{key}:leases", 0, -1)}
         doomed.kill()
         killed = time.monotonic()
         while any(client.zscore(f"{key}:leases", s) and client.hget(f"{key}:tokens", s) == t for s, t in held.items()):
-            assert time.monotonic() < killed + mill.lease_seconds + 5, mill.logs()
+            assert time.monotonic() < killed + fleet.lease_seconds + 5, fleet.logs()
             time.sleep(0.05)
-    mill.wait(run, plan)
-    with mill.queue().ledger() as ledger:
+    fleet.wait(run, plan)
+    with fleet.queue().ledger() as ledger:
         assert ledger.progress(plan.run_id).redeliveries > 0
     assert len(rows(run)) == 640
 
 
-def test_resume_may_be_said_at_any_time_any_number_of_times(mill: Harness, expected: list[dict[str, Any]]) -> None:
-    run, plan = submit(mill)
-    mill.worker(FAULT_BATCH_SECONDS="0.1")
+def test_resume_may_be_said_at_any_time_any_number_of_times(fleet: Harness, expected: list[dict[str, Any]]) -> None:
+    run, plan = submit(fleet)
+    fleet.worker(FAULT_BATCH_SECONDS="0.1")
     while not run.exists(SUCCESS_FILE):
-        resume(*open_run(run.uri), mill.queue())
+        resume(*open_run(run.uri), fleet.queue())
         time.sleep(0.2)
-    mill.wait(run, plan)
-    resume(*open_run(run.uri), mill.queue())
+    fleet.wait(run, plan)
+    resume(*open_run(run.uri), fleet.queue())
     assert rows(run) == expected
-    with mill.queue().ledger() as ledger:
+    with fleet.queue().ledger() as ledger:
         progress = ledger.progress(plan.run_id)
     assert (progress.ok, progress.duplicates, progress.redeliveries) == (len(DOCUMENTS), 0, 0)
 
 
-def test_a_part_that_was_taken_away_is_made_again(mill: Harness, expected: list[dict[str, Any]]) -> None:
-    run, plan = submit(mill)
-    mill.worker()
-    mill.wait(run, plan)
+def test_a_part_that_was_taken_away_is_made_again(fleet: Harness, expected: list[dict[str, Any]]) -> None:
+    run, plan = submit(fleet)
+    fleet.worker()
+    fleet.wait(run, plan)
     run.remove("part-00003.parquet")
-    mill.workers[0].kill()
-    resume(run, plan, mill.queue())
+    fleet.workers[0].kill()
+    resume(run, plan, fleet.queue())
     assert not run.exists(SUCCESS_FILE), "the run is not complete while a part is missing"
-    mill.worker()
-    mill.wait(run, plan)
+    fleet.worker()
+    fleet.wait(run, plan)
     assert run.exists(SUCCESS_FILE)
     assert rows(run) == expected
 
 
-def test_rejects_are_tried_again_once_the_cause_is_gone(mill: Harness) -> None:
+def test_rejects_are_tried_again_once_the_cause_is_gone(fleet: Harness) -> None:
     documents = texts(96)
     documents[5] = documents[70] = "this one is poison"
     documents[40] = ""
-    run, plan = mill.submit(documents, documents_per_shard=32)
-    refusing = mill.worker(FAULT_REFUSE_WORD="poison")
-    assert mill.wait(run, plan).rejected == 3
+    run, plan = fleet.submit(documents, documents_per_shard=32)
+    refusing = fleet.worker(FAULT_REFUSE_WORD="poison")
+    assert fleet.wait(run, plan).rejected == 3
     found = {row["doc_id"]: row["reason"] for row in read_rejects(run, plan)}
     assert found == {"d5": "model_failure", "d40": "empty", "d70": "model_failure"}
     refusing.terminate()
 
-    assert retry(run, plan, mill.queue()) == (2, 1)
+    assert retry(run, plan, fleet.queue()) == (2, 1)
     assert not run.exists(SUCCESS_FILE)
     assert run.committed() == {1}, "a shard whose documents are themselves at fault is left alone"
-    mill.worker()
-    status = mill.wait(run, plan)
+    fleet.worker()
+    status = fleet.wait(run, plan)
     assert (status.state, status.ok, status.rejected) == ("complete", 95, 1)
     assert run.exists(SUCCESS_FILE)
     assert [row["doc_id"] for row in read_rejects(run, plan)] == ["d40"]
     assert [row["doc_id"] for row in rows(run)] == [f"d{n}" for n in range(96)]
-    assert retry(run, plan, mill.queue()) == (0, 1)
+    assert retry(run, plan, fleet.queue()) == (0, 1)
+
+
+def test_the_tokens_of_a_single_huge_document_show_how_far_it_is(fleet: Harness) -> None:
+    """``--wait`` says so every ten seconds; ``status`` at any time."""
+    fleet.worker(FAULT_BATCH_SECONDS="0.3").await_ready()
+    seen: list[tuple[int, int]] = []
+
+    def look_again() -> bool:
+        _, told = ask(fleet, "status", run)
+        seen.append((told["at_work"]["computed"], told["at_work"]["tokens"]))
+        return len({computed for computed, total in seen if total}) >= 3
+
+    with fleet.submitting(["Ada met Bob. " * 10_000]) as process:
+        log = fleet.folder / "producer.log"
+        fleet.until(lambda: any(fleet.out.glob("run=*/_plan.json")))
+        run = RunFolder(str(next(fleet.out.glob("run=*"))))
+        fleet.until(look_again)
+        out, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, log.read_text()
+    totals = {total for _, total in seen if total}
+    assert len(totals) == 1
+    assert 0 <= seen[-1][0] <= totals.pop()
+    assert [computed for computed, _ in seen] == sorted(computed for computed, _ in seen)
+    assert re.search(r"0/1 documents, the first are at work: [1-9][\d,]* of [\d,]+ tokens", log.read_text())
+    assert json.loads(out)["at_work"] == {"tokens": 0, "computed": 0}

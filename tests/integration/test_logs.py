@@ -35,10 +35,10 @@ NEVER = "Secret document text"
 
 
 @contextmanager
-def launch(mill: Harness, *arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+def launch(fleet: Harness, *arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
     settings = {
-        "NERMILL_BROKER_URL": mill.server.url,
-        "NERMILL_ALLOWED_ROOTS": str(mill.out),
+        "NERMILL_BROKER_URL": fleet.server.url,
+        "NERMILL_ALLOWED_ROOTS": str(fleet.out),
         "NERMILL_LEASE_SECONDS": "2",
     }
     with subprocess.Popen(
@@ -54,13 +54,13 @@ def launch(mill: Harness, *arguments: str, **environment: str) -> Iterator[subpr
             process.kill()
 
 
-def test_json_logs_are_one_object_a_line_with_run_shard_device_and_worker(mill: Harness) -> None:
-    with launch(mill, "--log-format", "json") as process:
-        run, plan = mill.submit([*texts(100), "", f"{NEVER} {'x' * 100}"], documents_per_shard=51)
-        mill.wait(run, plan)
-        _, broken = mill.submit(texts(10), out=str(mill.folder / "elsewhere"))
-        with mill.queue().ledger() as ledger:
-            mill.until(lambda: ledger.progress(broken.run_id).quarantined)
+def test_json_logs_are_one_object_a_line_with_run_shard_device_and_worker(fleet: Harness) -> None:
+    with launch(fleet, "--log-format", "json") as process:
+        run, plan = fleet.submit([*texts(100), "", f"{NEVER} {'x' * 100}"], documents_per_shard=51)
+        fleet.wait(run, plan)
+        _, broken = fleet.submit(texts(10), out=str(fleet.folder / "elsewhere"))
+        with fleet.queue().ledger() as ledger:
+            fleet.until(lambda: ledger.progress(broken.run_id).quarantined)
         process.terminate()
         out, _ = process.communicate(timeout=40)
     assert NEVER not in out
@@ -78,8 +78,8 @@ def test_json_logs_are_one_object_a_line_with_run_shard_device_and_worker(mill: 
     assert "outside the allowed roots" in refused["message"]
 
 
-def test_a_refusal_is_json_where_logs_are(mill: Harness) -> None:
-    with launch(mill, "--log-format", "json", "--model", "/nowhere") as process:
+def test_a_refusal_is_json_where_logs_are(fleet: Harness) -> None:
+    with launch(fleet, "--log-format", "json", "--model", "/nowhere") as process:
         out, _ = process.communicate(timeout=40)
     assert process.returncode == 2
     (entry,) = [json.loads(line) for line in out.splitlines()]
@@ -104,16 +104,16 @@ def test_a_traceback_is_a_member_of_its_object(capsys: pytest.CaptureFixture[str
 
 
 @pytest.fixture
-def waiting(mill: Harness) -> Iterator[tuple[ShardWorker, RunFolder, Plan]]:
+def waiting(fleet: Harness) -> Iterator[tuple[ShardWorker, RunFolder, Plan]]:
     """A worker in this process, and a run of three shards that waits for it; one document is empty."""
     tokenizer = Tokenizer.from_file(str(resolve_artifact("demo") / TOKENIZER_FILE))
-    with mill.server.client() as client:
+    with fleet.server.client() as client:
         pipeline = Pipeline(HashEngine(manifest()), tokenizer)
-        settings = Settings(allowed_roots=str(mill.out))
+        settings = Settings(allowed_roots=str(fleet.out))
         ledger = Ledger(client)
-        dispatcher = Dispatcher(celery_app(mill.server.url), ledger)
+        dispatcher = Dispatcher(celery_app(fleet.server.url), ledger)
         made = ShardWorker(pipeline, ledger, dispatcher, settings, Metrics())
-        run, plan = mill.plan([*texts(20), ""], documents_per_shard=7)
+        run, plan = fleet.plan([*texts(20), ""], documents_per_shard=7)
         ledger.open(plan.run_id, run.uri, plan.options)
         ledger.add(plan.run_id, plan.shards)
         yield made, run, plan
@@ -176,11 +176,11 @@ def test_without_an_endpoint_nothing_of_opentelemetry_is_imported() -> None:
     assert done.stdout == "[]\n"
 
 
-def test_an_endpoint_without_the_library_is_one_line(mill: Harness, tmp_path: Path) -> None:
+def test_an_endpoint_without_the_library_is_one_line(fleet: Harness, tmp_path: Path) -> None:
     (tmp_path / "opentelemetry").mkdir()
     (tmp_path / "opentelemetry" / "__init__.py").write_text("raise ModuleNotFoundError(name='opentelemetry')")
     lacking = {"PYTHONPATH": str(tmp_path), "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}
-    with launch(mill, **lacking) as process:
+    with launch(fleet, **lacking) as process:
         out, _ = process.communicate(timeout=40)
     assert process.returncode == 2
     assert out.strip().splitlines()[-1].endswith("opentelemetry is missing: pip install nermill[otel]")
@@ -201,7 +201,7 @@ class Collector(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_worker_sends_its_spans_to_a_collector(mill: Harness) -> None:
+def test_a_worker_sends_its_spans_to_a_collector(fleet: Harness) -> None:
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
@@ -209,9 +209,9 @@ def test_a_worker_sends_its_spans_to_a_collector(mill: Harness) -> None:
     with HTTPServer(("127.0.0.1", 0), type("Collector", (Collector,), {"bodies": bodies})) as collector:
         threading.Thread(target=collector.serve_forever, daemon=True).start()
         endpoint = f"http://127.0.0.1:{collector.server_port}"
-        with launch(mill, "--log-format", "json", OTEL_EXPORTER_OTLP_ENDPOINT=endpoint, no_proxy="*") as process:
-            run, plan = mill.submit(texts(30), documents_per_shard=10)
-            mill.wait(run, plan)
+        with launch(fleet, "--log-format", "json", OTEL_EXPORTER_OTLP_ENDPOINT=endpoint, no_proxy="*") as process:
+            run, plan = fleet.submit(texts(30), documents_per_shard=10)
+            fleet.wait(run, plan)
             process.terminate()
             out, _ = process.communicate(timeout=40)
         collector.shutdown()

@@ -51,11 +51,11 @@ def totals(*scraped: str) -> Counter[str]:
     return sums
 
 
-def start(mill: Harness, workers: int, **environment: str) -> list[int]:
+def start(fleet: Harness, workers: int, **environment: str) -> list[int]:
     """Starts workers that listen; returns their ports."""
     ports = [free_port() for _ in range(workers)]
     for port in ports:
-        mill.worker(NERMILL_METRICS_PORT=str(port), **environment)
+        fleet.worker(NERMILL_METRICS_PORT=str(port), **environment)
     deadline = time.monotonic() + 40
     for port in ports:
         while True:
@@ -63,19 +63,19 @@ def start(mill: Harness, workers: int, **environment: str) -> list[int]:
                 scrape(port)
                 break
             except OSError:
-                assert time.monotonic() < deadline, mill.logs()
+                assert time.monotonic() < deadline, fleet.logs()
                 time.sleep(0.05)
     return ports
 
 
-def test_what_is_scraped_adds_up_to_what_the_run_says(mill: Harness) -> None:
-    ports = start(mill, 2, FAULT_BATCH_SECONDS="0.05", NERMILL_CONCURRENCY="2")
-    run, plan = mill.submit(MIXED, documents_per_shard=50)
+def test_what_is_scraped_adds_up_to_what_the_run_says(fleet: Harness) -> None:
+    ports = start(fleet, 2, FAULT_BATCH_SECONDS="0.05", NERMILL_CONCURRENCY="2")
+    run, plan = fleet.submit(MIXED, documents_per_shard=50)
     seen: list[float] = []
     while len(run.committed()) < len(plan.shards):
         seen.append(totals(*map(scrape, ports))["nermill_documents_total ok"])
         time.sleep(0.1)
-    mill.wait(run, plan)
+    fleet.wait(run, plan)
     assert seen == sorted(seen)
     assert len({count for count in seen if 0 < count < 1440}) > 1, "not scraped while it ran"
     status = look(run, plan)
@@ -137,11 +137,11 @@ class SlowEngine(HashEngine):
         return super().run(batch)
 
 
-def test_waiting_and_leased_shards_are_those_of_the_ledger(mill: Harness) -> None:
-    (port,) = start(mill, 1, FAULT_BATCH_SECONDS="0.5", NERMILL_CONCURRENCY="2")
-    _, plan = mill.submit(texts(800), documents_per_shard=20)
+def test_waiting_and_leased_shards_are_those_of_the_ledger(fleet: Harness) -> None:
+    (port,) = start(fleet, 1, FAULT_BATCH_SECONDS="0.5", NERMILL_CONCURRENCY="2")
+    _, plan = fleet.submit(texts(800), documents_per_shard=20)
     deadline = time.monotonic() + 30
-    with mill.queue().ledger() as ledger:
+    with fleet.queue().ledger() as ledger:
         while True:  # the worker looks at the ledger when it renews its leases
             progress = ledger.progress(plan.run_id)
             found = totals(scrape(port))
@@ -155,40 +155,40 @@ def test_waiting_and_leased_shards_are_those_of_the_ledger(mill: Harness) -> Non
     assert found["nermill_broker_memory_limit_bytes"] > found["nermill_broker_memory_bytes"]
 
 
-def test_a_shard_of_a_dead_worker_is_counted_as_a_redelivery(mill: Harness) -> None:
-    first, second = start(mill, 2, FAULT_BATCH_SECONDS="0.3", NERMILL_CONCURRENCY="2")
-    run, plan = mill.submit(texts(300), documents_per_shard=20)
-    mill.until(lambda: totals(scrape(first))["nermill_leased_shards"])
-    mill.workers[0].kill()
-    mill.wait(run, plan)
+def test_a_shard_of_a_dead_worker_is_counted_as_a_redelivery(fleet: Harness) -> None:
+    first, second = start(fleet, 2, FAULT_BATCH_SECONDS="0.3", NERMILL_CONCURRENCY="2")
+    run, plan = fleet.submit(texts(300), documents_per_shard=20)
+    fleet.until(lambda: totals(scrape(first))["nermill_leased_shards"])
+    fleet.workers[0].kill()
+    fleet.wait(run, plan)
     found = totals(scrape(second))
     assert 1 <= found["nermill_redelivered_shards_total"] <= 2
 
 
-def test_a_message_that_was_lost_is_counted_as_a_recovery(mill: Harness) -> None:
-    (port,) = start(mill, 1, FAULT_BATCH_SECONDS="0.3", NERMILL_CONCURRENCY="1", NERMILL_LEASE_SECONDS="2")
-    run, plan = mill.submit(texts(200), documents_per_shard=20)
-    with mill.server.client() as client:
-        mill.until(run.committed)
-        mill.until(lambda: any(client.rpop(key) for key in mill.message_lists(client)))
-    mill.until(lambda: len(run.committed()) == len(plan.shards))
+def test_a_message_that_was_lost_is_counted_as_a_recovery(fleet: Harness) -> None:
+    (port,) = start(fleet, 1, FAULT_BATCH_SECONDS="0.3", NERMILL_CONCURRENCY="1", NERMILL_LEASE_SECONDS="2")
+    run, plan = fleet.submit(texts(200), documents_per_shard=20)
+    with fleet.server.client() as client:
+        fleet.until(run.committed)
+        fleet.until(lambda: any(client.rpop(key) for key in fleet.message_lists(client)))
+    fleet.until(lambda: len(run.committed()) == len(plan.shards))
     assert totals(scrape(port))["nermill_recovered_shards_total"] >= 1
 
 
-def test_messages_that_nobody_received_are_counted_for_whoever_starts_workers(mill: Harness) -> None:
-    run, plan = mill.submit(texts(100), documents_per_shard=20)
-    with mill.server.client() as client:
+def test_messages_that_nobody_received_are_counted_for_whoever_starts_workers(fleet: Harness) -> None:
+    run, plan = fleet.submit(texts(100), documents_per_shard=20)
+    with fleet.server.client() as client:
         assert client.zcard(f"{KEY_PREFIX}sent") == 1, "one shard of a run that no artifact serves yet"
-        mill.worker()
-        mill.wait(run, plan)
-        mill.until(lambda: client.zcard(f"{KEY_PREFIX}sent") == 0, 10)
+        fleet.worker()
+        fleet.wait(run, plan)
+        fleet.until(lambda: client.zcard(f"{KEY_PREFIX}sent") == 0, 10)
 
 
-def test_messages_are_counted_by_task(mill: Harness) -> None:
-    (port,) = start(mill, 1)
-    run, plan = mill.submit(texts(60), documents_per_shard=20)
-    mill.wait(run, plan)
-    mill.queue().request(["Ada met Charles in London."] * 3, {}, timeout=20)
+def test_messages_are_counted_by_task(fleet: Harness) -> None:
+    (port,) = start(fleet, 1)
+    run, plan = fleet.submit(texts(60), documents_per_shard=20)
+    fleet.wait(run, plan)
+    fleet.queue().request(["Ada met Charles in London."] * 3, {}, timeout=20)
     found = totals(scrape(port))
     counted = {name: found[f"nermill_messages_total nermill.{name}"] for name in ("tag_shard", "finish_run")}
     assert counted == {"tag_shard": len(plan.shards), "finish_run": 1}
@@ -198,11 +198,11 @@ def test_messages_are_counted_by_task(mill: Harness) -> None:
 
 
 @needs_promtool
-def test_promtool_finds_the_metrics_well_formed_and_no_label_grows_with_the_data(mill: Harness) -> None:
-    (port,) = start(mill, 1)
+def test_promtool_finds_the_metrics_well_formed_and_no_label_grows_with_the_data(fleet: Harness) -> None:
+    (port,) = start(fleet, 1)
     one = scrape(port)
-    run, plan = mill.submit(texts(200), documents_per_shard=5)
-    mill.wait(run, plan)
+    run, plan = fleet.submit(texts(200), documents_per_shard=5)
+    fleet.wait(run, plan)
     after = scrape(port)
     done = subprocess.run(["promtool", "check", "metrics"], input=after, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -229,9 +229,9 @@ def alert_rules(root: Path) -> list[dict[str, Any]]:
 
 
 def test_dashboard_and_alerts_ask_for_metrics_and_labels_that_a_worker_has(
-    mill: Harness, root: Path, dashboard: dict[str, Any]
+    fleet: Harness, root: Path, dashboard: dict[str, Any]
 ) -> None:
-    (port,) = start(mill, 1)
+    (port,) = start(fleet, 1)
     samples = [sample for family in text_string_to_metric_families(scrape(port)) for sample in family.samples]
     names = {sample.name for sample in samples} | {"up"}
     labels = {label for sample in samples for label in sample.labels} | {"job", "instance"}  # Prometheus's own
@@ -290,13 +290,13 @@ def wait_for(api: str, expression: str) -> None:
 
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed")
 def test_every_panel_and_alert_has_an_answer_from_a_real_prometheus(
-    mill: Harness, root: Path, dashboard: dict[str, Any]
+    fleet: Harness, root: Path, dashboard: dict[str, Any]
 ) -> None:
-    (port,) = start(mill, 1, FAULT_BATCH_SECONDS="0.02")
-    with prometheus(root, mill.folder / "prometheus", port) as api:
+    (port,) = start(fleet, 1, FAULT_BATCH_SECONDS="0.02")
+    with prometheus(root, fleet.folder / "prometheus", port) as api:
         wait_for(api, 'up{job="nermill"} == 1')
-        run, plan = mill.submit(MIXED, documents_per_shard=50)
-        mill.wait(run, plan)
+        run, plan = fleet.submit(MIXED, documents_per_shard=50)
+        fleet.wait(run, plan)
         wait_for(api, f"nermill_shard_seconds_count == {len(plan.shards)}")
         for title, expression in expressions(dashboard):
             result = ask(f"{api}/query", query=expression)["result"]

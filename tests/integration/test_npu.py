@@ -57,19 +57,19 @@ def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
 
 
 @contextmanager
-def worker(mill: Harness, machine: Machine, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+def worker(fleet: Harness, machine: Machine, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
     settings = {
-        "NERMILL_BROKER_URL": mill.server.url,
-        "NERMILL_ALLOWED_ROOTS": str(mill.out),
+        "NERMILL_BROKER_URL": fleet.server.url,
+        "NERMILL_ALLOWED_ROOTS": str(fleet.out),
         "NERMILL_HANG_SECONDS": "3",
         "NERMILL_LEASE_SECONDS": "2",
-        "AIS_DOUBLE_VIOLATIONS": str(mill.folder / "violations"),
+        "AIS_DOUBLE_VIOLATIONS": str(fleet.folder / "violations"),
         "AIS_DOUBLE_SECONDS": "0.05",
     }
     command = [*WORKER, "--devices", "npu:0", "--model", str(machine.model)]
     variables = {**os.environ, **machine.variables, **settings, **environment}
     with (
-        (mill.folder / "npu.log").open("ab") as log,
+        (fleet.folder / "npu.log").open("ab") as log,
         subprocess.Popen(command, env=variables, stdout=log, stderr=log) as process,
     ):
         try:
@@ -84,16 +84,16 @@ def found(answer: list[dict[str, Any]]) -> list[list[tuple[int, int, str]]]:
 
 
 @pytest.mark.timeout(300)  # three processes load the model, one of them hangs
-def test_killed_hung_and_stopped_it_gives_the_table_of_the_onnx_engine(mill: Harness, machine: Machine) -> None:
-    with worker(mill, machine, AIS_DOUBLE_HANGS=str(mill.folder / "hung")) as process:
-        run, plan = mill.submit(DOCUMENTS, documents_per_shard=20)
-        mill.until(lambda: run.committed())
+def test_killed_hung_and_stopped_it_gives_the_table_of_the_onnx_engine(fleet: Harness, machine: Machine) -> None:
+    with worker(fleet, machine, AIS_DOUBLE_HANGS=str(fleet.folder / "hung")) as process:
+        run, plan = fleet.submit(DOCUMENTS, documents_per_shard=20)
+        fleet.until(lambda: run.committed())
         os.kill(children(process)[0], signal.SIGKILL)
-        mill.until((mill.folder / "hung").exists)
-        mill.until(lambda: "the device has not answered for" in mill.logs())
+        fleet.until((fleet.folder / "hung").exists)
+        fleet.until(lambda: "the device has not answered for" in fleet.logs())
     kept = run.committed()
-    with worker(mill, machine) as process:  # what was stopped goes on
-        mill.wait(run, plan)
+    with worker(fleet, machine) as process:  # what was stopped goes on
+        fleet.wait(run, plan)
         process.terminate()
         assert process.wait(40) == 0
     assert len(kept) < len(plan.shards)
@@ -101,7 +101,7 @@ def test_killed_hung_and_stopped_it_gives_the_table_of_the_onnx_engine(mill: Har
         expected = [[(e.start, e.end, e.label) for e in a.entities] for a in tagger.tag(DOCUMENTS)]
     assert found(rows(run)) == expected
     assert sum(map(len, expected)) > len(DOCUMENTS)
-    assert not (mill.folder / "violations").exists(), (mill.folder / "violations").read_text()
+    assert not (fleet.folder / "violations").exists(), (fleet.folder / "violations").read_text()
 
 
 def test_dry_run_and_a_machine_that_lacks_something(machine: Machine) -> None:

@@ -15,7 +15,7 @@ import pytest
 from nermill.worker.contracts.ledger import TRANSITIONS
 from nermill.worker.queue import shards
 from tests.harness import Harness
-from tests.integration.test_documentation import steps
+from tests.reference import steps
 
 NO_ANSWER = 69  # celery's exit code where no worker answers
 PAGE = Path(shards.__file__).with_name("README.md")
@@ -31,17 +31,17 @@ def flower_tasks() -> dict[str, dict[str, str]]:
 
 
 @pytest.mark.timeout(400)
-def test_everything_that_the_page_shows_runs(mill: Harness) -> None:
+def test_everything_that_the_page_shows_runs(fleet: Harness) -> None:
     pytest.importorskip("flower")
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "NERMILL_BROKER_URL": mill.server.url,
+        "NERMILL_BROKER_URL": fleet.server.url,
         "FLOWER_UNAUTHENTICATED_API": "true",
     }
-    worker = mill.worker()
+    worker = fleet.worker()
     worker.await_ready()
-    commands = list(steps(PAGE))
+    commands = [step.command for step in steps(PAGE.read_text("utf-8"))]
     assert len(commands) >= 9
     told: dict[str, str] = {}
     background: list[subprocess.Popen[bytes]] = []
@@ -49,18 +49,18 @@ def test_everything_that_the_page_shows_runs(mill: Harness) -> None:
         for command in commands:
             if command.endswith("&"):
                 line = f"exec {command.removesuffix('&')}"
-                background.append(subprocess.Popen(line, shell=True, cwd=mill.folder, env=environment))
-                mill.until(lambda: worker_is_seen(), 60)
-                asked = mill.app().send_task("nermill.tag_documents", [["Ada met Charles."]], queue="nermill")
+                background.append(subprocess.Popen(line, shell=True, cwd=fleet.folder, env=environment))
+                fleet.until(lambda: worker_is_seen(), 60)
+                asked = fleet.app().send_task("nermill.tag_documents", [["Ada met Charles."]], queue="nermill")
                 asked.get(timeout=60)
-                mill.until(lambda number=asked.id: flower_tasks().get(number, {}).get("state") == "SUCCESS", 60)
+                fleet.until(lambda number=asked.id: flower_tasks().get(number, {}).get("state") == "SUCCESS", 60)
                 assert flower_tasks()[asked.id]["name"] == "nermill.tag_documents"
                 continue
             done = subprocess.run(
-                command, shell=True, cwd=mill.folder, env=environment, capture_output=True, text=True, timeout=120
+                command, shell=True, cwd=fleet.folder, env=environment, capture_output=True, text=True, timeout=120
             )
             expected = NO_ANSWER if command.endswith(" control shutdown") else 0
-            assert done.returncode == expected, f"{command}\n{done.stdout}\n{done.stderr}\n{mill.logs()}"
+            assert done.returncode == expected, f"{command}\n{done.stdout}\n{done.stderr}\n{fleet.logs()}"
             told[command.rpartition("URL ")[2]] = done.stdout
         assert worker.process.wait(60) == 0, "the last command is control shutdown"
     finally:

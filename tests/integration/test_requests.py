@@ -24,9 +24,9 @@ def expected() -> list[Annotation]:
         return tagger.tag(TEXTS)
 
 
-def test_the_producer_and_any_celery_program_are_answered(mill: Harness, expected: list[Annotation]) -> None:
-    mill.worker(REAL).await_ready()
-    with Producer(broker=mill.server.url) as producer:
+def test_the_producer_and_any_celery_program_are_answered(fleet: Harness, expected: list[Annotation]) -> None:
+    fleet.worker(REAL).await_ready()
+    with Producer(broker=fleet.server.url) as producer:
         answers = producer.tag(TEXTS)
         assert answers == expected
         assert answers[0].entities
@@ -43,34 +43,34 @@ def test_the_producer_and_any_celery_program_are_answered(mill: Harness, expecte
             producer.tag("Ada")
         with pytest.raises(UsageError, match="only tag works without one"):
             producer.send("Ada")
-    result = mill.app().send_task(TAG_DOCUMENTS, args=[[TEXTS[0]]], queue="nermill").get(timeout=30)
+    result = fleet.app().send_task(TAG_DOCUMENTS, args=[[TEXTS[0]]], queue="nermill").get(timeout=30)
     assert [entity["text"] for entity in result[0]["entities"]] == [e.text for e in expected[0].entities]
     with pytest.raises(Exception, match="options: unknown options"):
-        mill.app().send_task(TAG_DOCUMENTS, args=[["x"], {"colour": 1}], queue="nermill").get(timeout=30)
+        fleet.app().send_task(TAG_DOCUMENTS, args=[["x"], {"colour": 1}], queue="nermill").get(timeout=30)
 
 
-def test_a_request_is_answered_while_shards_are_under_way(mill: Harness) -> None:
-    run, plan = mill.submit(texts(600))
-    mill.worker(FAULT_BATCH_SECONDS="0.3").await_ready()
-    mill.until(run.committed)
-    with Producer(broker=mill.server.url) as producer:
+def test_a_request_is_answered_while_shards_are_under_way(fleet: Harness) -> None:
+    run, plan = fleet.submit(texts(600))
+    fleet.worker(FAULT_BATCH_SECONDS="0.3").await_ready()
+    fleet.until(run.committed)
+    with Producer(broker=fleet.server.url) as producer:
         assert len(producer.tag(["Ada met Bob."], timeout=20)) == 1
     assert len(run.committed()) < len(plan.shards), "it was answered before the run was over"
-    mill.wait(run, plan)
+    fleet.wait(run, plan)
     assert len(rows(run)) == 600
 
 
-def test_without_a_worker_a_request_says_so(mill: Harness) -> None:
+def test_without_a_worker_a_request_says_so(fleet: Harness) -> None:
     with (
-        Producer(broker=mill.server.url) as producer,
+        Producer(broker=fleet.server.url) as producer,
         pytest.raises(BrokerError, match="no answer in 1 s, and no worker is at this broker; start nermill-worker"),
     ):
         producer.tag(["Ada"], timeout=1)
 
 
-def test_the_command_asks_the_workers(mill: Harness, tmp_path: Path) -> None:
-    mill.worker(REAL).await_ready()
-    command = [str(Path(sys.executable).with_name("nermill")), "tag", TEXTS[0], "--broker", mill.server.url]
+def test_the_command_asks_the_workers(fleet: Harness, tmp_path: Path) -> None:
+    fleet.worker(REAL).await_ready()
+    command = [str(Path(sys.executable).with_name("nermill")), "tag", TEXTS[0], "--broker", fleet.server.url]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert "[Ada Lovelace PER]" in done.stdout

@@ -26,57 +26,57 @@ USERS = (Path(__file__).parents[2] / "deploy" / "users.acl").read_text("utf-8").
 
 
 @pytest.fixture
-def user_url(mill: Harness) -> str:
+def user_url(fleet: Harness) -> str:
     """The server's URL for a user with few rights; nobody else may enter."""
-    with mill.server.client() as client:
-        client.execute_command("ACL", "SETUSER", "mill", "on", f">{PASSWORD}", *RIGHTS)
+    with fleet.server.client() as client:
+        client.execute_command("ACL", "SETUSER", "fleet", "on", f">{PASSWORD}", *RIGHTS)
         client.execute_command("ACL", "SETUSER", "default", "off")
-    return f"redis+socket://mill:{PASSWORD}@{mill.server.socket}"
+    return f"redis+socket://fleet:{PASSWORD}@{fleet.server.socket}"
 
 
 @contextmanager
-def tls_url(mill: Harness, user: str = "") -> Iterator[str]:
+def tls_url(fleet: Harness, user: str = "") -> Iterator[str]:
     if shutil.which("openssl") is None:
         pytest.skip("the openssl command makes the certificate")
-    key, certificate = make_certificate(mill.folder)
-    with tls_proxy(mill.server.socket, key, certificate) as port:
+    key, certificate = make_certificate(fleet.folder)
+    with tls_proxy(fleet.server.socket, key, certificate) as port:
         yield f"rediss://{user}localhost:{port}/0?ssl_cert_reqs=required&ssl_ca_certs={certificate}"
 
 
-def test_a_run_over_tls_as_a_user_with_few_rights(mill: Harness, user_url: str) -> None:
-    with tls_url(mill, f"mill:{PASSWORD}@") as url:
-        mill.server.url = url
-        mill.worker()
-        run, plan = mill.submit(texts(200))
-        mill.wait(run, plan)
+def test_a_run_over_tls_as_a_user_with_few_rights(fleet: Harness, user_url: str) -> None:
+    with tls_url(fleet, f"fleet:{PASSWORD}@") as url:
+        fleet.server.url = url
+        fleet.worker()
+        run, plan = fleet.submit(texts(200))
+        fleet.wait(run, plan)
         assert len(rows(run)) == 200
-        mill.workers[0].terminate()
-    assert PASSWORD not in mill.logs()
-    assert "localhost" in mill.logs(), "the log says where the worker is connected"
+        fleet.workers[0].terminate()
+    assert PASSWORD not in fleet.logs()
+    assert "localhost" in fleet.logs(), "the log says where the worker is connected"
 
 
-def test_a_certificate_that_nobody_vouches_for_is_refused(mill: Harness) -> None:
-    with tls_url(mill) as url, pytest.raises(BrokerError, match="certificate verify failed"):
+def test_a_certificate_that_nobody_vouches_for_is_refused(fleet: Harness) -> None:
+    with tls_url(fleet) as url, pytest.raises(BrokerError, match="certificate verify failed"):
         Queue(url.partition("&ssl_ca_certs")[0])
 
 
-@pytest.mark.parametrize("user", ["", "mill:wrong-one@", "default:@"])
-def test_without_the_password_nobody_enters(mill: Harness, user_url: str, user: str) -> None:
+@pytest.mark.parametrize("user", ["", "fleet:wrong-one@", "default:@"])
+def test_without_the_password_nobody_enters(fleet: Harness, user_url: str, user: str) -> None:
     with pytest.raises(BrokerError, match="does not answer") as caught:
-        Queue(f"redis+socket://{user}{mill.server.socket}")
+        Queue(f"redis+socket://{user}{fleet.server.socket}")
     assert "wrong-one" not in str(caught.value)
 
 
-def test_no_password_is_seen_from_outside(mill: Harness, user_url: str) -> None:
+def test_no_password_is_seen_from_outside(fleet: Harness, user_url: str) -> None:
     """Neither in process titles, nor in logs, nor in what commands print, whichever way the URL was given."""
-    environment = {**os.environ, "NERMILL_ALLOWED_ROOTS": str(mill.out), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "NERMILL_ALLOWED_ROOTS": str(fleet.out), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "nermill.worker.process.launch", "--devices", "cpu", "--broker", user_url]
-    with (mill.folder / "worker.log").open("wb") as log:
+    with (fleet.folder / "worker.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
-        mill.server.url = user_url
-        run, plan = mill.submit(texts(20))
-        mill.wait(run, plan)
+        fleet.server.url = user_url
+        run, plan = fleet.submit(texts(20))
+        fleet.wait(run, plan)
         supervisor = psutil.Process(process.pid)
         titles = [" ".join(one.cmdline()) for one in [supervisor, *supervisor.children(recursive=True)]]
     finally:
@@ -84,7 +84,7 @@ def test_no_password_is_seen_from_outside(mill: Harness, user_url: str) -> None:
         process.wait(40)
     assert len(titles) == 2
     assert not [title for title in titles if PASSWORD in title]
-    assert PASSWORD not in (mill.folder / "worker.log").read_text()
+    assert PASSWORD not in (fleet.folder / "worker.log").read_text()
     for arguments in (["status", run.uri, "--json"], ["doctor", "--json"], ["resume", run.uri]):
         asked = subprocess.run(
             [sys.executable, "-m", "nermill.producer.cli", *arguments],
@@ -98,33 +98,33 @@ def test_no_password_is_seen_from_outside(mill: Harness, user_url: str) -> None:
         assert PASSWORD not in asked.stdout + asked.stderr
 
 
-def test_a_link_in_a_runs_folder_leads_nowhere(mill: Harness) -> None:
-    outside = mill.folder / "outside"
+def test_a_link_in_a_runs_folder_leads_nowhere(fleet: Harness) -> None:
+    outside = fleet.folder / "outside"
     outside.mkdir()
-    run, plan = mill.plan(["Ada met Charles in London.", ""])
+    run, plan = fleet.plan(["Ada met Charles in London.", ""])
     Path(run.path("_rejects")).symlink_to(outside)
-    send(run, plan, mill.queue())
-    mill.worker()
+    send(run, plan, fleet.queue())
+    fleet.worker()
     with pytest.raises(StoreError, match="outside the allowed roots; allow it with NERMILL_ALLOWED_ROOTS"):
-        mill.wait(run, plan)
+        fleet.wait(run, plan)
     assert not list(outside.iterdir())
     assert not run.committed()
     Path(run.path("_rejects")).unlink()
-    send(run, plan, mill.queue())
-    assert mill.wait(run, plan).rejected == 1
+    send(run, plan, fleet.queue())
+    assert fleet.wait(run, plan).rejected == 1
 
 
-def test_a_worker_whose_server_goes_away_tells_no_password(mill: Harness, user_url: str) -> None:
-    worker = mill.worker(DOUBLE, NERMILL_BROKER_URL=user_url)
-    wait_for(mill, "Connected to redis+socket://mill:**@")
-    mill.server.kill()
-    wait_for(mill, "Connection to broker lost")
+def test_a_worker_whose_server_goes_away_tells_no_password(fleet: Harness, user_url: str) -> None:
+    worker = fleet.worker(DOUBLE, NERMILL_BROKER_URL=user_url)
+    wait_for(fleet, "Connected to redis+socket://fleet:**@")
+    fleet.server.kill()
+    wait_for(fleet, "Connection to broker lost")
     worker.kill()
     assert PASSWORD not in worker.log.read_text()
 
 
-def wait_for(mill: Harness, words: str) -> None:
-    mill.until(lambda: words in mill.logs(), 30)
+def wait_for(fleet: Harness, words: str) -> None:
+    fleet.until(lambda: words in fleet.logs(), 30)
 
 
 @pytest.mark.parametrize(

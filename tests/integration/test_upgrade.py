@@ -22,16 +22,16 @@ OLD = manifest().sha256
 NEW = load_manifest(resolve_artifact("demo")).sha256
 
 
-def start_old(mill: Harness, batch_seconds: float = 0.0) -> Worker:
+def start_old(fleet: Harness, batch_seconds: float = 0.0) -> Worker:
     """A worker of the artifact that is to go: the double, which can be told how long it takes."""
-    worker = mill.worker(FAULT_BATCH_SECONDS=str(batch_seconds), NERMILL_CONCURRENCY="3")
+    worker = fleet.worker(FAULT_BATCH_SECONDS=str(batch_seconds), NERMILL_CONCURRENCY="3")
     worker.await_ready()
     return worker
 
 
-def start_new(mill: Harness) -> Worker:
+def start_new(fleet: Harness) -> Worker:
     """A worker of the artifact that comes: the demo model."""
-    worker = mill.worker(REAL)
+    worker = fleet.worker(REAL)
     worker.await_ready()
     return worker
 
@@ -42,60 +42,60 @@ def artifacts(run: RunFolder) -> set[str]:
     return {metadata["artifact_sha256"] for metadata in found}
 
 
-def ask(mill: Harness, *command: str) -> tuple[int, dict[str, Any]]:
+def ask(fleet: Harness, *command: str) -> tuple[int, dict[str, Any]]:
     """A ``nermill`` command's exit code and ``--json``."""
-    arguments = [sys.executable, "-m", "nermill.producer.cli", *command, "--broker", mill.server.url, "--json"]
+    arguments = [sys.executable, "-m", "nermill.producer.cli", *command, "--broker", fleet.server.url, "--json"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout, done.stderr
     return done.returncode, json.loads(done.stdout)
 
 
-def test_a_run_ends_with_the_artifact_that_began_it_and_the_next_takes_the_new_one(mill: Harness) -> None:
-    leaving = [start_old(mill, 0.8) for _ in range(2)]
-    run, plan = mill.submit(DOCUMENTS, documents_per_shard=32)
-    mill.until(lambda: len(run.committed()) >= 2)
-    start_new(mill)
+def test_a_run_ends_with_the_artifact_that_began_it_and_the_next_takes_the_new_one(fleet: Harness) -> None:
+    leaving = [start_old(fleet, 0.8) for _ in range(2)]
+    run, plan = fleet.submit(DOCUMENTS, documents_per_shard=32)
+    fleet.until(lambda: len(run.committed()) >= 2)
+    start_new(fleet)
     for worker in leaving:
         assert worker.terminate() == 0
     made = run.committed()
     assert len(made) < len(plan.shards), "the run was over before its workers were"
 
-    after, next_plan = mill.submit(DOCUMENTS[:320], out=str(mill.out / "next"))
-    mill.wait(after, next_plan)
+    after, next_plan = fleet.submit(DOCUMENTS[:320], out=str(fleet.out / "next"))
+    fleet.wait(after, next_plan)
     assert artifacts(after) == {NEW}, "a run that waits is in nobody's way"
     assert run.committed() == made
 
-    code, status = ask(mill, "status", run.uri)
+    code, status = ask(fleet, "status", run.uri)
     assert (code, status["state"]) == (3, "running")
     assert f"no worker serves the artifact that the run asks for, {OLD[:12]}" in status["trouble"]
     assert "minilm" in status["trouble"]
     assert "nermill-worker --model" in status["trouble"]
-    code, doctor = ask(mill, "doctor", "--out", str(mill.out))
+    code, doctor = ask(fleet, "doctor", "--out", str(fleet.out))
     (workers,) = [finding for finding in doctor["findings"] if finding["name"] == "workers"]
     assert (code, workers["ok"]) == (1, False)
     assert OLD[:12] in workers["detail"]
 
-    start_old(mill)
-    mill.wait(run, plan)
+    start_old(fleet)
+    fleet.wait(run, plan)
     assert artifacts(run) == {OLD}
     assert [row["doc_id"] for row in rows(run)] == [f"d{n}" for n in range(len(DOCUMENTS))]
-    assert ask(mill, "status", run.uri)[1]["trouble"] == ""
+    assert ask(fleet, "status", run.uri)[1]["trouble"] == ""
 
 
-def test_a_run_stays_with_its_artifact_though_the_broker_forgot_it(mill: Harness) -> None:
-    worker = start_old(mill, 0.4)
-    run, plan = mill.submit(DOCUMENTS[:480], documents_per_shard=32)
-    mill.until(lambda: len(run.committed()) >= 2)
+def test_a_run_stays_with_its_artifact_though_the_broker_forgot_it(fleet: Harness) -> None:
+    worker = start_old(fleet, 0.4)
+    run, plan = fleet.submit(DOCUMENTS[:480], documents_per_shard=32)
+    fleet.until(lambda: len(run.committed()) >= 2)
     worker.terminate()
     made = run.committed()
-    with mill.server.client() as client:
+    with fleet.server.client() as client:
         client.flushall()
-    start_new(mill)
-    resume(run, plan, mill.queue())
-    with mill.queue().ledger() as ledger:
+    start_new(fleet)
+    resume(run, plan, fleet.queue())
+    with fleet.queue().ledger() as ledger:
         assert ledger.progress(plan.run_id).artifact == OLD
-    time.sleep(mill.lease_seconds / 3 + 1)  # bells are rung again for what waits
+    time.sleep(fleet.lease_seconds / 3 + 1)  # bells are rung again for what waits
     assert run.committed() == made
-    start_old(mill)
-    mill.wait(run, plan)
+    start_old(fleet)
+    fleet.wait(run, plan)
     assert artifacts(run) == {OLD}

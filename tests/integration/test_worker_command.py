@@ -90,9 +90,9 @@ def test_a_changed_byte_is_refused(artifact: Path) -> None:
 
 
 @contextmanager
-def supervisor(mill: Harness, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    command = [*WORKER, "--broker", mill.server.url, "--devices", "cpu", "--allowed-roots", str(mill.out), *arguments]
-    with (mill.folder / "supervisor.log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as made:
+def supervisor(fleet: Harness, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    command = [*WORKER, "--broker", fleet.server.url, "--devices", "cpu", "--allowed-roots", str(fleet.out), *arguments]
+    with (fleet.folder / "supervisor.log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as made:
         try:
             yield made
         finally:
@@ -105,14 +105,14 @@ def children(process: subprocess.Popen[bytes]) -> list[int]:
     return [int(pid) for pid in listed.split()]
 
 
-def test_a_process_that_dies_is_started_again_and_nothing_outlives_the_supervisor(mill: Harness) -> None:
-    with supervisor(mill, "--lease-seconds", "2") as process:
-        mill.until(lambda: children(process))
+def test_a_process_that_dies_is_started_again_and_nothing_outlives_the_supervisor(fleet: Harness) -> None:
+    with supervisor(fleet, "--lease-seconds", "2") as process:
+        fleet.until(lambda: children(process))
         (first,) = children(process)
         os.kill(first, signal.SIGKILL)
-        mill.until(lambda: children(process) not in ([], [first]))
-        run_folder, plan = mill.submit(texts(100))
-        mill.wait(run_folder, plan)
+        fleet.until(lambda: children(process) not in ([], [first]))
+        run_folder, plan = fleet.submit(texts(100))
+        fleet.wait(run_folder, plan)
         assert len(rows(run_folder)) == 100
         (second,) = children(process)
         process.terminate()
@@ -120,10 +120,10 @@ def test_a_process_that_dies_is_started_again_and_nothing_outlives_the_superviso
         assert not Path(f"/proc/{second}").exists()
 
 
-def test_metrics_and_health_are_served(mill: Harness) -> None:
-    with supervisor(mill, "--metrics-port", "19815"):
-        run_folder, plan = mill.submit(texts(100))
-        mill.wait(run_folder, plan)
+def test_metrics_and_health_are_served(fleet: Harness) -> None:
+    with supervisor(fleet, "--metrics-port", "19815"):
+        run_folder, plan = fleet.submit(texts(100))
+        fleet.wait(run_folder, plan)
         with urlopen("http://127.0.0.1:19815/metrics") as answer:
             scraped = answer.read().decode()
         with urlopen("http://127.0.0.1:19815/healthz") as answer:
@@ -132,17 +132,17 @@ def test_metrics_and_health_are_served(mill: Harness) -> None:
     assert 'nermill_tokens_total{kind="real"}' in scraped
 
 
-def test_a_run_outside_the_allowed_roots_is_refused_and_untouched(mill: Harness) -> None:
-    outside = mill.folder / "outside"
+def test_a_run_outside_the_allowed_roots_is_refused_and_untouched(fleet: Harness) -> None:
+    outside = fleet.folder / "outside"
     outside.mkdir()
-    (mill.out / "link").symlink_to(outside)
-    _, plan = mill.submit(texts(10), out=str(mill.out / "link"))
+    (fleet.out / "link").symlink_to(outside)
+    _, plan = fleet.submit(texts(10), out=str(fleet.out / "link"))
     before = sorted(outside.rglob("*"))
-    worker = mill.worker(REAL)
-    with mill.queue().ledger() as ledger:
-        mill.until(lambda: ledger.progress(plan.run_id).last_error, 30)
+    worker = fleet.worker(REAL)
+    with fleet.queue().ledger() as ledger:
+        fleet.until(lambda: ledger.progress(plan.run_id).last_error, 30)
     assert worker.is_alive
-    assert "outside the allowed roots" in mill.logs()
+    assert "outside the allowed roots" in fleet.logs()
     assert sorted(outside.rglob("*")) == before
 
 
@@ -163,6 +163,7 @@ def messages_that_are_refused(folder: Path) -> dict[str, bytes]:
         "no task message": {**documents, "headers": {}},
         "'os.system', which is not one of nermill's": headers(task="os.system"),
         "with an ETA or countdown": headers(eta="2099-01-01T00:00:00"),
+        "a shadow name that is no text": headers(shadow=["x"]),
         "with a time limit": headers(timelimit=[5, None]),
         "a message with callbacks": message(TAG_DOCUMENTS, body=[[["x"]], {}, {"callbacks": [follow]}]),
         "a message with chain": message(TAG_DOCUMENTS, body=[[["x"]], {}, {"chain": [follow]}]),
@@ -179,6 +180,7 @@ def messages_that_are_refused(folder: Path) -> dict[str, bytes]:
         "options: an object": message(TAG_DOCUMENTS, ["x"], 5),
         "1001 documents": message(TAG_DOCUMENTS, ["x"] * 1001),
         "task id": headers(id=["x"]),
+        "a message whose task id is not a text": headers(id=""),
         "bytes; 65536 are the most": message(TAG_SHARD, "r1", "x" * 70_000, 0),
     }  # fmt: skip
     return {told: one if isinstance(one, bytes) else json.dumps(one).encode() for told, one in made.items()}
@@ -191,54 +193,54 @@ def gzip_bomb() -> bytes:
     return b"".join([*(packer.compress(block) for _ in range(200)), packer.flush()])
 
 
-def test_foreign_messages_are_refused_in_one_line_and_the_worker_stays(mill: Harness) -> None:
-    worker = mill.worker()
+def test_foreign_messages_are_refused_in_one_line_and_the_worker_stays(fleet: Harness) -> None:
+    worker = fleet.worker()
     worker.await_ready()
     process = psutil.Process(worker.process.pid)
     memory = process.memory_info().rss
-    foreign = messages_that_are_refused(mill.folder)
-    with mill.server.client() as client:
+    foreign = messages_that_are_refused(fleet.folder)
+    with fleet.server.client() as client:
         client.lpush(QUEUE, *foreign.values())
         for control in (b"[]", b"{}", b"no JSON", b"\xff", b'{"properties": 1}', json.dumps(message(body=[])).encode()):
             client.publish("/0.celery.pidbox", control)
-        mill.until(lambda: worker.log.read_text().count(" refused: ") >= len(foreign) + 3, 30)
+        fleet.until(lambda: worker.log.read_text().count(" refused: ") >= len(foreign) + 3, 30)
     told = worker.log.read_text()
     assert [words for words in foreign if words not in told] == []
     assert "Traceback" not in told
-    assert not (mill.folder / "canary").exists()
+    assert not (fleet.folder / "canary").exists()
     assert process.memory_info().rss - memory < 100_000_000
-    run_folder, plan = mill.submit(texts(64))
-    mill.wait(run_folder, plan)
+    run_folder, plan = fleet.submit(texts(64))
+    fleet.wait(run_folder, plan)
     assert worker.is_alive
     assert len(rows(run_folder)) == 64
 
 
-def test_a_refused_request_is_answered(mill: Harness) -> None:
-    mill.worker()
+def test_a_refused_request_is_answered(fleet: Harness) -> None:
+    fleet.worker()
     with pytest.raises(Exception, match="ETA or countdown"):
-        mill.app().send_task(TAG_DOCUMENTS, args=[["x"]], queue=QUEUE, countdown=60).get(timeout=60)
+        fleet.app().send_task(TAG_DOCUMENTS, args=[["x"]], queue=QUEUE, countdown=60).get(timeout=60)
     with pytest.raises(Exception, match="wrong arguments"):
-        mill.app().send_task(TAG_DOCUMENTS, queue=QUEUE).get(timeout=60)
+        fleet.app().send_task(TAG_DOCUMENTS, queue=QUEUE).get(timeout=60)
 
 
-def test_celerys_shutdown_drains_and_the_device_stays_down(mill: Harness) -> None:
-    with supervisor(mill) as process:
-        run_folder, plan = mill.submit(texts(100))
-        mill.wait(run_folder, plan)
+def test_celerys_shutdown_drains_and_the_device_stays_down(fleet: Harness) -> None:
+    with supervisor(fleet) as process:
+        run_folder, plan = fleet.submit(texts(100))
+        fleet.wait(run_folder, plan)
         (first,) = children(process)
         os.kill(first, signal.SIGKILL)
-        mill.until(lambda: children(process) not in ([], [first]))
-        mill.until(lambda: mill.app().control.ping(timeout=1), 60)
-        mill.app().control.shutdown()
+        fleet.until(lambda: children(process) not in ([], [first]))
+        fleet.until(lambda: fleet.app().control.ping(timeout=1), 60)
+        fleet.app().control.shutdown()
         assert process.wait(60) == 0, "all devices are down"
-    told = (mill.folder / "supervisor.log").read_text()
+    told = (fleet.folder / "supervisor.log").read_text()
     assert told.count("starting it again") == 1, "a crash is started again, a shutdown is not"
     assert "told to shut down; it is not started again" in told
 
 
-def test_another_pool_is_refused_in_one_line(mill: Harness) -> None:
+def test_another_pool_is_refused_in_one_line(fleet: Harness) -> None:
     command = [sys.executable, "-m", "celery", "-A", "nermill.worker.app", "worker", "--pool", "solo"]
-    environment = {**os.environ, "NERMILL_BROKER_URL": mill.server.url}
+    environment = {**os.environ, "NERMILL_BROKER_URL": fleet.server.url}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert "start Celery with --pool threads" in done.stderr

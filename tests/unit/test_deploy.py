@@ -234,7 +234,7 @@ def test_systemd_accepts_the_unit(deploy: Path, tmp_path: Path) -> None:
     assert "/opt/nermill/bin/nermill-worker --devices %i" in unit
     instance = tmp_path / "nermill-worker@cpu.service"  # verify takes a colon for its own syntax
     instance.write_text(unit.replace("/opt/nermill/bin/nermill-worker", "/bin/true"))
-    verify = ["systemd-analyze", "verify", "--man=no", instance]
+    verify = ["systemd-analyze", "verify", "--man=no", str(instance)]
     answer = subprocess.run(verify, capture_output=True, text=True)
     assert (answer.returncode, answer.stderr) == (0, "")
     grace = float(re.findall(r"NERMILL_GRACE_SECONDS=(\d+)", settings)[0])

@@ -20,7 +20,7 @@ from nermill.worker.tagging.parts import Committed, commit
 
 def part(*reasons: str | None, first: int = 0) -> pa.Table:
     """One row for each reason; None stands for a tagged document."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "doc_index": first + n, "doc_id": f"d{first + n}", "n_chars": 3, "n_tokens": 3, "n_windows": 1,
             "status": "rejected" if reason else "ok", "entities": [],

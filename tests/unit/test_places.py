@@ -157,7 +157,7 @@ def test_a_call_that_hangs_is_given_up_and_its_slot_comes_back() -> None:
     assert time.monotonic() - began < 0.4
     assert deadline.within(1, lambda: 7) == 7
     with pytest.raises(KeyError, match="own"):
-        deadline.within(1, lambda: {}["own"])
+        deadline.within(1, lambda: dict[str, int]()["own"])
 
 
 def test_a_fault_of_the_store_names_file_reason_and_remedy(tmp_path: Path) -> None:

@@ -78,9 +78,9 @@ def third_party(paths: Iterator[Path]) -> dict[str, str]:
     [
         ("producer", ("delta",)),
         ("worker/contracts", ()),
-        ("worker", ("worker", "torch", "otel")),
-        ("model_build", ("build",)),
-        ("tests", ("dev", "build")),
+        ("worker", ("worker", "torch", "openvino", "otel")),
+        ("model_build", ("openvino-build",)),
+        ("tests", ("dev", "openvino-build")),
     ],
 )
 def test_every_import_is_a_declared_dependency(root: Path, project: dict, folder: str, extras: tuple[str, ...]) -> None:

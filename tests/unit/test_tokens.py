@@ -144,7 +144,7 @@ def test_words_have_the_tokens_and_offsets_of_the_tokenizer(name: str) -> None:
     check()
 
 
-def test_a_table_that_is_full_begins_anew_and_the_answers_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_cache_is_emptied_and_tokens_stay_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens, "MOST_PIECES", 20)
     tokenizer = bundled()
     cached = CachedTokenizer(tokenizer)
@@ -152,10 +152,10 @@ def test_a_table_that_is_full_begins_anew_and_the_answers_stay(monkeypatch: pyte
     for _ in range(50):
         texts = [" ".join(f"w{n}" for n in rng.integers(0, 500, 30)) for _ in range(3)]
         assert same(cached.tokenize(texts, split=False), tokenize(tokenizer, texts, split=False))
-        assert len(cached._texts._known.numbers) <= 20 + 3 * 30 + 2
+        assert len(cached._texts._cached.numbers) <= 20 + 3 * 30 + 2
 
 
-def test_what_is_known_is_not_asked_again() -> None:
+def test_a_cached_piece_is_not_tokenized_again() -> None:
     tokenizer = bundled()
     cached = CachedTokenizer(tokenizer)
     cached.tokenize(["Ada Lovelace met Charles Babbage."], split=False)

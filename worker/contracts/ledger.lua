@@ -4,22 +4,25 @@
 -- cost does not grow with the number of runs.
 --
 -- Keys of a run (run:<id>…):
---   (none)       hash: uri, options, state, artifact, priority, counters
+--   (none)       hash: uri, options, state, artifact, priority, counters; by value, plan: the plan without shards, as JSON
 --   :pending     sorted set of shards that have no message; score: the shard's number
 --   :since       hash: when a shard began to wait
 --   :shards      hash: documents, first document and sha256 of each shard
 --   :sent        hash: the message set that holds a shard whose message was sent and which no worker began
 --   :leases      hash: lease id of each leased shard
+--   :tokens      hash: tokens computed and all tokens of each leased shard, as its worker told when it renewed the lease
 --   :attempts    hash: how often a shard was leased
 --   :results     hash: counts of each recorded shard
 --   :trial       hash: the trial that a shard's worker is about to make (see worker/queue/poison.py)
 --   :strikes     hash: how often each trial ended its worker
 --   :quarantined hash: shards that must not be served until they are sent again, with the reason
+--   :documents   hash: documents of shards that were sent by value and that no worker has stored in the run's folder
 --   :unable      hash: workers that cannot read the run's folder, with expiry and reason
 -- Indexes over all runs:
 --   turn:<queue>:<priority>   sorted set of runs with pending shards; score: when it was last served
 --   sent:<queue>:<priority>   sorted set of 'run shard' whose message was sent and which no worker began; score: when
 --   sent                      sorted set of all those, over all queues, for whoever starts workers (KEDA)
+--   documents                 sorted set of runs with documents in Redis; score: their bytes
 --   leases                    sorted set of 'run shard'; score: when the lease ends
 --   workers, workers:<queue>  sorted sets of live workers; score: until when
 
@@ -28,7 +31,8 @@ local MOVES = {{MOVES}} -- allowed transitions of a run's state; filled in from 
 local FINISH = 'finish' -- in the place of a shard's number: the run's last step, leased like a shard
 local COMMON = 'nermill'
 local PRIORITIES = {'3', '6', '9'} -- high, normal, low; Redis serves the smaller number first
-local PARTS = {false, 'pending', 'since', 'shards', 'sent', 'leases', 'attempts', 'results', 'trial', 'strikes', 'unable', 'quarantined'}
+local PARTS = {false, 'pending', 'since', 'shards', 'sent', 'leases', 'tokens', 'attempts', 'results', 'trial', 'strikes', 'unable',
+  'quarantined', 'documents'}
 local FORGET_SECONDS = 7 * 86400 -- a run that nobody touches for so long is forgotten
 
 local function key(run, part) return prefix .. 'run:' .. run .. (part and ':' .. part or '') end
@@ -90,6 +94,7 @@ end
 
 local function unlease(run, shard)
   redis.call('HDEL', key(run, 'leases'), shard)
+  redis.call('HDEL', key(run, 'tokens'), shard)
   redis.call('ZREM', prefix .. 'leases', join(run, shard))
 end
 
@@ -126,6 +131,31 @@ local function finish_when_done(run)
   return wait(run, FINISH)
 end
 
+-- documents of a shard that are in Redis are not needed there any more
+local function remove_documents(run, shard)
+  local size = redis.call('HSTRLEN', key(run, 'documents'), shard)
+  if size == 0 then return end
+  redis.call('HDEL', key(run, 'documents'), shard)
+  if tonumber(redis.call('ZINCRBY', prefix .. 'documents', -size, run)) <= 0 then
+    redis.call('ZREM', prefix .. 'documents', run)
+  end
+end
+
+-- bytes of documents in Redis: of all runs, and of this one; runs that were forgotten leave the index
+local function held_bytes(run)
+  local total, own = 0, 0
+  local entries = redis.call('ZRANGE', prefix .. 'documents', 0, -1, 'WITHSCORES')
+  for i = 1, #entries, 2 do
+    local bytes = tonumber(entries[i + 1])
+    if redis.call('EXISTS', key(entries[i], 'documents')) == 0 then redis.call('ZREM', prefix .. 'documents', entries[i])
+    else
+      total = total + bytes
+      if entries[i] == run then own = bytes end
+    end
+  end
+  return total, own
+end
+
 local function holds(run, shard, lease) return redis.call('HGET', key(run, 'leases'), shard) == lease end
 
 local function live_workers(queue, now) return redis.call('ZCOUNT', prefix .. 'workers:' .. queue, '(' .. now, '+inf') end
@@ -153,6 +183,10 @@ function step.open(run, to, artifact, priority, ...)
     return redis.error_reply('run ' .. run .. ' cannot go from ' .. state(run) .. ' to ' .. to)
   end
   leave(run)
+  if to == 'open' then -- the last step of a stream that goes on is not due any more
+    unsend(run, FINISH)
+    redis.call('ZREM', key(run, 'pending'), FINISH)
+  end
   redis.call('HSET', key(run), 'priority', priority, ...)
   redis.call('HDEL', key(run), 'blocked', 'last_error')
   redis.call('DEL', key(run, 'unable'), key(run, 'quarantined'))
@@ -186,6 +220,53 @@ function step.add(run, ...)
     expire(run, FORGET_SECONDS)
   end
   return added
+end
+
+-- pairs of shard and specification of a run by value, whose documents follow; each shard keeps what it has. Answers 0
+-- where one is known with other documents
+function step.declare(run, ...)
+  local given = {...}
+  for i = 1, #given, 2 do
+    local shard, spec = given[i], given[i + 1]
+    local known = redis.call('HGET', key(run, 'shards'), shard)
+    if not known then
+      redis.call('HSET', key(run, 'shards'), shard, spec)
+      count(run, 'submitted', tonumber(spec:match('^%d+')))
+    elseif known:match('^%d+ %d+') ~= spec:match('^%d+ %d+') then
+      return 0
+    end
+  end
+  expire(run, FORGET_SECONDS)
+  return 1
+end
+
+-- the documents of a declared shard, unless it is recorded or waits or is at work already; answers
+-- {the run's state, bytes of documents of all runs, of this one}
+function step.offer(run, shard, spec, documents)
+  local now = state(run)
+  local is_there = redis.call('HEXISTS', key(run, 'results'), shard) == 1 or redis.call('HEXISTS', key(run, 'sent'), shard) == 1
+    or redis.call('HEXISTS', key(run, 'leases'), shard) == 1 or redis.call('ZSCORE', key(run, 'pending'), shard)
+  if now ~= 'cancelled' and now ~= 'unknown' and not is_there then
+    remove_documents(run, shard)
+    redis.call('HSET', key(run, 'documents'), shard, documents)
+    redis.call('ZINCRBY', prefix .. 'documents', #documents, run)
+    redis.call('HSET', key(run, 'shards'), shard, spec)
+    redis.call('HDEL', key(run, 'quarantined'), shard)
+    wait(run, shard)
+    expire(run, FORGET_SECONDS)
+  end
+  return {now, held_bytes(run)}
+end
+
+-- bytes of documents in Redis: {of all runs, of this one}
+function step.held(run) return {held_bytes(run)} end
+
+-- the documents of a shard are in the run's folder now, as the specification says
+function step.stored(run, shard, lease, spec)
+  if not holds(run, shard, lease) then return 0 end
+  redis.call('HSET', key(run, 'shards'), shard, spec)
+  remove_documents(run, shard)
+  return 1
 end
 
 -- moves pending shards of a queue to its message window, runs in turn; answers run, folder, shard, priority of each
@@ -248,6 +329,7 @@ function step.lease(run, shard, lease, worker, artifact, milliseconds, now)
   redis.call('HDEL', key(run, 'since'), shard)
   redis.call('HSETNX', key(run), 'started', now)
   redis.call('HSET', key(run, 'leases'), shard, lease)
+  redis.call('HDEL', key(run, 'tokens'), shard)
   redis.call('ZADD', prefix .. 'leases', now + milliseconds, join(run, shard))
   local attempts = redis.call('HINCRBY', key(run, 'attempts'), shard, 1)
   if attempts > 1 then count(run, 'redeliveries', 1) end
@@ -258,11 +340,13 @@ function step.lease(run, shard, lease, worker, artifact, milliseconds, now)
   end
   expire(run, FORGET_SECONDS)
   local spec = redis.call('HGET', key(run, 'shards'), shard) or ''
-  return {'leased', attempts, math.max(0, clock() - since), get(run, 'uri'), get(run, 'options'), spec}
+  local packed = redis.call('HSTRLEN', key(run, 'documents'), shard)
+  return {'leased', attempts, math.max(0, clock() - since), get(run, 'uri'), get(run, 'options'), spec, packed}
 end
 
-function step.renew(run, shard, lease, milliseconds, now)
+function step.renew(run, shard, lease, milliseconds, tokens, now)
   if not holds(run, shard, lease) then return 0 end
+  if tokens ~= '' then redis.call('HSET', key(run, 'tokens'), shard, tokens) end
   redis.call('ZADD', prefix .. 'leases', clock(now) + milliseconds, join(run, shard))
   return 1
 end
@@ -311,6 +395,7 @@ function step.quarantine(run, shard, last_error)
   redis.call('ZREM', key(run, 'pending'), shard)
   redis.call('HDEL', key(run, 'since'), shard)
   go_on(run)
+  remove_documents(run, shard)
   end_with_run(run)
   return 1
 end
@@ -324,6 +409,7 @@ function step.complete(run, shard, lease, worker, ok, rejected, tokens, computed
   redis.call('HDEL', key(run, 'since'), shard)
   redis.call('HDEL', key(run, 'trial'), shard)
   redis.call('HDEL', key(run, 'unable'), worker)
+  remove_documents(run, shard)
   local newly = redis.call('HSETNX', key(run, 'results'), shard, table.concat({ok, rejected, tokens, computed}, ' '))
   if newly == 1 then
     count(run, 'ok', ok)
@@ -369,6 +455,7 @@ function step.expire(now)
     unlease(run, shard)
     wait(run, shard)
   end
+  held_bytes('')
   return #expired
 end
 
@@ -407,6 +494,9 @@ function step.cancel(run)
   leave(run)
   for _, shard in ipairs(redis.call('HKEYS', key(run, 'sent'))) do unsend(run, shard) end
   redis.call('DEL', key(run, 'pending'), key(run, 'since'))
+  for _, shard in ipairs(redis.call('HKEYS', key(run, 'documents'))) do
+    if redis.call('HEXISTS', key(run, 'leases'), shard) == 0 then remove_documents(run, shard) end
+  end
   expire(run, 86400)
   return 1
 end
@@ -432,7 +522,9 @@ function step.load()
     for _, priority in ipairs(PRIORITIES) do
       waiting = waiting + redis.call('ZCARD', sent(queue, priority))
       for _, run in ipairs(redis.call('ZRANGE', turn(queue, priority), 0, 999)) do
-        waiting = waiting + redis.call('ZCARD', key(run, 'pending'))
+        local pending = redis.call('ZCARD', key(run, 'pending'))
+        if pending == 0 then redis.call('ZREM', turn(queue, priority), run) end -- forgotten, or all of it was sent
+        waiting = waiting + pending
       end
     end
   end
@@ -458,11 +550,12 @@ function step.drop(run)
   for _, shard in ipairs(redis.call('HKEYS', key(run, 'sent'))) do unsend(run, shard) end
   for _, shard in ipairs(redis.call('HKEYS', key(run, 'leases'))) do unlease(run, shard) end
   for _, part in ipairs(PARTS) do redis.call('DEL', key(run, part)) end
+  redis.call('ZREM', prefix .. 'documents', run)
   return 1
 end
 
 -- nothing is left to do: the run is served no more, and its counters stay readable for a while
-function step.close(run, lease, seconds)
+function step.close(run, lease, seconds, scores)
   if state(run) == 'unknown' then return 0 end
   if lease ~= '' and not holds(run, FINISH, lease) then return 0 end
   unlease(run, FINISH)
@@ -472,6 +565,7 @@ function step.close(run, lease, seconds)
   leave(run)
   if state(run) == 'closed' then move(run, 'finishing') end
   move(run, 'finished')
+  if scores ~= '' then redis.call('HSET', key(run), 'scores', scores) end
   expire(run, seconds)
   return 1
 end

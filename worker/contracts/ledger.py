@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from nermill.worker.contracts.errors import MessageError
 from nermill.worker.contracts.layout import RunFolder
 from nermill.worker.contracts.message import FINISH, KEY_PREFIX, PRIORITIES, QUEUE, queue_of
-from nermill.worker.contracts.plan import SHA256, Options, Shard, options_from
+from nermill.worker.contracts.plan import SHA256, Options, Plan, Shard, options_from, plan_json
 
 MAX_ATTEMPTS = 3  # tries of a whole shard before its documents are tried one by one
 MAX_STRIKES = 2  # times that one document, alone, may end its worker before it is rejected
@@ -48,8 +48,8 @@ class RunState(str, Enum):
 TRANSITIONS: dict[RunState, tuple[RunState, ...]] = {
     RunState.OPEN: (RunState.CLOSED, RunState.CANCELLED),
     RunState.CLOSED: (RunState.OPEN, RunState.FINISHING, RunState.CANCELLED),
-    RunState.FINISHING: (RunState.CLOSED, RunState.FINISHED, RunState.CANCELLED),
-    RunState.FINISHED: (RunState.CLOSED,),
+    RunState.FINISHING: (RunState.OPEN, RunState.CLOSED, RunState.FINISHED, RunState.CANCELLED),
+    RunState.FINISHED: (RunState.OPEN, RunState.CLOSED),
     RunState.CANCELLED: (RunState.OPEN, RunState.CLOSED),
 }
 
@@ -67,9 +67,12 @@ class RedisClient(Protocol):
 
     def register_script(self, script: str) -> Any: ...
     def hgetall(self, name: str) -> Any: ...
+    def hget(self, name: str, key: str) -> Any: ...
+    def hvals(self, name: str) -> Any: ...
     def hkeys(self, name: str) -> Any: ...
     def hlen(self, name: str) -> Any: ...
     def zcard(self, name: str) -> Any: ...
+    def zrange(self, name: str, start: int, end: int) -> Any: ...
     def smembers(self, name: str) -> Any: ...
     def set(self, name: str, value: int, *, nx: bool, px: int) -> Any: ...
 
@@ -85,6 +88,7 @@ class Claim:
         waited: How long it had waited, in seconds.
         fresh_until: Time by ``time.monotonic`` until which half of the lease is left at least, so that nobody else can
             have been given it.
+        packed: Size, in the ledger, of documents that were sent by value and are not in the run's folder; 0 for none.
     """
 
     run_id: str
@@ -95,6 +99,7 @@ class Claim:
     attempts: int
     waited: float
     fresh_until: float
+    packed: int = 0
 
     @property
     def folder(self) -> RunFolder:
@@ -122,11 +127,15 @@ class Progress:
     """A run's counters. Documents and tokens are those of recorded shards; times are Unix seconds or 0.
 
     Attributes:
+        planned: Shards that were sent; by value, all of the run.
         pending: Shards without a message.
         sent: Shards whose message was sent and which no worker began.
         leased: Shards that a worker holds.
+        leased_tokens: Their tokens, of those shards whose worker renewed its lease since it tokenized them.
+        leased_computed: How many of those are computed.
         blocked: Whether the run is not served until it is sent again; ``last_error`` says why.
         quarantined: Shards that are not served until they are sent again; ``last_error`` is the last one's reason.
+        scores: Of a run by value that was evaluated, as JSON.
     """
 
     state: str = "unknown"
@@ -143,10 +152,14 @@ class Progress:
     sent: int = 0
     leased: int = 0
     done: int = 0
+    planned: int = 0
+    leased_tokens: int = 0
+    leased_computed: int = 0
     started: float = 0.0
     finished: float = 0.0
     artifact: str = ""
     last_error: str = ""
+    scores: str = ""
 
     @property
     def waiting(self) -> int:
@@ -193,14 +206,16 @@ class Ledger:
     """
 
     def __init__(self, client: RedisClient, prefix: str = KEY_PREFIX) -> None:
-        self._client = client
+        self.client = client
         self._prefix = prefix
         self._script = client.register_script(_script())
 
-    def _step(self, name: str, *arguments: object) -> Any:
+    def step(self, name: str, *arguments: object) -> Any:
+        """Runs one step of ``ledger.lua``."""
         return self._script(keys=[self._prefix], args=[name, *arguments])
 
-    def _key(self, run_id: str, part: str = "") -> str:
+    def key(self, run_id: str, part: str = "") -> str:
+        """A run's key in Redis."""
         return f"{self._prefix}run:{run_id}" + (part and f":{part}")
 
     def open(
@@ -212,6 +227,7 @@ class Ledger:
         artifact: str = "",
         state: RunState = RunState.CLOSED,
         priority: int = PRIORITIES["normal"],
+        plan: Plan | None = None,
     ) -> bool:
         """Makes a run known, or known again.
 
@@ -219,32 +235,37 @@ class Ledger:
             artifact: sha256 of the artifact that must serve it; empty leaves it to the first worker.
             state: ``OPEN`` for a stream that still grows, else ``CLOSED``.
             priority: Of its messages: 3, 6 or 9; the smallest goes first.
+            plan: Of a run by value: what the first worker writes into the run's folder.
 
         Returns:
             Whether this server did not know the run.
         """
-        header = ("uri", uri, "options", json.dumps(asdict(options)))
-        return bool(self._step("open", run_id, state.value, artifact, priority, *header))
+        header = ["uri", uri, "options", json.dumps(asdict(options))]
+        if plan is not None:
+            header += ["plan", plan_json(plan)]
+        return bool(self.step("open", run_id, state.value, artifact, priority, *header))
 
     def add(self, run_id: str, shards: Iterable[Shard]) -> int:
         """Makes shards pending, unless they are pending, sent, leased or recorded; returns how many newly are."""
-        flat: list[object] = []
-        for shard in shards:
-            flat += [shard.index, f"{shard.documents} {shard.first} {shard.sha256}"]
+        return sum(self.in_chunks("add", run_id, shards))
+
+    def in_chunks(self, step: str, run_id: str, shards: Iterable[Shard]) -> list[int]:
+        """A step with many shards as arguments, some at a time; the answers."""
+        flat = [entry for shard in shards for entry in (shard.index, shard_entry(shard))]
         size = 2 * _CHUNK
-        return sum(int(self._step("add", run_id, *flat[at : at + size])) for at in range(0, len(flat), size))
+        return [int(self.step(step, run_id, *flat[at : at + size])) for at in range(0, len(flat), size)]
 
     def promote(self, queue: str, now: float | None = None) -> list[Message]:
         """Moves pending shards of a queue into its window of messages, runs in turn; returns what to send."""
-        return _messages(queue, self._step("promote", queue, _now(now)))
+        return _messages(queue, self.step("promote", queue, _now(now)))
 
     def recover(self, queue: str, depth: int, now: float | None = None) -> list[Message]:
         """What was sent and is lost: neither begun nor among the ``depth`` messages of the queue, in two calls."""
-        return _messages(queue, self._step("recover", queue, depth, _ms(SETTLE_SECONDS), _now(now)))
+        return _messages(queue, self.step("recover", queue, depth, _ms(SETTLE_SECONDS), _now(now)))
 
     def begin_recovery(self, every: float) -> bool:
         """Whether nobody looked for lost work in the last ``every`` seconds; if so, the caller does now."""
-        return bool(self._client.set(f"{self._prefix}recovery", 1, nx=True, px=max(1, _ms(every))))
+        return bool(self.client.set(f"{self._prefix}recovery", 1, nx=True, px=max(1, _ms(every))))
 
     def lease(
         self, run_id: str, shard: int | None, worker: WorkerProcess, lease_seconds: float, now: float | None = None
@@ -260,24 +281,33 @@ class Ledger:
         """
         fresh_until = time.monotonic() + lease_seconds / 2
         lease, number = uuid.uuid4().hex, FINISH if shard is None else str(shard)
-        state, *entry = self._step(
+        state, *entry = self.step(
             "lease", run_id, number, lease, worker.name, worker.artifact, _ms(lease_seconds), _now(now)
         )
         if state != "leased":
             return str(state)
         try:
-            attempts, waited, uri, options, spec = entry
-            parsed = None if shard is None else _parse_shard(shard, spec)
+            attempts, waited, uri, options, spec, packed = entry
+            parsed = None if shard is None else parse_shard(shard, spec)
             options = options_from(json.loads(options))
-            return Claim(run_id, str(uri), options, parsed, lease, int(attempts), waited / 1000, fresh_until)
+            return Claim(
+                run_id, str(uri), options, parsed, lease, int(attempts), waited / 1000, fresh_until, int(packed)
+            )
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             reason = f"run {run_id} shard {number}: the ledger's entry does not fit the contract ({error})"
-            self._step("quarantine", run_id, number, reason)
+            self.step("quarantine", run_id, number, reason)
             raise MessageError(reason) from None
 
-    def renew(self, claim: Claim, lease_seconds: float, now: float | None = None) -> bool:
-        """Extends a lease; False where another worker holds the shard."""
-        return bool(self._step("renew", *_held(claim), _ms(lease_seconds), _now(now)))
+    def renew(
+        self, claim: Claim, lease_seconds: float, now: float | None = None, *, tokens: tuple[int, int] | None = None
+    ) -> bool:
+        """Extends a lease; False where another worker holds the shard.
+
+        Args:
+            tokens: Tokens of the shard that are computed, and all of them; for people, as long as the shard is leased.
+        """
+        told = "" if tokens is None else "{} {}".format(*tokens)
+        return bool(self.step("renew", *lease_of(claim), _ms(lease_seconds), told, _now(now)))
 
     def probe(self, claim: Claim, trial: str | None) -> bool:
         """Notes which trial of the shard is about to begin, or that none is, so that a crash is attributed to it.
@@ -285,23 +315,23 @@ class Ledger:
         Returns:
             False without the lease.
         """
-        return bool(self._step("probe", *_held(claim), trial or ""))
+        return bool(self.step("probe", *lease_of(claim), trial or ""))
 
     def strikes(self, run_id: str) -> dict[str, int]:
         """How often each trial ended its worker."""
-        return {str(name): int(n) for name, n in self._client.hgetall(self._key(run_id, "strikes")).items()}
+        return {str(name): int(n) for name, n in self.client.hgetall(self.key(run_id, "strikes")).items()}
 
     def release(self, claim: Claim, last_error: str = "") -> bool:
         """Gives a shard back; the attempt does not count. ``last_error`` is shown to people until a shard succeeds."""
-        return bool(self._step("release", *_held(claim), last_error))
+        return bool(self.step("release", *lease_of(claim), last_error))
 
     def unable(self, run_id: str, worker: str, reason: str, now: float | None = None) -> bool:
         """Notes that a worker cannot read a run's folder; returns whether no live worker can, so the run is blocked."""
-        return bool(self._step("unable", run_id, worker, _ms(UNABLE_SECONDS), reason, _now(now)))
+        return bool(self.step("unable", run_id, worker, _ms(UNABLE_SECONDS), reason, _now(now)))
 
     def quarantine(self, claim: Claim, last_error: str) -> None:
         """Takes a shard that must not be served out of the queue, until it is sent again."""
-        self._step("quarantine", claim.run_id, claim.key, last_error)
+        self.step("quarantine", claim.run_id, claim.key, last_error)
 
     def complete(
         self,
@@ -315,89 +345,99 @@ class Ledger:
         now: float | None = None,
     ) -> Completion:
         """Records that the shard's part is committed; a repeated call changes no counter."""
-        newly, last = self._step("complete", *_held(claim), worker, ok, rejected, tokens, computed, _now(now))
+        newly, last = self.step("complete", *lease_of(claim), worker, ok, rejected, tokens, computed, _now(now))
         return Completion(bool(newly), bool(last))
 
     def seal(self, run_id: str) -> bool:
         """Closes a stream: no more shards will be added. Returns whether the run's last step is due now."""
-        return bool(self._step("seal", run_id))
+        return bool(self.step("seal", run_id))
 
     def forget(self, run_id: str, shard: int) -> bool:
         """Removes the result of a shard whose part was removed on purpose, so that the shard can be sent again."""
-        return bool(self._step("forget", run_id, shard))
+        return bool(self.step("forget", run_id, shard))
 
     def expire(self, now: float | None = None) -> int:
         """Makes shards whose lease ended pending again; returns how many."""
-        return int(self._step("expire", _now(now)))
+        return int(self.step("expire", _now(now)))
 
     def load(self) -> tuple[int, int]:
         """Shards of all runs that no worker began, and shards that are leased."""
-        waiting, leased = self._step("load")
+        waiting, leased = self.step("load")
         return int(waiting), int(leased)
 
     def cancel(self, run_id: str) -> bool:
         """Stops what has not started; what is leased may finish. False for a run that is unknown or finished."""
-        return bool(self._step("cancel", run_id))
+        return bool(self.step("cancel", run_id))
 
-    def close(self, run_id: str, claim: Claim | None = None) -> bool:
+    def close(self, run_id: str, claim: Claim | None = None, scores: str = "") -> bool:
         """Marks a run finished; its counters stay readable for a day.
 
         Args:
             claim: The lease of the run's last step, for a worker; False is returned where it does not hold it.
+            scores: Of the run's evaluation, as JSON, for producers that cannot read the run's folder.
         """
-        return bool(self._step("close", run_id, claim.lease if claim else "", CLOSED_SECONDS))
+        return bool(self.step("close", run_id, claim.lease if claim else "", CLOSED_SECONDS, scores))
 
     def drop(self, run_id: str) -> None:
         """Forgets a run at once."""
-        self._step("drop", run_id)
+        self.step("drop", run_id)
 
     def register(self, worker: WorkerProcess, seconds: float) -> None:
         """Says that a worker process lives, for so long; 0 where it leaves."""
-        self._step("register", json.dumps(asdict(worker)), worker.name, queue_of(worker.artifact), _ms(seconds))
+        self.step("register", json.dumps(asdict(worker)), worker.name, queue_of(worker.artifact), _ms(seconds))
 
     def workers(self) -> list[WorkerProcess]:
         """Live worker processes, by name."""
         found = []
-        for entry in self._step("workers"):
+        for entry in self.step("workers"):
             with suppress(AttributeError, TypeError, ValueError):  # an entry of another version
                 found.append(WorkerProcess(**{name: str(value) for name, value in json.loads(entry).items()}))
         return sorted(found, key=lambda worker: worker.name)
 
     def queues(self) -> list[str]:
         """Queues that runs or workers use."""
-        return sorted({QUEUE, *map(str, self._client.smembers(f"{self._prefix}queues"))})
+        return sorted({QUEUE, *map(str, self.client.smembers(f"{self._prefix}queues"))})
 
     def waiting_queues(self) -> list[str]:
         """Queues with shards that no worker began."""
-        return [str(queue) for queue in self._step("waiting")]
+        return [str(queue) for queue in self.step("waiting")]
 
     def done(self, run_id: str) -> set[int]:
         """Shards whose completion the ledger has recorded."""
-        return {int(shard) for shard in self._client.hkeys(self._key(run_id, "results"))}
+        return {int(shard) for shard in self.client.hkeys(self.key(run_id, "results"))}
+
+    def uri(self, run_id: str) -> str:
+        """A run's folder or URI; empty for a run that this server does not know."""
+        return str(self.client.hget(self.key(run_id), "uri") or "")
 
     def progress(self, run_id: str) -> Progress:
         """A run's counters; all zero and state ``unknown`` for a run that this server does not know."""
-        header = self._client.hgetall(self._key(run_id))
+        header = self.client.hgetall(self.key(run_id))
         numbers = {
             name: int(header.get(name, 0))
             for name in ("submitted", "ok", "rejected", "tokens", "computed", "redeliveries", "duplicates", "blocked")
         }
+        leased_tokens = [str(told).split() for told in self.client.hvals(self.key(run_id, "tokens"))]
         return Progress(
             **numbers,
+            leased_computed=sum(int(done) for done, _ in leased_tokens),
+            leased_tokens=sum(int(total) for _, total in leased_tokens),
             state=header.get("state", "unknown"),
-            pending=int(self._client.zcard(self._key(run_id, "pending"))),
-            sent=int(self._client.hlen(self._key(run_id, "sent"))),
-            leased=int(self._client.hlen(self._key(run_id, "leases"))),
-            quarantined=int(self._client.hlen(self._key(run_id, "quarantined"))),
-            done=int(self._client.hlen(self._key(run_id, "results"))),
+            pending=int(self.client.zcard(self.key(run_id, "pending"))),
+            sent=int(self.client.hlen(self.key(run_id, "sent"))),
+            leased=int(self.client.hlen(self.key(run_id, "leases"))),
+            quarantined=int(self.client.hlen(self.key(run_id, "quarantined"))),
+            done=int(self.client.hlen(self.key(run_id, "results"))),
+            planned=int(self.client.hlen(self.key(run_id, "shards"))),
             started=int(header.get("started", 0)) / 1000,
             finished=int(header.get("finished", 0)) / 1000,
             artifact=header.get("artifact", ""),
             last_error=header.get("last_error", ""),
+            scores=header.get("scores", ""),
         )
 
 
-def _held(claim: Claim) -> tuple[str, str, str]:
+def lease_of(claim: Claim) -> tuple[str, str, str]:
     return claim.run_id, claim.key, claim.lease
 
 
@@ -417,7 +457,11 @@ def _messages(queue: str, flat: list[Any]) -> list[Message]:
     return messages
 
 
-def _parse_shard(index: int, spec: str) -> Shard:
+def shard_entry(shard: Shard) -> str:
+    return f"{shard.documents} {shard.first} {shard.sha256}"
+
+
+def parse_shard(index: int, spec: str) -> Shard:
     documents, first, sha256 = spec.split(" ")
     if index < 0 or int(documents) <= 0 or not 0 <= int(first) < MAX_INDEX or not SHA256.fullmatch(sha256):
         raise ValueError("shard number, size or hash")

@@ -17,7 +17,7 @@ FILE_NAME = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
 GOLDEN_FILE = "golden.json"
 
-Backend = Literal["onnx", "torch", "aie", "om"]
+Backend = Literal["onnx", "torch", "openvino", "aie", "om"]
 Layout = Literal["packed", "plain"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 

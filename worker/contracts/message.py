@@ -14,6 +14,7 @@ from nermill.worker.contracts.plan import RUN_ID
 TAG_SHARD = "nermill.tag_shard"
 FINISH_RUN = "nermill.finish_run"
 TAG_DOCUMENTS = "nermill.tag_documents"
+FIRST_VERSION_TASK = "nermill.tag"
 
 KEY_PREFIX = "nermill:2:"  # 2 is the ledger's version: the first version's keys begin with ``nermill:run``
 QUEUE = "nermill"  # requests, last steps, and shards of runs that no artifact serves yet

@@ -20,10 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nermill.worker.contracts.errors import StoreError
-from nermill.worker.contracts.layout import DATASETS_FILE, REJECT_FILE, SUCCESS_FILE, RunFolder, part_name
+from nermill.worker.contracts.layout import DATASETS_FILE, REJECT_FILE, REPORT_JSON, SUCCESS_FILE, RunFolder, part_name
 from nermill.worker.contracts.schema import REJECTS, metadata_of
 
 _DATASETS = b"configs:\n- config_name: default\n  data_files: part-*.parquet\n"
+_SCORES = ("f1", "precision", "recall", "accuracy", "strict", "per_label")
 _READERS = 16  # parts that are read at the same time: on a store each takes a few round trips
 
 
@@ -110,6 +111,14 @@ def mark_complete(run: RunFolder, shards: Iterable[int]) -> None:
         run.remove(REJECT_FILE)
     run.write(DATASETS_FILE, _DATASETS)
     run.write(SUCCESS_FILE, b"", exclusive=True)
+
+
+def scores_of(run: RunFolder) -> dict[str, Any] | None:
+    """The scores of an evaluation that was made before, if there is one."""
+    if not run.exists(REPORT_JSON):
+        return None
+    report = json.loads(run.read(REPORT_JSON))
+    return {name: report[name] for name in _SCORES if name in report} or None
 
 
 def _rejects(run: RunFolder, shard: int) -> pa.Table:

@@ -13,6 +13,7 @@ from nermill.worker.contracts.layout import FIRST_LAYOUT, PLAN_FILE, RunFolder
 PLAN_VERSION = 2
 RUN_ID = re.compile(r"[0-9a-z][0-9a-z_-]{0,63}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
+BY_VALUE = "by_value"  # in a plan's details
 AGGREGATIONS = ("none", "simple", "first", "average", "max")
 
 Priority = Literal["high", "normal", "low"]
@@ -97,9 +98,13 @@ class Plan:
     def documents(self) -> int:
         return sum(shard.documents for shard in self.shards)
 
+    @property
+    def by_value(self) -> bool:
+        """Whether the documents came through the broker; the plan in the folder is open until all are tagged."""
+        return self.details.get(BY_VALUE) is True
+
     def write(self, run: RunFolder) -> None:
-        body = {"plan_version": PLAN_VERSION, **asdict(self)}
-        run.write(PLAN_FILE, (json.dumps(body, indent=1, ensure_ascii=False) + "\n").encode())
+        run.write(PLAN_FILE, (plan_json(self, indent=1) + "\n").encode())
 
     def cancel(self, run: RunFolder) -> Plan:
         """Marks the run cancelled, durably."""
@@ -125,18 +130,37 @@ def read_plan(run: RunFolder) -> Plan:
         )
     try:
         body = json.loads(run.read(PLAN_FILE))
-        version = body.pop("plan_version")
+        version = body["plan_version"]
         if version != PLAN_VERSION:
             raise UsageError(f"{run.path(PLAN_FILE)}: plan version {version!r}, this nermill reads {PLAN_VERSION}")
-        body["options"] = options_from(body["options"])
-        body["inputs"] = tuple(Input(**entry) for entry in body["inputs"])
-        body["shards"] = tuple(Shard(**entry) for entry in body["shards"])
-        plan = Plan(**body)
-        if plan.priority not in get_args(Priority):
-            raise ValueError(f"priority {plan.priority!r}")
-        return plan
+        return plan_from(body)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UsageError(f"{run.path(PLAN_FILE)}: not a plan ({error})") from None
+
+
+def plan_json(plan: Plan, *, indent: int | None = None) -> str:
+    """A plan as JSON, its version included."""
+    return json.dumps({"plan_version": PLAN_VERSION, **asdict(plan)}, indent=indent, ensure_ascii=False)
+
+
+def plan_from(body: dict[str, Any]) -> Plan:
+    """A plan from JSON.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError: it is none of this version.
+    """
+    body = dict(body)
+    if body.pop("plan_version") != PLAN_VERSION:
+        raise ValueError(f"its version is not {PLAN_VERSION}")
+    body["options"] = options_from(body["options"])
+    body["inputs"] = tuple(Input(**entry) for entry in body["inputs"])
+    body["shards"] = tuple(Shard(**entry) for entry in body["shards"])
+    plan = Plan(**body)
+    if plan.priority not in get_args(Priority):
+        raise ValueError(f"priority {plan.priority!r}")
+    if not isinstance(plan.details, dict):
+        raise ValueError("details")
+    return plan
 
 
 def options_from(body: dict[str, Any]) -> Options:

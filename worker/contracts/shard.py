@@ -48,9 +48,9 @@ def _as_json(fields: dict[str, Any]) -> str:
 
 
 def encode_shard(table: pa.Table) -> tuple[bytes, str]:
-    """The bytes of a shard's file (Arrow IPC, zstd), and their sha256 in hexadecimal."""
+    """The bytes of a shard's file (Arrow IPC, zstd; with the table's metadata), and their sha256 in hexadecimal."""
     sink = pa.BufferOutputStream()
-    with ipc.new_file(sink, SHARD, options=_WRITE) as writer:
+    with ipc.new_file(sink, SHARD.with_metadata(table.schema.metadata), options=_WRITE) as writer:
         writer.write_table(table)
     data = sink.getvalue().to_pybytes()
     return data, hashlib.sha256(data).hexdigest()

@@ -77,6 +77,10 @@ def load_engine(artifact: Path, device: str = "cpu", threads: int = 0) -> Engine
             from nermill.worker.engine.torch import TorchEngine
 
             return TorchEngine(artifact, manifest, device, threads)
+        if manifest.backend == "openvino":
+            from nermill.worker.engine.openvino import OpenvinoEngine
+
+            return OpenvinoEngine(artifact, manifest, device, threads)
         if manifest.backend == "om":
             from nermill.worker.engine.om import OmEngine
 
@@ -85,7 +89,7 @@ def load_engine(artifact: Path, device: str = "cpu", threads: int = 0) -> Engine
 
         return AieEngine(artifact, manifest, device)
     except ModuleNotFoundError as error:
-        extra = {"onnx": "nermill[worker]", "torch": "nermill[torch]"}.get(
+        extra = {"onnx": "nermill[worker]", "torch": "nermill[torch]", "openvino": "nermill[openvino]"}.get(
             manifest.backend, "the mindietorch wheel of your MindIE release"
         )
         raise ArtifactError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,8 @@ from nermill.worker.evaluation.selection import choose_entities
 
 _BLOCK_BYTES = 16 << 20  # uncompressed; bounds memory where documents are long
 _BLOCK_ROWS = 8192
+OnDocuments = Callable[[int, int], None]
+
 _COLUMNS = ["doc_index", "doc_id", "n_tokens", "status", "entities", "words", "tags", "gold_tags"]
 
 
@@ -73,6 +75,7 @@ class Parts:
         labels: Assigns numbers to labels.
         documents: Documents of the whole run, those without a part included.
         gold: Gold tags from a file, which replace those in the parts.
+        on_documents: Called after each block of rows with the documents read so far, and all of the run.
         seen: The parts that have been read.
     """
 
@@ -81,6 +84,7 @@ class Parts:
     labels: LabelIndex
     documents: int
     gold: GoldFile | None = None
+    on_documents: OnDocuments = lambda *_: None
     seen: list[Part] = field(default_factory=list)
 
     def blocks(self) -> Iterator[Block]:
@@ -113,12 +117,16 @@ class Parts:
         Raises:
             UsageError: a part is damaged or of another version, or the gold file has more documents than the run.
         """
+        done = 0
         for shard in self.shards:
             file = self.run.path(part_name(shard))
             try:
                 with open_part(self.run, shard) as part:
                     self.seen.append(_read_part(file, part))
-                    yield from part.iter_batches(batch_rows(part), columns=_COLUMNS, use_threads=self.run.is_local)
+                    for rows in part.iter_batches(batch_rows(part), columns=_COLUMNS, use_threads=self.run.is_local):
+                        yield rows
+                        done += len(rows)
+                        self.on_documents(done, self.documents)
             except (pa.ArrowException, OSError, ValueError, KeyError) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise UsageError(f"{file}: a damaged part ({reason}); remove it and resume the run") from None

@@ -12,7 +12,7 @@ from nermill.worker.contracts.labels import LabelChoice, bare_labels, choice_of
 from nermill.worker.contracts.layout import RunFolder
 from nermill.worker.contracts.manifest import Manifest
 from nermill.worker.contracts.plan import Plan, read_plan
-from nermill.worker.evaluation.blocks import Parts
+from nermill.worker.evaluation.blocks import OnDocuments, Parts
 from nermill.worker.evaluation.calibration import Calibration
 from nermill.worker.evaluation.chunks import LabelIndex, find_chunks
 from nermill.worker.evaluation.comparison import Comparison
@@ -50,6 +50,7 @@ def evaluate(
     compare: RunFolder | None = None,
     choice: LabelChoice | None = None,
     seqeval: bool = False,
+    on_documents: OnDocuments = lambda *_: None,
 ) -> dict[str, Any]:
     """Computes scores and throughput of a run, in constant memory.
 
@@ -62,6 +63,7 @@ def evaluate(
         partial: Evaluate a run although parts are missing.
         compare: Another run over the same documents; the difference is reported under ``compare``.
         seqeval: Let seqeval score all documents, however many: about 45 s and 16 MB for a million words.
+        on_documents: Called now and then with the documents read so far, and all of the run.
 
     Returns:
         The content of ``_report.json``; without gold tags it has no scores.
@@ -73,6 +75,7 @@ def evaluate(
     choice = choice or LabelChoice()
     gold = GoldOptions(gold) if isinstance(gold, Path) else gold
     parts, plan, warnings = _open_run(run, LabelIndex(choice), gold, partial)
+    parts.on_documents = on_documents
     counts, mistakes = ChunkCounts(parts.labels), Mistakes(parts.labels)
     headline = Headline(parts.labels, unlimited=seqeval)
     calibration, lengths = Calibration(parts.labels), Lengths()
@@ -104,7 +107,7 @@ def evaluate(
         report["labels"], left_out = describe_choice((run_choice, choice), _label_changes(parts))
         warnings += left_out
     if compare is not None:
-        report["compare"] = _compare(run, compare, gold, partial, choice)
+        report["compare"] = _compare(run, compare, gold, partial, choice, on_documents)
     return report | {
         "throughput": measure_throughput([entry for part in parts.seen for entry in part.stats]),
         "lengths": lengths.summary() | {"shapes": [list(shape) for shape in manifest.shapes] if manifest else []},
@@ -191,10 +194,16 @@ def _unknown_labels(
 
 
 def _compare(
-    run: RunFolder, other: RunFolder, gold: GoldOptions | None, partial: bool, choice: LabelChoice
+    run: RunFolder,
+    other: RunFolder,
+    gold: GoldOptions | None,
+    partial: bool,
+    choice: LabelChoice,
+    on_documents: OnDocuments,
 ) -> dict[str, Any]:
     labels = LabelIndex(choice)
     mine, _, _ = _open_run(run, labels, gold, partial)
+    mine.on_documents = on_documents
     theirs, plan, warnings = _open_run(other, labels, None, partial)
     found = Comparison(mine, theirs).run()
     origin = describe_origin(plan, theirs.seen, find_manifest(plan, theirs.seen))

@@ -1,1 +1,1 @@
-"""The worker's side of the queue: tasks, leases, recovery, isolation of poison documents. See ``README.md``."""
+"""The worker's side of the queue: tasks, leases, recovery and isolation of poison documents; see ``README.md``."""

@@ -1,8 +1,8 @@
 """What Celery's consumer is taught: which messages are refused, and when no further shard is received.
 
 Everything here runs in the consumer's thread. Only public API of Celery and kombu is used: ``Task.Strategy``, a step of
-the consumer's blueprint, ``Consumer.add_task_queue`` and ``cancel_task_queue``, ``kombu.compression.register``,
-``Transport.on_readable`` and ``Channel.basic_consume``.
+the consumer's blueprint, ``Consumer.add_task_queue`` and ``cancel_task_queue``, ``control_command``,
+``kombu.compression.register``, ``Transport.on_readable`` and ``Channel.basic_consume``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any
 
 from celery.bootsteps import StartStopStep
 from celery.states import FAILURE
+from celery.worker import control
 from celery.worker.consumer.tasks import Tasks
+from celery.worker.control import control_command
 from celery.worker.strategy import default
 from kombu import compression
 from kombu.exceptions import KombuError
@@ -44,6 +46,11 @@ _MALFORMED = (
     DataError,
     KombuError,
 )
+# What remote control is answered that would end a task.
+_NO_TERMINATION = {
+    "error": "a running task is a thread and cannot be ended; nermill cancel RUN stops what has not begun, "
+    "and control shutdown stops the worker"
+}
 _FOLLOWED = ("callbacks", "errbacks", "chain", "chord")  # Celery follows them in headers as well as in the body
 
 Refuse = Callable[[str], None]
@@ -148,16 +155,17 @@ def check_envelope(message: Any, run: Callable[..., Any]) -> None:
         run: The task's function, whose arguments the message must have.
 
     Raises:
-        MessageError: it has an ETA, time limits, callbacks, a chain or a chord, is too long, is no task message, or
-            has arguments that the task does not take.
+        MessageError: it has a shadow name that is no text, an ETA, time limits, callbacks, a chain or a chord, is too
+            long, is no task message, or has arguments that the task does not take.
     """
     headers = message.headers
     limit = MAX_BODY if headers["task"] == TAG_DOCUMENTS else MAX_SHARD_BODY
     if len(message.body or b"") > limit:
         raise MessageError(f"a message of {len(message.body)} bytes; {limit} are the most")
-    task_id = headers.get("id")
-    if not isinstance(task_id, str) or not 0 < len(task_id) <= MAX_ID:
+    if not _is_task_id(headers.get("id")):
         raise MessageError(f"a message whose task id is not a text of 1 to {MAX_ID} characters")
+    if not isinstance(headers.get("shadow") or "", str):  # Celery counts by it, in a thread whose error nobody hears
+        raise MessageError("a message with a shadow name that is no text")
     if headers.get("eta"):
         raise MessageError("a message with an ETA or countdown; nermill's tasks start at once")
     if any(headers.get("timelimit") or ()):
@@ -181,6 +189,20 @@ def _only(headers: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return {name: headers[name] for name in names if name in headers}
 
 
+def _answer(task: Any, task_id: Any, error: MessageError) -> None:
+    """Stores the refusal as the message's result, so that its sender does not wait in vain."""
+    if not _is_task_id(task_id):
+        return
+    try:
+        task.backend.store_result(task_id, error, FAILURE)
+    except Exception as failure:  # of the backend, whatever it is: the message is refused all the same
+        log.warning("the answer to a refused message could not be stored (%s)", failure)
+
+
+def _is_task_id(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= MAX_ID
+
+
 def strategy(worker: Callable[[], ShardWorker]) -> Callable[..., Any]:
     """The ``Task.Strategy`` of our tasks: checks the envelope, counts, then does as Celery's own.
 
@@ -198,9 +220,8 @@ def strategy(worker: Callable[[], ShardWorker]) -> Callable[..., Any]:
                 check_envelope(message, task.run)
             except MessageError as error:
                 shards.refuse(str(error))
-                ack(log, consumer.connection_errors)
-                if isinstance(task_id := message.headers.get("id"), str):  # so that its sender does not wait in vain
-                    task.backend.store_result(task_id, error, FAILURE)
+                _answer(task, message.headers.get("id"), error)
+                ack(log, consumer.connection_errors)  # last, for it is put off: see basic_consume
                 return None
             shards.metrics.received(task.name)
             if task.name == TAG_SHARD:
@@ -213,6 +234,20 @@ def strategy(worker: Callable[[], ShardWorker]) -> Callable[..., Any]:
         return receive
 
     return make
+
+
+@control_command(variadic="task_id", signature="[id1 [id2 [... [idN]]]]")  # type: ignore[untyped-decorator]
+def revoke(state: Any, task_id: Any, terminate: bool = False, signal: Any = None, **options: Any) -> Any:
+    """Celery's ``revoke`` for tasks that wait; one that runs is not ended."""
+    return dict(_NO_TERMINATION) if terminate else control.revoke(state, task_id, **options)  # type: ignore[attr-defined]
+
+
+@control_command(  # type: ignore[untyped-decorator]
+    variadic="task_id", args=[("signal", str)], signature="<signal> [id1 [id2 [... [idN]]]]"
+)
+def terminate(state: Any, signal: Any, task_id: Any, **options: Any) -> dict[str, str]:
+    """Refused: a task that runs is not ended."""
+    return dict(_NO_TERMINATION)
 
 
 def room_step(worker: Callable[[], ShardWorker]) -> type[StartStopStep]:

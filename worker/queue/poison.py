@@ -1,9 +1,9 @@
 """Isolation of poison documents: those that end the process that tags them.
 
-A shard that was leased ``MAX_ATTEMPTS`` times without a result is tagged in trials, with nothing else in the process.
-The ledger notes each trial before it begins, so that a crash is attributed to it: a group of documents that ended its
-worker is tagged document by document the next time, and a document that did so alone ``MAX_STRIKES`` times is
-rejected without another try. Two strikes are asked for because a process may end for another reason.
+A shard that was leased ``MAX_ATTEMPTS`` times without a result is tagged in *trials*, while nothing else is tagged in
+the process. The ledger records each trial before it begins, so that a crash can be attributed to it; such a crash is a
+*strike*. A group of documents with a strike is tagged document by document the next time. A single document with
+``MAX_STRIKES`` strikes is rejected; one strike is not enough, since the process may have ended for another reason.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GROUPS = 8
 
 
 class Isolation:
-    """A lock that many hold together, or one alone; whoever waits to be alone goes before newcomers."""
+    """A readers-writer lock: shared or exclusive; a thread that waits for exclusive access precedes later sharers."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -37,7 +37,7 @@ class Isolation:
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """Holds the lock together with others."""
+        """Holds the lock together with other sharers for the time of the ``with`` block."""
         with self._changed:
             self._changed.wait_for(lambda: not self._alone and not self._waiting)
             self._inside += 1
@@ -50,7 +50,7 @@ class Isolation:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Holds the lock alone, once all others have left."""
+        """Waits until the lock is free, and holds it exclusively for the time of the ``with`` block."""
         with self._changed:
             self._waiting += 1
             self._changed.wait_for(lambda: not self._alone and not self._inside)
@@ -66,12 +66,12 @@ class Isolation:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """Rows ``start`` to ``end`` of a shard, tagged at once.
+    """Consecutive rows of a shard that are tagged in one call.
 
     Attributes:
         start, end: The rows, half-open.
-        name: What the ledger counts its strikes under: ``doc_index`` of the first document, ``-``, that of the last.
-        is_poison: A single document that is not tagged any more.
+        name: Key of its strikes in the ledger: ``doc_index`` of the first document, ``-``, that of the last.
+        is_poison: Whether it is a single document that is rejected without another try.
     """
 
     start: int
@@ -81,12 +81,12 @@ class Trial:
 
 
 def trials(first: int, count: int, strikes: Mapping[str, int]) -> Iterator[Trial]:
-    """How to tag a shard in trials, given the strikes so far.
+    """Divides a shard into trials.
 
     Args:
         first: ``doc_index`` of the shard's first row.
-        count: Its rows.
-        strikes: Strikes by name of the trial.
+        count: Number of rows.
+        strikes: Number of strikes by the trial's name.
 
     Yields:
         Trials that cover every row once, in order.
@@ -108,18 +108,18 @@ def _name(start: int, end: int) -> str:
 
 
 def annotate_in_trials(pipeline: Pipeline, ledger: Ledger, claim: Claim, shard: Shard, table: pa.Table) -> Annotated:
-    """Tags a shard in trials that the ledger knows.
+    """Tags a shard in trials, each recorded in the ledger.
 
     Args:
-        pipeline: The model, which nobody else may use meanwhile.
-        ledger: Where trials are noted and strikes are counted.
+        pipeline: The model; no other thread may use it meanwhile.
+        ledger: Records trials and counts strikes.
         claim: The lease.
-        shard: What is leased.
+        shard: The leased shard.
         table: Its documents, with the SHARD schema.
 
     Raises:
-        EngineError: the device failed for good; no document is to blame.
-        LeaseLostError: another worker has the shard.
+        EngineError: the device failed for good; no document is the cause.
+        LeaseLostError: another worker has the shard's lease.
     """
     tagged, stats = [], []
     faults: dict[int, Fault] = {}
@@ -133,7 +133,7 @@ def annotate_in_trials(pipeline: Pipeline, ledger: Ledger, claim: Claim, shard: 
         tagged.append(annotated.part)
         faults |= {trial.start + row: fault for row, fault in annotated.faults.items()}
         stats.append(annotated.stats)
-    ledger.probe(claim, None)  # what may go wrong from here on is no document's fault
+    ledger.probe(claim, None)  # a crash from here on is no strike
     return Annotated(pa.concat_tables(tagged), faults, reduce(add, stats))
 
 

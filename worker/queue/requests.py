@@ -1,4 +1,4 @@
-"""Requests: a few documents in, their annotations out through the result backend, in the same batches as shards."""
+"""Requests: tags a few documents, in the same batches as shards; Celery's result backend returns the annotations."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def tag_documents(worker: ShardWorker, documents: Any, options: Any) -> list[dic
         options: Fields of ``Options``, or None. Unchecked.
 
     Returns:
-        For each document ``entities`` (``start``, ``end``, ``label``, ``text``, ``score``), ``tags`` (one a word, for
-        lists of words) and ``fault`` (``reason``, ``message``) where it could not be tagged.
+        For each document ``entities`` (``start``, ``end``, ``label``, ``text``, ``score``), ``tags`` (one for each word
+        of a list of words) and ``fault`` (``reason``, ``message``) where the document could not be tagged.
 
     Raises:
-        MessageError: arguments that do not fit.
+        MessageError: the arguments are not valid.
         EngineError: the device failed; the process is about to end.
     """
     with worker.refusals():

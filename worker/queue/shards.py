@@ -6,6 +6,7 @@ so each step may be repeated and none can be skipped.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -23,6 +24,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from nermill.worker.contracts.by_value import Documents
 from nermill.worker.contracts.command import python_command
 from nermill.worker.contracts.deadline import within
 from nermill.worker.contracts.dispatch import Dispatcher
@@ -34,19 +36,21 @@ from nermill.worker.contracts.errors import (
     UnreachableError,
     UsageError,
 )
-from nermill.worker.contracts.layout import PLAN_FILE, REJECT_FILE, part_name
+from nermill.worker.contracts.layout import PLAN_FILE, REJECT_FILE, SUCCESS_FILE, part_name
 from nermill.worker.contracts.ledger import MAX_ATTEMPTS, Claim, Ledger, WorkerProcess
 from nermill.worker.contracts.message import QUEUE, check_run, check_shard, queue_of
-from nermill.worker.contracts.part import mark_complete
+from nermill.worker.contracts.part import mark_complete, scores_of
 from nermill.worker.contracts.plan import Shard, read_plan
 from nermill.worker.contracts.shard import read_shard
 from nermill.worker.process import tracing
 from nermill.worker.process.logs import about
 from nermill.worker.process.metrics import Metrics
 from nermill.worker.process.settings import Settings, is_allowed
+from nermill.worker.queue import by_value
 from nermill.worker.queue.poison import Isolation, annotate_in_trials
 from nermill.worker.tagging import parts
 from nermill.worker.tagging.pipeline import Annotated, Pipeline
+from nermill.worker.tagging.pool import Job
 
 log = logging.getLogger("nermill.worker")
 
@@ -104,9 +108,11 @@ class ShardWorker:
         self.stopping = threading.Event()
         self.isolation = Isolation()
         self._ledger = ledger
+        self._documents = Documents(ledger)
         self._dispatcher = dispatcher
         self._settings = settings
         self._held: dict[tuple[str, str], Claim] = {}
+        self._jobs: dict[tuple[str, str], Job] = {}  # windows of the held shards that are on the device or wait for it
         self._received: dict[str, float] = {}  # task id and time of shard messages whose task has not begun
         self._tagging = 0  # tasks of shards that have begun
         self._feeding = 0  # shards that are being read and tokenized
@@ -271,6 +277,7 @@ class ShardWorker:
             self._note_defect()
             raise
         finally:
+            self._jobs.pop(key, None)
             if self._held.get(key) is claim:  # else its lease ran out, and another of our threads has it
                 del self._held[key]
 
@@ -312,12 +319,13 @@ class ShardWorker:
                 self.stopping.wait(LEDGER_PAUSE)
 
     def _tag(self, claim: Claim, shard: Shard, on_fed: Callable[[], object]) -> Outcome:
-        run = claim.folder
+        run, claimed = claim.folder, time.time()
+        table = by_value.store(claim, shard, self._documents, self._patiently) if claim.packed else None
         if run.exists(name := part_name(shard.index)):
             run.sync(name)
             return self._record(claim, parts.read_committed(run, shard.index))
-        claimed = time.time()
-        table = read_shard(run, shard.index, shard.sha256)
+        if table is None:
+            table = read_shard(run, shard.index, shard.sha256)
         if table.num_rows != shard.documents:
             raise MessageError(f"the ledger speaks of {shard.documents} documents, the shard has {table.num_rows}")
         read = time.time()
@@ -343,9 +351,11 @@ class ShardWorker:
         """Refuses a run whose folder, or what is in it, lies elsewhere once links and ``..`` are followed."""
         roots, run = self._settings.roots, claim.folder
         places = [claim.uri]
-        if is_allowed(claim.uri, roots) and run.is_local and claim.shard is not None:
-            shard = claim.shard.index
-            places += [run.path(name) for name in (part_name(shard), run.shard_file(shard), REJECT_FILE)]
+        if is_allowed(claim.uri, roots) and run.is_local:
+            names = [PLAN_FILE, REJECT_FILE]
+            if claim.shard is not None:
+                names += [part_name(claim.shard.index), run.shard_file(claim.shard.index)]
+            places += map(run.path, names)
         for place in places:
             if not is_allowed(place, roots):
                 raise MessageError(f"{place!r} is outside the allowed roots; allow it with NERMILL_ALLOWED_ROOTS")
@@ -380,9 +390,13 @@ class ShardWorker:
         }
 
     def _annotate(self, claim: Claim, shard: Shard, table: pa.Table, on_fed: Callable[[], object]) -> Annotated:
+        def note(job: Job) -> None:
+            self._jobs[claim.run_id, claim.key] = job
+            on_fed()
+
         if claim.attempts <= MAX_ATTEMPTS:
             with self.isolation.shared():
-                return self.pipeline.annotate(table, claim.options, shard.first, on_fed)
+                return self.pipeline.annotate(table, claim.options, shard.first, note)
         with self.isolation.exclusive():
             return annotate_in_trials(self.pipeline, self._ledger, claim, shard, table)
 
@@ -403,10 +417,17 @@ class ShardWorker:
         if not run.exists(PLAN_FILE):
             raise UnreachableError(f"{run.path(PLAN_FILE)}: not there, as seen from this worker")
         plan = read_plan(run)
+        if plan.by_value:
+            plan = by_value.close_plan(run, plan, self._documents, self._patiently)
         missing = {shard.index for shard in plan.shards} - run.committed()
         if missing or plan.is_open:
             self.metrics.refused()
             reason = f"{len(missing)} parts are missing: nermill resume {run.uri}"
+            if plan.by_value:
+                run.remove(SUCCESS_FILE)
+                for shard in missing:
+                    self._ledger.forget(claim.run_id, shard)
+                reason += ", or submit the same input again"
             log.warning("run %s is not complete, %s", claim.run_id, reason)
             self._ledger.quarantine(claim, reason)
             return {"state": "incomplete", "reason": reason}
@@ -414,7 +435,8 @@ class ShardWorker:
         run.remove_stale_files()
         log.info("run %s is complete", claim.run_id)
         reason = self._evaluate(claim) if plan.has_gold else ""
-        self._patiently(lambda: self._ledger.close(claim.run_id, claim))
+        scores = scores_of(run) if plan.by_value else None  # for producers that cannot read the folder
+        self._patiently(lambda: self._ledger.close(claim.run_id, claim, json.dumps(scores) if scores else ""))
         return {"state": "complete", "reason": reason}
 
     def _evaluate(self, claim: Claim) -> str:
@@ -441,7 +463,9 @@ class ShardWorker:
             try:
                 self._ledger.register(self.identity, 3 * pause)
                 for claim in self.held:
-                    self._ledger.renew(claim, self._settings.lease_seconds)
+                    job = self._jobs.get((claim.run_id, claim.key))
+                    tokens = None if job is None else (job.tokens_done, len(job.tokens.ids))
+                    self._ledger.renew(claim, self._settings.lease_seconds, tokens=tokens)
                 recovered = self._dispatcher.recover(pause)
                 self.metrics.ledger(recovered, *self._ledger.load())
             except (RedisError, OperationalError, OSError) as error:

@@ -162,7 +162,7 @@ class Pipeline:
         table: pa.Table,
         options: Options,
         first: int = 0,
-        on_fed: Callable[[], object] = lambda: None,
+        on_fed: Callable[[Job], object] = lambda _: None,
         *,
         urgent: bool = False,
     ) -> Annotated:
@@ -172,7 +172,7 @@ class Pipeline:
             table: Documents, with the SHARD schema.
             options: The run's options.
             first: ``doc_index`` of the first row.
-            on_fed: Called once the shard is tokenized and its windows wait for the device.
+            on_fed: Called with the shard's job once the shard is tokenized and its windows wait for the device.
             urgent: Whether the windows go before all that wait. The windows of a table that has at most FEW_WINDOWS
                 always do, since they hardly delay the others.
 
@@ -187,7 +187,7 @@ class Pipeline:
         job = self._job(tokens, options)
         tokenized = time.monotonic()
         self._pool.put(job, first=urgent or len(job.windows) <= FEW_WINDOWS)
-        on_fed()
+        on_fed(job)
         job.done.wait()
         computed = time.monotonic()
         if job.error:

@@ -38,10 +38,11 @@ class Job:
         failed: Error message of each document on which the model failed.
         computed_tokens: The job's share of the tokens computed, padding included.
         seconds: The job's share of the device's time.
+        tokens_done: Tokens that are computed, or on whose document the model failed.
         remaining: Windows that are not computed yet.
         error: Why the job ended without results, if it did.
         done: Set when the job has ended.
-        lock: Guards ``computed_tokens``, ``seconds`` and ``remaining``.
+        lock: Guards ``computed_tokens``, ``seconds``, ``tokens_done`` and ``remaining``.
     """
 
     tokens: Tokens
@@ -50,6 +51,7 @@ class Job:
     failed: dict[int, str] = field(default_factory=dict)
     computed_tokens: float = 0.0
     seconds: float = 0.0
+    tokens_done: int = 0
     remaining: int = 0
     error: Exception | None = None
     done: threading.Event = field(default_factory=threading.Event)
@@ -295,7 +297,7 @@ def distribute_logits(work: Work, logits: NDArray[np.float32], seconds: float) -
         with job.lock:
             job.computed_tokens += share * placement.rows * placement.length
             job.seconds += share * seconds
-        _count_done(job, windows_of_job)
+        _count_done(job, windows_of_job, mine.stop - mine.start)
 
 
 def mark_failed(work: Work, message: str) -> None:
@@ -305,14 +307,17 @@ def mark_failed(work: Work, message: str) -> None:
         work: The batch.
         message: The model's error.
     """
-    for job, mine in work.by_job(np.ones(len(work.windows), np.int64)):
-        documents = work.windows.document[mine].tolist()
+    windows = work.windows
+    kept = windows.keep_end - windows.keep_start
+    for job, mine in work.by_job(np.ones(len(windows), np.int64)):
+        documents = windows.document[mine].tolist()
         job.failed.update(dict.fromkeys(documents, message))
-        _count_done(job, len(documents))
+        _count_done(job, len(documents), int(kept[mine].sum()))
 
 
-def _count_done(job: Job, windows: int) -> None:
+def _count_done(job: Job, windows: int, tokens: int) -> None:
     with job.lock:
+        job.tokens_done += tokens
         job.remaining -= windows
         if not job.remaining:
             job.done.set()

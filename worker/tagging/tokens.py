@@ -1,11 +1,10 @@
-"""Documents to tokens. What a tokenizer answers for a piece of text is kept, and answers the next piece that is equal.
+"""Turns documents into tokens; the tokens of pieces of text are cached.
 
-A tokenizer of BERT's form (``BertNormalizer``, ``BertPreTokenizer``, WordPiece) treats a text between two ASCII
-blanks or punctuation marks without looking beyond them: it normalises character by character, ends a word at each
-blank and makes a word of each punctuation mark. So the tokens of a text are those of its pieces, one behind the other.
-Whatever else depends on more than a piece goes to the tokenizer as a whole: tokenizers of another form, and texts with
-the name of a special token such as ``[SEP]``. Lists of words need no such condition: every tokenizer treats each word
-as a text of its own.
+A tokenizer of BERT's kind (``BertNormalizer``, ``BertPreTokenizer``, WordPiece) normalises each character for itself,
+ends a word at each blank and makes a word of each punctuation mark. So a text can be divided at ASCII blanks and
+punctuation marks, and its tokens are the concatenated tokens of the pieces. A text is given to the tokenizer undivided
+where that does not hold: with a tokenizer of another kind, and where the text contains a special token such as
+``[SEP]``. In lists of words each word is a piece, since every tokenizer treats words separately.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from nermill.worker.tagging.batching import spread
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
-MOST_PIECES = 1 << 16  # kept at once, of MOST_BYTES together; then the table begins anew
-MOST_BYTES = 1 << 24
+MOST_PIECES = 1 << 16  # cached pieces after which the cache is emptied
+MOST_BYTES = 1 << 24  # the same in bytes of their text
 
 Int = NDArray[np.int64]
 
-# What a byte of UTF-8 is: part of a word (every byte of a character beyond ASCII too), a blank, or a punctuation mark.
-# The underscore counts as part of a word, as in the rule by which added tokens match whole words only.
+# Kind of each byte of UTF-8: part of a word (also every byte of a character beyond ASCII), blank, or punctuation mark.
+# The underscore is part of a word, as in the rule by which added tokens match whole words only.
 _WORD, _BLANK, _MARK = 0, 1, 2
 _KIND = np.zeros(256, np.uint8)
 _KIND[list(b" \t\n\r")] = _BLANK
@@ -41,11 +40,11 @@ _KIND[list(b"!\"#$%&'()*+,-./:;<=>?@[\\]^`{|}~")] = _MARK
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The tokens of many documents, one document behind the other, special tokens left out.
+    """The tokens of many documents, concatenated, without special tokens.
 
     Attributes:
         ids: Token ids, int64, shape (tokens,).
-        bounds: Where each document begins, int64, shape (documents + 1,).
+        bounds: First token of each document, and the number of tokens, int64, shape (documents + 1,).
         words: Number of each token's word within its document, int64, shape (tokens,).
         start, end: Half-open code points of each token, int64, shape (tokens,): within its text, or within its word
             where the document is a list of words.
@@ -59,12 +58,18 @@ class Tokens:
 
     @property
     def counts(self) -> Int:
-        """Tokens of each document, shape (documents,)."""
+        """Number of tokens of each document, int64, shape (documents,)."""
         return np.diff(self.bounds)
 
 
 def tokenize(tokenizer: Tokenizer, documents: Sequence[str] | Sequence[Sequence[str]], *, split: bool) -> Tokens:
-    """Tokenizes texts, or documents that are ``split`` into words already."""
+    """Tokenizes documents without the cache.
+
+    Args:
+        tokenizer: Without truncation and padding.
+        documents: Texts, or lists of words where ``split``.
+        split: Whether documents are lists of words.
+    """
     encodings = tokenizer.encode_batch(documents, is_pretokenized=split, add_special_tokens=False)
     return _columns(encodings)
 
@@ -83,7 +88,7 @@ def _bounds(counts: Int) -> Int:
 
 
 class CachedTokenizer:
-    """Answers as ``tokenize`` does, to the last id and offset. Threads may share it.
+    """Tokenizes with a cache; ids, words and offsets are those of ``tokenize``. Threads may share it.
 
     Args:
         tokenizer: Without truncation and padding.
@@ -98,11 +103,16 @@ class CachedTokenizer:
         self._divides_texts = _is_bert(state) and not any(
             token["lstrip"] or token["rstrip"] for token in added if token not in crossing
         )
-        self._texts = _Table(tokenizer, split=False)
-        self._words = _Table(tokenizer, split=True)
+        self._texts = _Cache(tokenizer, split=False)
+        self._words = _Cache(tokenizer, split=True)
 
     def tokenize(self, documents: Sequence[str] | Sequence[Sequence[str]], *, split: bool) -> Tokens:
-        """Tokenizes texts, or documents that are ``split`` into words already."""
+        """Tokenizes documents.
+
+        Args:
+            documents: Texts, or lists of words where ``split``.
+            split: Whether documents are lists of words.
+        """
         if split:
             return self._tokenize_words(documents)
         if not self._divides_texts:
@@ -155,8 +165,8 @@ def _divide(texts: list[str]) -> tuple[pa.Array[Any], Int, Int]:
     """Divides texts into pieces: runs of word bytes, runs of blanks, single punctuation marks.
 
     Returns:
-        The pieces of all texts, binary, shape (pieces,); where each text's pieces begin, int64, shape (texts + 1,); the
-        code point of its text at which each piece begins, int64, shape (pieces,).
+        The pieces of all texts, binary, shape (pieces,); first piece of each text, and the number of pieces, int64,
+        shape (texts + 1,); the code point of its text at which each piece begins, int64, shape (pieces,).
     """
     buffers: Any = pa.array(texts, pa.string()).buffers()
     _, offsets, data = buffers
@@ -172,13 +182,17 @@ def _divide(texts: list[str]) -> tuple[pa.Array[Any], Int, Int]:
     ends = pa.py_buffer(np.append(first, len(content)).astype(np.int32).tobytes())
     pieces = pa.Array.from_buffers(pa.binary(), len(first), [None, ends, data])
     piece_bounds = np.searchsorted(first, bounds)
-    # the number of the code point at each byte: bytes 10xxxxxx go on with one that began before
+    # number of code points before each byte: bytes 10xxxxxx continue a code point
     point = _bounds((content & 0xC0) != 0x80)
     return pieces, piece_bounds, point[first] - np.repeat(point[bounds[:-1]], np.diff(piece_bounds))
 
 
 def _merged(parts: list[tuple[list[int], Tokens]]) -> Tokens:
-    """The tokens of several groups of documents, in the order of the documents' numbers."""
+    """The tokens of several groups of documents, in the order of the documents.
+
+    Args:
+        parts: Numbers and tokens of each group's documents.
+    """
     numbers = np.concatenate([np.array(numbers, np.int64) for numbers, _ in parts])
     order = np.argsort(numbers)
     shifts = np.cumsum([0, *(len(tokens.ids) for _, tokens in parts)])
@@ -195,11 +209,11 @@ def _merged(parts: list[tuple[list[int], Tokens]]) -> Tokens:
 
 @dataclass(frozen=True, slots=True)
 class _Pieces:
-    """Tokens of pieces by number. All int64; the first three of shape (pieces,), the others of shape (tokens,).
+    """The tokens of cached pieces; int64, the first three of shape (pieces,), the others of shape (tokens,).
 
     Attributes:
         begin, count, words: First token, number of tokens and number of words of each piece.
-        ids, word, start, end: Of each token: id, word within the piece, half-open code points within the piece.
+        ids, word, start, end: Id, word within the piece, and half-open code points within the piece of each token.
     """
 
     begin: Int
@@ -211,8 +225,16 @@ class _Pieces:
     end: Int
 
 
-class _Known:
-    """The pieces that are known. ``pieces`` is replaced by a longer one before ``numbers`` has new entries."""
+class _Cached:
+    """The content of a cache.
+
+    Other threads read it without a lock: ``pieces`` is replaced by a longer object before ``numbers`` gets new entries.
+
+    Attributes:
+        numbers: Number of each piece.
+        pieces: Their tokens.
+        bytes: Length of all pieces.
+    """
 
     def __init__(self) -> None:
         self.numbers: dict[bytes, int] = {}
@@ -220,37 +242,42 @@ class _Known:
         self.bytes = 0
 
 
-class _Table:
-    """The pieces that were seen, with their tokens."""
+class _Cache:
+    """A cache of the tokens of pieces.
+
+    Args:
+        tokenizer: Tokenizes new pieces.
+        split: Whether pieces are words of a list, or pieces of a text.
+    """
 
     def __init__(self, tokenizer: Tokenizer, *, split: bool) -> None:
         self._tokenizer, self._split = tokenizer, split
-        self._learning = threading.Lock()
-        self._known = _Known()
+        self._lock = threading.Lock()
+        self._cached = _Cached()
 
     def look_up(self, pieces: pa.Array[Any]) -> tuple[_Pieces, Int]:
-        """Tokens of all that is known, and the number of each of ``pieces`` among it, int64, shape (pieces,)."""
+        """The cached tokens, after new pieces have been added, and the number of each piece, int64, shape (pieces,)."""
         encoded: Any = pieces.dictionary_encode()
         distinct: list[bytes] = encoded.dictionary.to_pylist()
-        known = self._known
+        cached = self._cached
         try:
-            numbers = [known.numbers[piece] for piece in distinct]
+            numbers = [cached.numbers[piece] for piece in distinct]
         except KeyError:
-            with self._learning:
-                known = self._learn(distinct)
-                numbers = [known.numbers[piece] for piece in distinct]
-        return known.pieces, np.array(numbers, np.int64)[np.asarray(encoded.indices, np.int64)]
+            with self._lock:
+                cached = self._add(distinct)
+                numbers = [cached.numbers[piece] for piece in distinct]
+        return cached.pieces, np.array(numbers, np.int64)[np.asarray(encoded.indices, np.int64)]
 
-    def _learn(self, distinct: list[bytes]) -> _Known:
-        if len(self._known.numbers) > MOST_PIECES or self._known.bytes > MOST_BYTES:
-            self._known = _Known()
-        known = self._known
-        new = [piece for piece in distinct if piece not in known.numbers]
-        begin = len(known.pieces.begin)
-        known.pieces = _joined(known.pieces, self._encoded(new))
-        known.numbers.update((piece, begin + n) for n, piece in enumerate(new))
-        known.bytes += sum(map(len, new))
-        return known
+    def _add(self, distinct: list[bytes]) -> _Cached:
+        if len(self._cached.numbers) > MOST_PIECES or self._cached.bytes > MOST_BYTES:
+            self._cached = _Cached()
+        cached = self._cached
+        new = [piece for piece in distinct if piece not in cached.numbers]
+        begin = len(cached.pieces.begin)
+        cached.pieces = _joined(cached.pieces, self._encoded(new))
+        cached.numbers.update((piece, begin + n) for n, piece in enumerate(new))
+        cached.bytes += sum(map(len, new))
+        return cached
 
     def _encoded(self, pieces: list[bytes]) -> _Pieces:
         texts = [piece.decode() for piece in pieces]

@@ -23,12 +23,12 @@ from tests.harness import Harness, texts
 SENTENCE = "Anna B-PER\nflew O\nto O\nRome B-LOC\n. O\n\n"
 
 
-def submit(mill: Harness, sentences: int, per_shard: int) -> tuple[RunFolder, Plan]:
+def submit(fleet: Harness, sentences: int, per_shard: int) -> tuple[RunFolder, Plan]:
     """Sends a run with gold tags, and looks after it no more."""
-    source = mill.folder / "gold.conll"
+    source = fleet.folder / "gold.conll"
     source.write_text(SENTENCE * sentences, "utf-8")
-    run, plan = make_plan(Request((str(source),), str(mill.out), limits=ShardLimits(documents=per_shard)))
-    send(run, plan, mill.queue())
+    run, plan = make_plan(Request((str(source),), str(fleet.out), limits=ShardLimits(documents=per_shard)))
+    send(run, plan, fleet.queue())
     return run, plan
 
 
@@ -43,130 +43,130 @@ def deeds(trace: Path) -> Counter[str]:
     return Counter(deed for _, deed in lines_of(trace))
 
 
-def await_report(mill: Harness, run: RunFolder) -> dict[str, Any]:
-    mill.until(lambda: run.exists(REPORT_HTML), 60)
+def await_report(fleet: Harness, run: RunFolder) -> dict[str, Any]:
+    fleet.until(lambda: run.exists(REPORT_HTML), 60)
     report: dict[str, Any] = json.loads(run.read(REPORT_JSON))
     return report
 
 
-def await_closed(mill: Harness, plan: Plan) -> None:
+def await_closed(fleet: Harness, plan: Plan) -> None:
     """Waits until the ledger says that the run's last step is done."""
-    with mill.queue().ledger() as ledger:
-        mill.until(lambda: ledger.progress(plan.run_id).state == RunState.FINISHED, 20)
+    with fleet.queue().ledger() as ledger:
+        fleet.until(lambda: ledger.progress(plan.run_id).state == RunState.FINISHED, 20)
 
 
-def repeat(mill: Harness, run: RunFolder, plan: Plan) -> list[str]:
+def repeat(fleet: Harness, run: RunFolder, plan: Plan) -> list[str]:
     """Sends the message of the run's last step five times more; returns the states of their results."""
-    app = mill.app()
+    app = fleet.app()
     sent = [app.send_task(FINISH_RUN, args=(plan.run_id, run.uri), queue=QUEUE) for _ in range(5)]
     return [result.get(timeout=20)["state"] for result in sent]
 
 
-def test_it_happens_once_though_the_last_two_shards_end_together(mill: Harness) -> None:
-    meeting, trace = mill.folder / "meeting", mill.folder / "trace"
+def test_it_happens_once_though_the_last_two_shards_end_together(fleet: Harness) -> None:
+    meeting, trace = fleet.folder / "meeting", fleet.folder / "trace"
     meeting.mkdir()
     faults = {"FAULT_MEET": str(meeting), "FAULT_TRACE": str(trace), "FAULT_EVALUATION_SECONDS": "1"}
-    workers = [mill.worker(NERMILL_CONCURRENCY="1", **faults) for _ in range(2)]
+    workers = [fleet.worker(NERMILL_CONCURRENCY="1", **faults) for _ in range(2)]
     for worker in workers:
         worker.await_ready()
-    run, plan = submit(mill, 40, per_shard=20)
-    report = await_report(mill, run)
-    await_closed(mill, plan)
-    assert set(repeat(mill, run, plan)) == {"not due"}
+    run, plan = submit(fleet, 40, per_shard=20)
+    report = await_report(fleet, run)
+    await_closed(fleet, plan)
+    assert set(repeat(fleet, run, plan)) == {"not due"}
     assert len(list(meeting.iterdir())) == 2, "both workers had a shard, and told of it together"
-    assert deeds(trace)["evaluates"] == deeds(trace)["evaluated"] == 1, mill.logs()
+    assert deeds(trace)["evaluates"] == deeds(trace)["evaluated"] == 1, fleet.logs()
     assert (report["documents"], report["support"], report["warnings"]) == (40, 80, [])
     assert len(report["throughput"]["workers"]) == 2
 
 
-def test_it_happens_once_more_after_a_kill_in_the_middle_of_it(mill: Harness) -> None:
-    trace = mill.folder / "trace"
-    run, plan = submit(mill, 40, per_shard=20)
-    doomed = mill.worker(FAULT_TRACE=str(trace), FAULT_EVALUATION_SECONDS="60")
-    mill.until(lambda: deeds(trace)["evaluates"], 30)
+def test_it_happens_once_more_after_a_kill_in_the_middle_of_it(fleet: Harness) -> None:
+    trace = fleet.folder / "trace"
+    run, plan = submit(fleet, 40, per_shard=20)
+    doomed = fleet.worker(FAULT_TRACE=str(trace), FAULT_EVALUATION_SECONDS="60")
+    fleet.until(lambda: deeds(trace)["evaluates"], 30)
     doomed.kill()
     assert run.exists(SUCCESS_FILE)
     assert not run.exists(REPORT_JSON)
     for _ in range(2):
-        mill.worker(FAULT_TRACE=str(trace), FAULT_EVALUATION_SECONDS="1")
-    report = await_report(mill, run)
-    await_closed(mill, plan)
-    assert set(repeat(mill, run, plan)) == {"not due"}
-    assert (deeds(trace)["evaluates"], deeds(trace)["evaluated"]) == (2, 1), mill.logs()
+        fleet.worker(FAULT_TRACE=str(trace), FAULT_EVALUATION_SECONDS="1")
+    report = await_report(fleet, run)
+    await_closed(fleet, plan)
+    assert set(repeat(fleet, run, plan)) == {"not due"}
+    assert (deeds(trace)["evaluates"], deeds(trace)["evaluated"]) == (2, 1), fleet.logs()
     assert report["documents"] == 40
 
 
-def test_the_headline_scores_of_a_run_are_seqevals(mill: Harness) -> None:
-    run, plan = submit(mill, 40, per_shard=20)
-    mill.worker()
-    report = await_report(mill, run)
+def test_the_headline_scores_of_a_run_are_seqevals(fleet: Harness) -> None:
+    run, plan = submit(fleet, 40, per_shard=20)
+    fleet.worker()
+    report = await_report(fleet, run)
     assert report["headline"] == {"by": "seqeval", "version": version("seqeval"), "largest_difference": ANY}
-    await_closed(mill, plan)
+    await_closed(fleet, plan)
 
 
-def test_evaluations_keep_no_other_run_waiting(mill: Harness) -> None:
-    trace = mill.folder / "trace"
-    gold = [submit(mill, sentences, per_shard=20)[0] for sentences in (20, 40)]
-    mill.worker(FAULT_TRACE=str(trace), FAULT_EVALUATION_SECONDS="6")
-    mill.until(lambda: deeds(trace)["evaluates"] == len(gold))
-    run, _ = mill.submit(texts(40))
-    mill.until(lambda: run.exists(SUCCESS_FILE))
+def test_evaluations_keep_no_other_run_waiting(fleet: Harness) -> None:
+    trace = fleet.folder / "trace"
+    gold = [submit(fleet, sentences, per_shard=20)[0] for sentences in (20, 40)]
+    fleet.worker(FAULT_TRACE=str(trace), FAULT_EVALUATION_SECONDS="6")
+    fleet.until(lambda: deeds(trace)["evaluates"] == len(gold))
+    run, _ = fleet.submit(texts(40))
+    fleet.until(lambda: run.exists(SUCCESS_FILE))
     assert not any(evaluated.exists(REPORT_JSON) for evaluated in gold)
 
 
 def test_a_waiting_producer_leaves_a_long_evaluation_to_its_worker(
-    mill: Harness, monkeypatch: pytest.MonkeyPatch
+    fleet: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nermill.producer.runs.run.SETTLE_SECONDS", 0.5)
-    trace = mill.folder / "trace"
-    run, plan = submit(mill, 40, per_shard=20)
-    mill.worker(FAULT_TRACE=str(trace), FAULT_EVALUATION_SECONDS="4")
-    mill.wait(run, plan)
+    trace = fleet.folder / "trace"
+    run, plan = submit(fleet, 40, per_shard=20)
+    fleet.worker(FAULT_TRACE=str(trace), FAULT_EVALUATION_SECONDS="4")
+    fleet.wait(run, plan)
     assert deeds(trace)["evaluated"] == 1
     assert run.exists(REPORT_HTML)
 
 
 def test_a_waiting_producer_ends_though_the_only_worker_died_in_the_evaluation(
-    mill: Harness, monkeypatch: pytest.MonkeyPatch
+    fleet: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nermill.producer.runs.run.SETTLE_SECONDS", 0.5)
-    trace = mill.folder / "trace"
-    run, plan = submit(mill, 40, per_shard=20)
-    doomed = mill.worker(FAULT_TRACE=str(trace), FAULT_EVALUATION_SECONDS="60")
-    mill.until(lambda: deeds(trace)["evaluates"], 30)
+    trace = fleet.folder / "trace"
+    run, plan = submit(fleet, 40, per_shard=20)
+    doomed = fleet.worker(FAULT_TRACE=str(trace), FAULT_EVALUATION_SECONDS="60")
+    fleet.until(lambda: deeds(trace)["evaluates"], 30)
     doomed.kill()
-    assert mill.wait(run, plan, timeout=mill.lease_seconds + 15).state == "complete"
+    assert fleet.wait(run, plan, timeout=fleet.lease_seconds + 15).state == "complete"
     assert run.exists(SUCCESS_FILE)
     assert not run.exists(REPORT_JSON), "what the command does next"
 
 
-def test_an_evaluation_that_ends_every_process_is_left_alone(mill: Harness) -> None:
-    trace = mill.folder / "trace"
-    run, plan = submit(mill, 4, per_shard=4)
-    with mill.server.client() as client:
+def test_an_evaluation_that_ends_every_process_is_left_alone(fleet: Harness) -> None:
+    trace = fleet.folder / "trace"
+    run, plan = submit(fleet, 4, per_shard=4)
+    with fleet.server.client() as client:
         client.hset(f"{KEY_PREFIX}run:{plan.run_id}:attempts", FINISH, 3)  # as after three kills in the middle of it
-    mill.worker(FAULT_TRACE=str(trace))
-    mill.until(lambda: run.exists(SUCCESS_FILE))
-    await_closed(mill, plan)
+    fleet.worker(FAULT_TRACE=str(trace))
+    fleet.until(lambda: run.exists(SUCCESS_FILE))
+    await_closed(fleet, plan)
     assert not run.exists(REPORT_JSON)
     assert deeds(trace)["evaluates"] == 0
-    assert "no report: 3 attempts" in mill.logs()
+    assert "no report: 3 attempts" in fleet.logs()
 
 
-def test_what_workers_measure_is_what_their_devices_did(mill: Harness) -> None:
+def test_what_workers_measure_is_what_their_devices_did(fleet: Harness) -> None:
     """Two devices, one paced twice as slow as the other; the batches that they computed are counted as they go."""
     paces = {"npu:0": 0.2, "npu:1": 0.4}
-    traces = {device: mill.folder / device for device in paces}
+    traces = {device: fleet.folder / device for device in paces}
     for device, pace in paces.items():
-        mill.worker(
+        fleet.worker(
             NERMILL_DEVICE_NAME=device,
             NERMILL_CONCURRENCY="4",  # two of them are kept for the common queue
             FAULT_BATCH_SECONDS=str(pace),
             FAULT_TRACE=str(traces[device]),
         ).await_ready()
     warm = {device: deeds(trace)["batch"] for device, trace in traces.items()}
-    run, _ = submit(mill, 4_000, per_shard=200)
-    throughput = await_report(mill, run)["throughput"]
+    run, _ = submit(fleet, 4_000, per_shard=200)
+    throughput = await_report(fleet, run)["throughput"]
     rows = {row["device"]: row for row in throughput["devices"]}
     assert set(rows) == set(paces)
     for device, row in rows.items():

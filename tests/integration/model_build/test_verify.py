@@ -133,6 +133,7 @@ def test_command_line_of_bench_inspect_and_shapes(
     body = json.loads(out)
     assert (body["documents"], body["costs"]["kind"]) == (2, "measured")
     assert body["devices"] >= 1
+    assert body["one_a_row"]["fill"] <= body["nearest_bucket"]["fill"] <= 1
 
 
 def test_bench_names_a_shape_that_the_device_refuses(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,7 +135,7 @@ def test_weights_that_are_missing(refusal: Callable[..., str], make_checkpoint: 
         (("--shapes", "2x64,2x64"), "a shape is there twice"),
         (("--shapes", "2x128"), "--shapes 2x128: the model reads at most 96 tokens"),
         (("--precision", "int4"), "--precision int4: backend torch takes fp32, fp16, bf16, int8"),
-        (("--backend", "tensorrt"), "--backend tensorrt: nermill builds onnx, torch, aie, om"),
+        (("--backend", "tensorrt"), "--backend tensorrt: nermill builds onnx, torch, openvino, aie, om"),
         (("--layout", "ragged"), "--layout ragged: nermill builds packed, plain"),
         (("--index-dtype", "int8"), "--index-dtype int8: nermill builds int64, int32"),
         (("--shape", "2x64"), "No such option: --shape"),
@@ -169,7 +169,7 @@ def test_output_folder_that_exists(
         (("shapes", "{}/none.txt"), "none.txt: cannot be read"),
         (("shapes", "{}/texts.txt", "--costs", "910b"), "no such table; shipped are 310p3-bert-base, 310p3-bert-large"),
         (("shapes", "{}/broken.jsonl"), "broken.jsonl:2: no JSON object with a text"),
-        (("bench", "demo", "--device", "cuda:7"), "minilm-conll2003: its int8 graph runs on a CPU; for cuda:7 comp"),
+        (("bench", "demo", "--device", "cuda:7"), "minilm-ner-en: its int8 graph runs on a CPU; for cuda:7 comp"),
     ],
 )
 def test_other_commands(

@@ -266,7 +266,7 @@ def test_an_overlap_that_no_window_has_is_refused(nermill, broker, corpus, tmp_p
     shutil.copytree(resolve_artifact("demo"), small)
     manifest = json.loads((small / "manifest.json").read_text())
     (small / "manifest.json").write_text(json.dumps({**manifest, "max_length": 48}))
-    told = "nermill: --overlap 4096: windows of minilm-conll2003 have 512 tokens; name fewer\n"
+    told = "nermill: --overlap 4096: windows of minilm-ner-en have 512 tokens; name fewer\n"
     for command, options in (("run", ["--devices", "cpu"]), ("submit", ["--broker", broker]), ("plan", [])):
         arguments = [command, corpus, "--out", tmp_path / "out", "--model", "demo", *options]
         assert nermill(*arguments, "--overlap", 4096) == (2, "", told)
@@ -302,6 +302,28 @@ def test_plan_tells_without_writing(nermill, tmp_path):
     _, out, _ = nermill(*arguments)
     assert "3 documents with an id that came before: a, b" in out
     assert "█" in out
+
+
+def test_plan_tells_the_price_of_the_run_and_of_a_million_documents(nermill, tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps({"id": n, "text": "Ada " * 40}) + "\n" for n in range(4)) + '{"text": ""}\n')
+    costs = tmp_path / "costs.json"
+    costs.write_text(
+        json.dumps({"kind": "measured", "source": "here", "shapes": [{"rows": 1, "length": 512, "seconds": 512_000}]})
+    )
+    code, out, _ = nermill("plan", path, "--costs", costs, "--price-per-hour", "2.5", "--json")
+    body = json.loads(out)
+    assert code == 0
+    run = body["tokens"]["total"] * 1000 / 3600 * 2.5
+    assert body["price"] == pytest.approx({"per_hour": 2.5, "run": run, "per_million_documents": run / 4 * 1e6})
+    told = f"price      {run:,.2f}, {run / 4 * 1e6:,.2f} for a million documents like these (at 2.5 an hour)"
+    assert told in " ".join(nermill("plan", path, "--costs", costs, "--price-per-hour", "2.5")[1].split("\n"))
+    assert json.loads(nermill("plan", path, "--costs", costs, "--json")[1])["price"] is None
+    shutil.copytree(resolve_artifact("demo"), tmp_path / "art")
+    (tmp_path / "art" / "bench.json").unlink()
+    code, _, error = nermill("plan", path, "--model", tmp_path / "art", "--price-per-hour", "1")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "--price-per-hour: the device's time is not known" in error
 
 
 def test_plan_expects_seconds_from_the_table_that_lies_with_the_artifact(nermill, tmp_path, sample):
@@ -529,6 +551,17 @@ def test_labels_that_gold_and_model_do_not_share_are_explained(nermill, broker, 
     code, out, _ = nermill(*mend.split()[1:], "--json")
     report = json.loads(out)
     assert (code, report["f1"], report["labels"]["gold"]["mapped"]) == (0, 1.0, {"person": 1})
+
+
+def test_documents_that_are_known_to_be_rejected_show_in_the_exit_code_before_they_are_tagged(
+    nermill, broker, tmp_path
+):
+    path = tmp_path / "two.jsonl"
+    path.write_text('{"text": "Ada"}\n{"text": ""}\n')
+    for _ in range(2):  # planned, then found again
+        code, out, err = nermill("submit", path, "--out", tmp_path / "out", "--broker", broker, "--json")
+        assert (code, json.loads(out)["documents"]["rejected"]) == (3, 0)
+        assert f"1 document rejected as unreadable: nermill rejects {json.loads(out)['run']}" in err
 
 
 def test_what_is_left_out_and_rejected_is_said(nermill, broker, tmp_path):

@@ -94,44 +94,44 @@ def free_port() -> int:
     raise AssertionError("no port is free")
 
 
-def test_workers_are_known_while_they_live_and_by_their_artifact(mill, tmp_path):
+def test_workers_are_known_while_they_live_and_by_their_artifact(fleet, tmp_path):
     pytest.importorskip("onnxruntime")
-    none = findings(mill.server.url, tmp_path)["workers"]
-    assert (none.ok, none.mend) == (False, f"nermill-worker --model demo --broker {mill.server.url}")
+    none = findings(fleet.server.url, tmp_path)["workers"]
+    assert (none.ok, none.mend) == (False, f"nermill-worker --model demo --broker {fleet.server.url}")
 
-    double = mill.worker()
+    double = fleet.worker()
     double.await_ready()
-    other = findings(mill.server.url, tmp_path)["workers"]
+    other = findings(fleet.server.url, tmp_path)["workers"]
     assert not other.ok
     assert re.search(r"none serves demo \(\w{12}\); 1 on cpu: double \(\w{12}\)", other.detail)
     assert other.mend.startswith("nermill-worker --model demo")
 
-    real = mill.worker(REAL)
+    real = fleet.worker(REAL)
     real.await_ready()
-    assert {name for name, finding in findings(mill.server.url, tmp_path).items() if not finding.ok} == set()
-    with mill.queue().ledger() as ledger:
+    assert {name for name, finding in findings(fleet.server.url, tmp_path).items() if not finding.ok} == set()
+    with fleet.queue().ledger() as ledger:
         ledger.open("r1", str(tmp_path), Options(), artifact="b" * 64)
         ledger.add("r1", [Shard(0, 0, 1, "c" * 64)])
-        waiting = findings(mill.server.url, tmp_path)["workers"]
+        waiting = findings(fleet.server.url, tmp_path)["workers"]
         assert not waiting.ok
         assert "bbbbbbbbbbbb" in waiting.detail
         ledger.drop("r1")
         (other,) = {w.artifact for w in ledger.workers()} - {load_manifest(resolve_artifact("demo")).sha256}
         double.signal(signal.SIGSTOP)  # it serves the run, but not now
-        ledger.open("r2", str(mill.out / "run=r2"), Options(), artifact=other)
+        ledger.open("r2", str(fleet.out / "run=r2"), Options(), artifact=other)
         ledger.add("r2", [Shard(0, 0, 1, "c" * 64)])
-        busy = findings(mill.server.url, tmp_path)["workers"]
+        busy = findings(fleet.server.url, tmp_path)["workers"]
         assert busy.ok
         assert "; runs wait for double" in busy.detail
         ledger.drop("r2")
         double.signal(signal.SIGCONT)
-    assert findings(mill.server.url, tmp_path)["workers"].ok
+    assert findings(fleet.server.url, tmp_path)["workers"].ok
 
     double.terminate()
     real.kill()
-    assert [worker.model for worker in mill.queue().workers()] == ["minilm-conll2003"]
-    time.sleep(mill.lease_seconds + 0.5)  # thrice the time between two signs of life
-    assert mill.queue().workers() == []
+    assert [worker.model for worker in fleet.queue().workers()] == ["minilm-ner-en"]
+    time.sleep(fleet.lease_seconds + 0.5)  # thrice the time between two signs of life
+    assert fleet.queue().workers() == []
 
 
 @pytest.mark.parametrize("devices", ["cuda:77", "npu:77", "cpu,npu:77"])

@@ -1,4 +1,4 @@
-"""``nermill run``: the whole mill with the bundled model, and what it says when the worker fails."""
+"""``nermill run``: a run with the bundled model, and its messages when the worker fails."""
 
 from __future__ import annotations
 
@@ -139,6 +139,6 @@ def test_a_device_that_the_artifact_cannot_use_is_named_in_one_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines()[-1] == (
-        "nermill: the worker failed: minilm-conll2003: its int8 graph runs on a CPU; for cuda:0 compile fp16"
+        "nermill: the worker failed: minilm-ner-en: its int8 graph runs on a CPU; for cuda:0 compile fp16"
     )
     assert all(line.startswith("nermill: ") for line in done.stderr.splitlines())

@@ -210,24 +210,24 @@ def test_documents_that_are_gone_are_named(broker, planned):
         runs.send(run, plan, Queue(broker))
 
 
-def test_a_damaged_shard_is_named_and_submitting_again_mends_it(mill):
+def test_a_damaged_shard_is_named_and_submitting_again_mends_it(fleet):
     documents = texts(30)
-    run, plan = mill.plan(documents, documents_per_shard=10)
+    run, plan = fleet.plan(documents, documents_per_shard=10)
     damaged = bytearray(run.read(run.shard_file(1)))
     damaged[len(damaged) // 2] ^= 1
     run.write(run.shard_file(1), bytes(damaged))
-    queue = mill.queue()
+    queue = fleet.queue()
     runs.send(run, plan, queue)
-    mill.worker()
+    fleet.worker()
     named = r"shard-00001.arrow: damaged since it was planned .*; submit the same input again"
     with pytest.raises(StoreError, match=named):
-        mill.wait(run, plan)
+        fleet.wait(run, plan)
     status = look(run, plan, queue)
     assert (status.state, status.committed) == ("incomplete", 2)
     assert re.search(named, status.progress.last_error)
-    again = mill.submit(documents, documents_per_shard=10)
+    again = fleet.submit(documents, documents_per_shard=10)
     assert again == (run, plan)
-    assert mill.wait(run, plan).state == "complete"
+    assert fleet.wait(run, plan).state == "complete"
     assert [row["doc_id"] for row in rows(run)] == [f"d{n}" for n in range(30)]
 
 

@@ -51,23 +51,23 @@ def bucket(monkeypatch) -> Iterator[str]:
     server.stop()
 
 
-def test_a_run_on_s3_whose_worker_is_killed_is_the_run_on_disk(bucket, mill, tmp_path):
+def test_a_run_on_s3_whose_worker_is_killed_is_the_run_on_disk(bucket, fleet, tmp_path):
     corpus = tmp_path / "in.conll"
     corpus.write_text("".join(f"Ada{n} B-PER\nmet O\nBob I-PER\n\n" for n in range(60)))
     limits = ShardLimits(documents=3)
-    roots = {"NERMILL_ALLOWED_ROOTS": f"{bucket}/deep,{mill.out}"}
+    roots = {"NERMILL_ALLOWED_ROOTS": f"{bucket}/deep,{fleet.out}"}
     tables, scores = [], []
-    for out in (f"{bucket}/deep", str(mill.out)):
+    for out in (f"{bucket}/deep", str(fleet.out)):
         run, plan = make_plan(Request((str(corpus),), out, limits=limits))
-        runs.send(run, plan, mill.queue())
-        if not mill.workers:
-            doomed = mill.worker(FAULT_BATCH_SECONDS="0.2", **roots)
-            mill.until(run.committed, 40)
+        runs.send(run, plan, fleet.queue())
+        if not fleet.workers:
+            doomed = fleet.worker(FAULT_BATCH_SECONDS="0.2", **roots)
+            fleet.until(run.committed, 40)
             doomed.kill()
             assert len(run.committed()) < len(plan.shards)
-            mill.worker(**roots)
-        plan = runs.resume(run, plan, mill.queue())
-        assert mill.wait(run, plan).state == "complete"
+            fleet.worker(**roots)
+        plan = runs.resume(run, plan, fleet.queue())
+        assert fleet.wait(run, plan).state == "complete"
         assert run.exists(SUCCESS_FILE)
         scores.append(evaluate(run)["strict"])
         compacted = compact(run, plan)

@@ -23,13 +23,15 @@ from nermill.producer.runs import run as runs
 from nermill.producer.runs.queue import Queue
 from nermill.producer.runs.shards import ShardLimits
 from nermill.producer.runs.status import look
-from nermill.producer.runs.stream import Stream
+from nermill.producer.runs.stream import BACKLOG, Stream
 from nermill.worker.contracts.broker import redis_client
 from nermill.worker.contracts.document import Document
+from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.layout import RunFolder
 from nermill.worker.contracts.plan import read_plan
 from tests.benchmarks import stream as latency
 from tests.benchmarks.corpora import SAMPLE
+from tests.doubles import store  # noqa: F401 - makes faulty:// known
 from tests.harness import rows, texts
 
 
@@ -62,8 +64,8 @@ def feed(process: subprocess.Popen[str], *texts: str) -> None:
     process.stdin.flush()
 
 
-def the_run(tmp_path: Path) -> RunFolder:
-    [folder] = (tmp_path / "out").glob("run=*")
+def the_run(tmp_path: Path, out: str = "out") -> RunFolder:
+    [folder] = (tmp_path / out).glob("run=*")
     return RunFolder(str(folder))
 
 
@@ -160,12 +162,12 @@ def test_nothing_acknowledged_is_lost_by_sigkill(submit, serving, broker, tmp_pa
     assert not read_plan(run).is_open
 
 
-def test_a_stream_that_is_killed_and_started_again_misses_nothing_acknowledged(mill, tmp_path):
+def test_a_stream_that_is_killed_and_started_again_misses_nothing_acknowledged(fleet, tmp_path):
     """The sender starts again behind what was acknowledged; the worker is a real one."""
-    mill.worker()
+    fleet.worker()
     documents = [json.dumps({"id": f"d{n}", "text": text}) + "\n" for n, text in enumerate(texts(300))]
     command = [sys.executable, "-m", "nermill.producer.cli", "submit", "-", "--ack", "--linger", "0.05"]
-    command += ["--shard-documents", "7", "--out", str(mill.out), "--broker", mill.server.url]
+    command += ["--shard-documents", "7", "--out", str(fleet.out), "--broker", fleet.server.url]
 
     def start(**streams: object) -> subprocess.Popen[str]:
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **streams)
@@ -184,16 +186,16 @@ def test_a_stream_that_is_killed_and_started_again_misses_nothing_acknowledged(m
         with suppress(BrokenPipeError):
             first.stdin.close()
     assert 100 < acknowledged <= 201
-    before = the_run(mill.folder)
+    before = the_run(fleet.folder)
     with start() as second:
         told, _ = second.communicate("".join(documents[acknowledged:]), timeout=60)
     assert second.returncode == 0
     assert sum(json.loads(line)["documents"] for line in told.splitlines()[:-1] if "first" in line) > 0
 
-    plan = runs.resume(before, read_plan(before), mill.queue())
-    mill.wait(before, plan)
-    (after,) = (RunFolder(str(path)) for path in mill.out.iterdir() if str(path) != before.uri)
-    mill.wait(after, read_plan(after))
+    plan = runs.resume(before, read_plan(before), fleet.queue())
+    fleet.wait(before, plan)
+    (after,) = (RunFolder(str(path)) for path in fleet.out.iterdir() if str(path) != before.uri)
+    fleet.wait(after, read_plan(after))
     durable = [row["doc_id"] for row in rows(before)]
     assert durable == [f"d{n}" for n in range(len(durable))]
     assert len(durable) >= acknowledged
@@ -207,7 +209,9 @@ def test_a_growing_file_is_followed(submit, serving, tmp_path):
     assert json.loads(process.stdout.readline())["documents"] == 1
     with growing.open("a") as stream:
         stream.write('b"}\n')
-    assert json.loads(process.stdout.readline()) == {"index": 1, "first": 1, "documents": 1}
+    run_id = read_plan(the_run(tmp_path)).run_id
+    told = {"run_id": run_id, "index": 1, "first": 1, "documents": 1, "byte": growing.stat().st_size, "line": 2}
+    assert json.loads(process.stdout.readline()) == told
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
@@ -247,7 +251,13 @@ def test_a_stream_without_workers_is_held_back(
 def test_a_producer_that_is_held_back_is_still_there(broker, tmp_path, monkeypatch):
     monkeypatch.setattr("nermill.producer.runs.stream.HOLD_SECONDS", 0.3)
     producer = Producer(str(tmp_path), broker=broker, limits=ShardLimits(documents=1), high_water=1)
-    sender = threading.Thread(target=lambda: [producer.send("Ada") for _ in range(2)])
+
+    def send() -> None:
+        with suppress(UsageError):  # it is closed meanwhile
+            for _ in range(20):
+                producer.send("Ada")
+
+    sender = threading.Thread(target=send)
     sender.start()
     sender.join(1.0)
     assert sender.is_alive()
@@ -287,6 +297,86 @@ def test_the_latency_table_has_a_row_for_each_linger(capfd, monkeypatch):
     latency.main(["--rate", "40", "--seconds", "1", "--data", str(SAMPLE)])
     row = capfd.readouterr().out.splitlines()[-1]
     assert re.fullmatch(r"\| 50 ms \| 40 \| \d+ \| [\d,]+ ms \| [\d,]+ ms \| [\d,]+ ms \|", row)
+
+
+def test_nobody_waits_for_a_slow_store_while_there_is_room(broker, tmp_path, monkeypatch):
+    """Each shard takes the store a second; the lock is free meanwhile."""
+    monkeypatch.setenv("FAULT_STORE", str(tmp_path))
+    stream = Stream("faulty://out", Queue(broker), linger=60, limits=ShardLimits(documents=2))
+    (tmp_path / ".fault").write_text("slow 1")
+    longest = 0.0
+    began = time.monotonic()
+    for n in range(2 * BACKLOG):
+        before = time.monotonic()
+        stream.add(Document(str(n), text="Ada"))
+        assert stream.documents == n + 1
+        longest = max(longest, time.monotonic() - before)
+    assert longest < 0.5
+    assert time.monotonic() - began < 1.0
+    assert len(stream.run.shards()) == 0  # the store is at work with the first
+    for n in range(2 * BACKLOG, 2 * BACKLOG + 4):
+        stream.add(Document(str(n), text="Ada"))
+    assert time.monotonic() - began > 0.9  # memory is bounded: beyond the backlog the store's pace counts
+    (tmp_path / ".fault").unlink()
+    assert stream.close().documents == 2 * BACKLOG + 4
+
+
+def test_a_stream_that_waits_does_not_poll(broker, tmp_path):
+    """Its threads sleep until a document has lingered, and until the hold is due, every two seconds."""
+    before = set(threading.enumerate())
+    stream = Stream(str(tmp_path), Queue(broker), linger=30)
+    stream.add(Document("a", text="Ada"))
+    own = [thread.native_id for thread in set(threading.enumerate()) - before]
+    assert len(own) == 2
+    time.sleep(0.5)
+
+    def wakeups() -> int:
+        status = [Path(f"/proc/self/task/{thread}/status").read_text() for thread in own]
+        return sum(int(re.search(r"^voluntary_ctxt_switches:\s+(\d+)", text, re.MULTILINE)[1]) for text in status)
+
+    began = wakeups()
+    time.sleep(3.0)
+    assert wakeups() - began < 60  # two renewals of some calls each; a look every 10 ms would be 300
+    stream.close()
+
+
+def test_a_stream_ends_as_a_run_does_where_a_document_is_rejected(submit, serving, broker, tmp_path):
+    process = submit("-")
+    _, err = process.communicate('{"text": "Ada"}\n{"text": ', timeout=30)
+    assert process.returncode == 3
+    assert f"1 document rejected as unreadable: nermill rejects {the_run(tmp_path).uri}" in err
+
+
+def test_a_closed_stream_takes_no_document(broker, tmp_path):
+    stream = Stream(str(tmp_path), Queue(broker))
+    stream.close()
+    with pytest.raises(UsageError, match="was closed"):
+        stream.add(Document("a", text="Ada"))
+
+
+def test_threads_that_send_first_fill_one_stream(broker, tmp_path):
+    with Producer(str(tmp_path), broker=broker) as producer:
+        start = threading.Barrier(8)
+
+        def send() -> None:
+            start.wait()
+            producer.send("Ada")
+
+        threads = [threading.Thread(target=send) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert read_plan(the_run(tmp_path.parent, tmp_path.name)).documents == 8
+
+
+def test_a_document_without_an_id_is_named_by_its_index(broker, serving, tmp_path):
+    with Producer(str(tmp_path), broker=broker) as producer, serving():
+        indices = [producer.send("Ada"), producer.send("Bob", id="mine"), producer.send(["Carol"])]
+        producer.wait()
+    assert indices == [0, 1, 2]
+    run = RunFolder(producer.status().run)
+    assert [shown.row["doc_id"] for shown in read_rows(run, read_plan(run), None)] == ["0", "mine", "2"]
 
 
 def test_readers_of_an_open_run_see_nothing_half_done(broker, tmp_path):

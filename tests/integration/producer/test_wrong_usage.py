@@ -48,6 +48,7 @@ WRONG = {
     "--out": ("{file}/below", "cannot be a folder"),
     "--overlap": ("5000", "--overlap"),
     "--part-mib": ("0", "--part-mib"),
+    "--price-per-hour": ("inf", "what one device costs an hour"),
     "--priority": ("urgent", "one of high, normal, low"),
     "--shard-documents": ("many", "--shard-documents"),
     "--tag-column": ("0", "columns count from 1"),

@@ -16,7 +16,7 @@ from nermill.producer import cli
 from nermill.worker.contracts.errors import EvaluationError
 from nermill.worker.contracts.layout import REPORT_HTML, REPORT_JSON
 from nermill.worker.contracts.tags import to_iob2
-from nermill.worker.evaluation import evaluate, headline, scores
+from nermill.worker.evaluation import chunks, evaluate, headline, scores
 from nermill.worker.evaluation.report import render_report
 from tests.unit.evaluation.runs import Doc, make_run, read_conll
 
@@ -94,7 +94,7 @@ def forget_a_correct_chunk(*chunks: Any) -> Any:
     return correct
 
 
-find_correct = scores.find_correct
+find_correct = chunks.find_correct
 
 
 def test_a_count_that_differs_from_seqevals_fails_the_evaluation(

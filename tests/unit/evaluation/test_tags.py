@@ -60,4 +60,4 @@ def test_a_tag_that_the_named_scheme_does_not_have():
     with pytest.raises(ValueError, match="'I-LOC' at index 1 starts a chunk"):
         to_iob2(("B-PER", "I-LOC"), "IOB2")
     with pytest.raises(ValueError, match="unknown tag scheme 'IOBES'"):
-        to_iob2(("O",), "IOBES")
+        to_iob2(("O",), "IOBES")  # type: ignore[arg-type]

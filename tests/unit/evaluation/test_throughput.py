@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ def paced_run() -> list[dict]:
 
     Clocks are those of two hosts; each device takes its next shard while the last one still is decoded.
     """
-    stats = []
+    stats: list[dict[str, Any]] = []
     for device, seconds, busy in (("npu:0", 2.0, 0.8), ("npu:1", 3.0, 0.5)):
         for n in range(int(60 / seconds)):
             begin = 1_000.0 + n * seconds

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nermill.model_build.shapes import Costs, best_shapes, load_costs, packing
+from nermill.model_build.shapes import Costs, best_shapes, bucket, load_costs, packing
 from nermill.worker.contracts.errors import UsageError
 
 lengths_of_a_corpus = st.lists(st.integers(3, 40), min_size=1, max_size=25)
@@ -57,6 +57,15 @@ def test_packing_computes_every_window_once(lengths: list[int], waiting: int) ->
     assert packed.fill * computed == pytest.approx(sum(lengths))
     assert packed.seconds == packed.calls[(2, 16)] + 2 * packed.calls[(1, 40)]
     assert packed.rows == 2 * packed.calls[(2, 16)] + packed.calls[(1, 40)]
+
+
+def test_buckets_are_the_nearest_lengths_at_their_best_number_of_rows() -> None:
+    costs = Costs("table", "estimate", "", {(1, 16): 1.0, (4, 16): 2.0, (2, 40): 3.0, (1, 64): 9.0})
+    bucketed = bucket(np.array([3, 16, 17, 40]), costs)
+    assert (bucketed.lengths, bucketed.seconds) == ([16, 40], 2 * 2.0 / 4 + 2 * 3.0 / 2)
+    assert bucketed.fill == pytest.approx(76 / (16 + 16 + 40 + 40))
+    with pytest.raises(UsageError, match="no shape takes a window of 65 tokens"):
+        bucket(np.array([65]), costs)
 
 
 @pytest.mark.parametrize(("name", "peak"), [("310p3-bert-large", 768.5), ("310p3-bert-base", 2884)])

@@ -34,7 +34,12 @@ def read(*inputs: object, **options: object) -> list[Document]:
 
 
 def faults(documents: list[Document]) -> list[str | None]:
-    return [document.fault and document.fault.reason for document in documents]
+    return [None if document.fault is None else document.fault.reason for document in documents]
+
+
+def message_of(document: Document) -> str:
+    assert document.fault is not None
+    return document.fault.message
 
 
 @pytest.fixture
@@ -82,8 +87,8 @@ class TestJsonl:
         documents = read(path)
         assert faults(documents) == [None, "malformed", None, "malformed"]
         assert documents[1].id == f"{path}:2"
-        assert documents[1].fault.message == "broken JSON (Expecting value, column 10)"
-        assert documents[3].fault.message == "broken JSON (nested too deep)"
+        assert message_of(documents[1]) == "broken JSON (Expecting value, column 10)"
+        assert message_of(documents[3]) == "broken JSON (nested too deep)"
         refused(rf"{path}:2: broken JSON .*; correct it, or leave it out with --on-error reject", path, on_error="fail")
 
     def test_a_file_without_any_json_is_refused(self, write):
@@ -166,8 +171,8 @@ class TestConll:
         path = write("a.conll", TWO + "\n" + line + "came O\n\nBonn B-LOC\n")
         documents = read(path)
         assert faults(documents) == [None, None, "malformed", None]
-        assert documents[2].fault.message.startswith(f"{path}{message}")
-        refused(f"{path}{message}.*: --on-error reject", path, on_error="fail")
+        assert message_of(documents[2]).startswith(f"{path}{message}")
+        refused(f"{path}{message}.* --on-error reject", path, on_error="fail")
 
     def test_no_column_of_tags_is_named(self, write):
         refused(":1: 3 columns, and none holds tags", write("a.conll", "EU NNP NP\n"))
@@ -196,6 +201,7 @@ class TestParquet:
         first, second, third = read(path, id_column="key", text_column="body", keep_fields=True)
         assert (first.id, first.text, first.fields) == ("1", "Ada", {"n": 0.5})
         assert (second.id, faults([second])) == ("2", ["missing_field"])
+        assert third.fields
         assert math.isnan(third.fields["n"])  # JSON's null, once it is in a shard
         refused(r"no field 'text' \(found: key, body, n\)", path)
         refused("column 'n' is double, not a string", path, text_column="n")

@@ -1,0 +1,286 @@
+"""Runs by value: the producer reaches the broker, and need not see the run's folder, which the workers fill."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import IO, NamedTuple
+
+from nermill.producer.runs.planning import Found, Request, find_inputs, model_identity, planned_run_id, utc_now
+from nermill.producer.runs.queue import Queue
+from nermill.producer.runs.run import BROKER_TIMEOUT, MAX_WAITING_SHARDS, OnStatus, ignore, open_run
+from nermill.producer.runs.shards import group_documents
+from nermill.producer.runs.status import Status, look
+from nermill.producer.sources.files import absolute
+from nermill.producer.sources.options import OnError
+from nermill.producer.sources.reading import OnRead, Reading, ignore_progress
+from nermill.worker.contracts.by_value import Documents, Held, TooLargeError, pack
+from nermill.worker.contracts.document import Document, Fault
+from nermill.worker.contracts.errors import BrokerError, StoreError, UsageError
+from nermill.worker.contracts.layout import RunFolder
+from nermill.worker.contracts.message import PRIORITIES
+from nermill.worker.contracts.plan import BY_VALUE, Input, Plan, Shard
+from nermill.worker.contracts.shard import shard_table
+
+HELD_BYTES = 64 << 20  # of documents in Redis, of all runs, above which a producer waits
+_OWN_SHARE = 8  # a run may have this part of them whatever other runs have, so that none is kept out
+_MEMORY_SHARE = 4  # no more than this part of the server's limit of memory
+_BATCH = 64  # shards offered between two looks at which messages are due
+_POLL_SECONDS = 0.2
+
+
+class _Entry(NamedTuple):
+    """A shard's documents in the temporary file."""
+
+    shard: Shard
+    start: int
+    size: int
+
+
+FindQueue = Callable[[], Queue | None]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A run that was read and not sent.
+
+    Attributes:
+        run: The run's folder, which is not looked at.
+        plan: Its open plan, without shards.
+        shards: Its shards, in order.
+        spool: Their documents, one after another.
+    """
+
+    run: RunFolder
+    plan: Plan
+    shards: list[_Entry]
+    spool: IO[bytes]
+
+
+@contextmanager
+def packed(request: Request, on_read: OnRead = ignore_progress) -> Iterator[Packed]:
+    """Reads a run's input to its end, into a temporary file of this machine; nothing is sent.
+
+    Args:
+        request: What to send; ``out`` is a folder or URI as the workers see it.
+        on_read: Told now and then how far the reading is.
+
+    Raises:
+        UsageError: a wrong input.
+    """
+    request = replace(request, by_value=True)
+    model = model_identity(request.model, request.options)
+    found = find_inputs(request)
+    out = absolute(request.out)
+    run_id = planned_run_id(out, request, model, found.sources, found.prints)
+    reading = Reading(found.sources, [size for _, size in found.prints], request.read, on_read)
+    with tempfile.TemporaryFile() as spool:
+        shards = list(_spooled(reading, request, spool))
+        plan = _plan(request, run_id, model, found, reading)
+        yield Packed(RunFolder(f"{out}/run={run_id}"), plan, shards, spool)
+
+
+def send(run: Packed, queue: Queue, on_wait: OnStatus = ignore) -> None:
+    """Sends the shards of a run that are neither recorded nor in Redis; waits while too much lies there.
+
+    Args:
+        run: The run.
+        queue: The broker.
+        on_wait: Told the status while sending waits.
+
+    Raises:
+        UsageError: the broker has the run with other shards.
+        StoreError: the workers refuse the run.
+        BrokerError: the broker does not answer, or lost the run.
+    """
+    plan, priority = run.plan, PRIORITIES[run.plan.priority]
+    with queue.ledger() as ledger:
+        ledger.open(plan.run_id, run.run.uri, plan.options, artifact=plan.model["sha256"], priority=priority, plan=plan)
+        if not Documents(ledger).declare(plan.run_id, [entry.shard for entry in run.shards]):
+            raise UsageError(
+                f"run {plan.run_id}: the broker has it with other shards, as another version of nermill cuts them; "
+                "name another --out"
+            )
+        needed = Documents(ledger).needed(plan.run_id)
+    _offer(run, queue, [entry for entry in run.shards if entry.shard.index in needed], on_wait)
+    with queue.ledger() as ledger:
+        ledger.seal(plan.run_id)
+    queue.promote()
+
+
+def _plan(request: Request, run_id: str, model: dict[str, str], found: Found, reading: Reading) -> Plan:
+    return Plan(
+        run_id=run_id,
+        created=utc_now(),
+        model=model,
+        options=request.options,
+        inputs=tuple(
+            Input(source.file.uri, source.format, size, sha256, count)
+            for source, (sha256, size), count in zip(found.sources, found.prints, reading.counts, strict=True)
+        ),
+        shards=(),
+        unit=request.read.unit if any(source.format == "conll" for source in found.sources) else "document",
+        has_gold=reading.has_gold,
+        is_open=True,
+        priority=request.priority,
+        details={BY_VALUE: True, **({"left_out": found.left_out} if found.left_out else {})},
+    )
+
+
+def _spooled(reading: Reading, request: Request, spool: IO[bytes]) -> Iterator[_Entry]:
+    index = first = start = 0
+    for group in group_documents(reading.documents(), request.limits):
+        for data, sha256, documents in _pack(group, request.read.on_error):
+            spool.write(data)
+            yield _Entry(Shard(index, first, documents, sha256), start, len(data))
+            index, first, start = index + 1, first + documents, start + len(data)
+
+
+def _pack(group: list[Document], on_error: OnError) -> Iterator[tuple[bytes, str, int]]:
+    """Packs documents as one shard, or as several where they are too large for one: bytes, sha256, documents of each.
+
+    Raises:
+        UsageError: one document is too large, and wrong records are not rejected.
+    """
+    try:
+        yield (*pack(shard_table(group)), len(group))
+    except TooLargeError as error:
+        if len(group) > 1:
+            middle = len(group) // 2
+            yield from _pack(group[:middle], on_error)
+            yield from _pack(group[middle:], on_error)
+            return
+        (document,) = group
+        told = f"{error}; submit it without --by-value"
+        if on_error == "fail" or document.fault is not None:
+            raise UsageError(f"{document.id[:80]}: {told}") from None
+        yield from _pack([Document(document.id, fault=Fault("too_large", told))], on_error)
+
+
+def _offer(run: Packed, queue: Queue, shards: list[_Entry], on_wait: OnStatus) -> None:
+    limit = _limit(queue)
+    for number, (shard, start, size) in enumerate(shards):
+        run.spool.seek(start)
+        data = run.spool.read(size)
+        with queue.ledger() as ledger:
+            state, held = Documents(ledger).offer(run.plan.run_id, shard, data)
+        if state == "unknown":
+            raise _lost(run.run)
+        if state == "cancelled":
+            return
+        if number % _BATCH == 0:
+            queue.promote()
+        if not _has_room(held, limit) or number % _BATCH == 0:
+            _await_room(run, queue, limit, on_wait)
+
+
+def _lost(run: RunFolder) -> BrokerError:
+    return BrokerError(f"{run.uri}: the broker lost the run; submit the same input again, which goes on")
+
+
+def _limit(queue: Queue) -> int:
+    memory = queue.max_memory()
+    return min(HELD_BYTES, memory // _MEMORY_SHARE) if memory else HELD_BYTES
+
+
+def _has_room(held: Held, limit: int) -> bool:
+    return held.total <= limit or held.own <= limit // _OWN_SHARE
+
+
+def _await_room(run: Packed, queue: Queue, limit: int, on_wait: OnStatus) -> None:
+    while True:
+        with queue.ledger() as ledger:
+            held, progress = Documents(ledger).held(run.plan.run_id), ledger.progress(run.plan.run_id)
+        if _has_room(held, limit) and progress.waiting <= MAX_WAITING_SHARDS:
+            return
+        status = look(run.run, run.plan, queue)
+        _check_served(status)
+        on_wait(status)
+        queue.recover()
+        time.sleep(_POLL_SECONDS)
+
+
+def _check_served(status: Status) -> None:
+    """Looks whether the workers serve a run.
+
+    Raises:
+        StoreError: they refuse it.
+    """
+    progress = status.progress
+    idle = not progress.waiting and not progress.leased
+    if not progress.leased and (progress.blocked or (progress.quarantined and idle)):
+        reason = progress.last_error
+        raise StoreError(f"{status.run}: the workers refuse it ({reason}); once mended, submit the same input again")
+
+
+def wait(run: RunFolder, plan: Plan, queue: Queue, on_status: OnStatus = ignore) -> Status:
+    """Follows a run by value to its end, by the ledger alone.
+
+    Args:
+        run: The run's folder, which is not looked at.
+        plan: Its open plan.
+        queue: Its broker.
+        on_status: Told the status at each look; what it raises ends the waiting.
+
+    Returns:
+        The last status: complete or cancelled.
+
+    Raises:
+        BrokerError: the broker stays away, or lost the run.
+        StoreError: workers refuse the run, or not all of its documents were sent.
+    """
+    answered, idle_before = time.monotonic(), False
+    while True:
+        try:
+            status = look(run, plan, queue)
+            queue.recover()
+            answered = time.monotonic()
+        except BrokerError:
+            if time.monotonic() - answered > BROKER_TIMEOUT:
+                raise
+            time.sleep(1.0)
+            continue
+        on_status(status)
+        if status.progress.state == "unknown":
+            raise _lost(run)
+        if status.state == "complete" or (status.state == "cancelled" and not status.progress.leased):
+            return status
+        _check_served(status)
+        idle = status.state == "incomplete"
+        if idle and idle_before:
+            raise StoreError(f"{run.uri}: not all of its documents were sent; submit the same input again")
+        idle_before = idle
+        time.sleep(_POLL_SECONDS)
+
+
+def open_seen_or_not(uri: str, find_queue: FindQueue) -> tuple[RunFolder, Plan]:
+    """A run, by its folder or, where that is not to be seen from here and the run goes by value, by the ledger.
+
+    Args:
+        uri: The run's folder or URI.
+        find_queue: Asked where the folder does not tell; None where no broker answers.
+
+    Raises:
+        UsageError, StoreError: there is no such run here, nor in the ledger.
+    """
+    try:
+        return open_run(uri)
+    except (UsageError, StoreError):
+        folder = absolute(uri)
+        _, marked, run_id = folder.rpartition("/run=")
+        queue = find_queue() if marked else None
+        if queue is not None:
+            with queue.ledger() as ledger:
+                plan = Documents(ledger).plan(run_id)
+                known = ledger.uri(run_id)
+            if plan is not None and known == folder:
+                return RunFolder(folder), plan
+        raise
+
+
+def is_followed_by_ledger(plan: Plan) -> bool:
+    """Whether the ledger alone tells how far a run is."""
+    return plan.by_value and plan.is_open
