@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 from tests.exploration.scenario import SCENARIOS, Scenario
-from tests.exploration.search import Failure, Schedule, Tally, exhaust, follow, shrink, wander, wandering
+from tests.exploration.search import Failure, Schedule, Tally, at_writes, exhaust, follow, shrink, wander, wandering
 from tests.exploration.world import Fault, World
 
 
@@ -53,10 +53,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def hunt(names: tuple[str, ...], seconds: float) -> int:
-    """Ends with the first failure: of single faults in some scenarios, then of random walks in all."""
+    """Ends with the first failure: of single faults, of pairs at writes, then of random walks in all scenarios."""
     begun = time.monotonic()
     for search in (
         *(partial(exhaust, SCENARIOS[name], 1, seconds=seconds / 2) for name in names),
+        *(partial(exhaust, SCENARIOS[name], 2, where=at_writes, seconds=seconds / 2) for name in names),
         *(partial(wandering, some, itertools.count(), seconds=seconds / 2) for some in (names, tuple(SCENARIOS))),
     ):
         tally = search()

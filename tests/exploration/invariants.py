@@ -57,6 +57,8 @@ class Watch:
             held = self._leases.get((run, shard))
             if held and held[2] > now:
                 self._world.violated(f"shard {shard} is leased while {held[0].name} holds it")
+            if held and held[2] <= now:
+                self._lost[run, shard] += 1
             if shard in self._hash(f"run:{run}:results"):
                 self._world.violated(f"shard {shard} is leased and recorded")
             if told[1] > 1 + self._lost[run, shard]:
@@ -267,6 +269,8 @@ class Watch:
                 violated(f"shard {min(shards - somewhere)} of {run} is in no place")
             if header.get("state") == "finishing" and FINISH not in somewhere:
                 violated(f"the last step of {run} is in no place")
+            if header.get("state") == "finished" and FINISH in pending | sent | leases:
+                violated(f"run {run} is finished, and its last step is not")
             if header.get("state") in ("finishing", "finished") and not shards <= results:
                 violated(f"run {run} is {header['state']}, shard {min(shards - results)} is not recorded")
             is_one_by_one = header.get("artifact") == "" and (sent | leases)

@@ -73,7 +73,7 @@ MUTANTS = (
     Mutant(
         "leases are not renewed",
         SHARDS,
-        "                    self._ledger.renew(claim, self._settings.lease_seconds)\n                recovered",
+        "                    self._ledger.renew(claim, self._settings.lease_seconds, tokens=tokens)\n                recovered",
         "                    pass\n                recovered",
         ("slow",),
     ),
@@ -128,9 +128,9 @@ MUTANTS = (
     Mutant(
         "anybody renews a lease",
         LUA,
-        "function step.renew(run, shard, lease, milliseconds, now)\n"
+        "function step.renew(run, shard, lease, milliseconds, tokens, now)\n"
         "  if not holds(run, shard, lease) then return 0 end",
-        "function step.renew(run, shard, lease, milliseconds, now)",
+        "function step.renew(run, shard, lease, milliseconds, tokens, now)",
     ),
     Mutant(
         "anybody releases a lease",
@@ -209,8 +209,8 @@ MUTANTS = (
     Mutant(
         "a finished run stays for a week",
         LUA,
-        "  move(run, 'finished')\n  expire(run, seconds)\n",
-        "  move(run, 'finished')\n",
+        "scores) end\n  expire(run, seconds)\n",
+        "scores) end\n",
     ),
     Mutant("everybody recovers at once", LEDGER, "1, nx=True, px", "1, nx=False, px"),
     Mutant(

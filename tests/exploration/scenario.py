@@ -132,6 +132,13 @@ class _Client:
     def hkeys(self, name: str) -> list[str]:
         return list(self._step("hkeys", lambda: self._world.server.hkeys(name)))
 
+    def hget(self, name: str, key: str) -> str | None:
+        found: str | None = self._step("hget", lambda: self._world.server.hget(name, key))
+        return found
+
+    def hvals(self, name: str) -> list[str]:
+        return list(self._world.step("", lambda: self._world.server.hvals(name)))
+
     def hlen(self, name: str) -> int:
         return int(self._world.step("", lambda: self._world.server.hlen(name)))  # with the hgetall before it
 
@@ -220,13 +227,13 @@ class _Pipeline:
         return 0.0
 
     def annotate(
-        self, table: pa.Table, options: Options, first: int = 0, on_fed: Callable[[], object] = lambda: None
+        self, table: pa.Table, options: Options, first: int = 0, on_fed: Callable[[Any], object] = lambda job: None
     ) -> Annotated:
         self._world.watch.annotates(self._process, first, table.num_rows)
         texts = tuple(
             zip(table["doc_id"].to_pylist(), table["text"].to_pylist(), table["fault_reason"].to_pylist(), strict=True)
         )
-        on_fed()
+        on_fed(SimpleNamespace(tokens_done=0, tokens=SimpleNamespace(ids=())))
         self._world.sleep(self._scenario.seconds[first // self._scenario.shard_documents])
         self._world.watch.annotated(self._process)
         if any(text == POISON and fault is None for _, text, fault in texts):

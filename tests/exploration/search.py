@@ -80,31 +80,46 @@ def follow(scenario: Scenario, schedule: Schedule) -> Failure | None:
 
 
 def exhaust(
-    scenario: Scenario, bound: int, *, seconds: float = float("inf"), share: tuple[int, int] = (0, 1), stop: bool = True
+    scenario: Scenario,
+    bound: int,
+    *,
+    where: Callable[[Actor, Fault], bool] = lambda actor, fault: True,
+    seconds: float = float("inf"),
+    share: tuple[int, int] = (0, 1),
+    stop: bool = True,
 ) -> Tally:
     """Walks every schedule with up to ``bound`` faults; two that come to one state are walked on once.
 
     Args:
         scenario: The world.
         bound: Faults in a schedule, switches among them.
+        where: Which faults are tried, and in the place of which steps.
         seconds: Time after which the search ends, and is not whole.
         share: Of so many searches that divide the first faults among them, which one this is.
         stop: Whether the first failure ends it.
     """
-    search = _Search(scenario, bound)
+    search, dice = _Search(scenario, bound, where), random.Random(0)
     begun, waiting = time.monotonic(), [Schedule()]
     while waiting and not (stop and search.tally.failures):
         if time.monotonic() - begun > seconds:
             search.tally.is_whole = False
             break
+        at = dice.randrange(len(waiting))  # a search that ends early has seen some of everything
+        waiting[at], waiting[-1] = waiting[-1], waiting[at]
         schedule = waiting.pop()
         children = search.go(schedule)
         if not schedule:
-            random.Random(0).shuffle(children)  # what ends early has seen some of everything
+            dice.shuffle(children)
             children = children[share[0] :: share[1]]
         waiting += children
     search.tally.seconds = time.monotonic() - begun
     return search.tally
+
+
+def at_writes(actor: Actor, fault: Fault) -> bool:
+    """Deaths, pauses and failures at a worker's writes to the place of the run: what two workers do to one file."""
+    is_write = actor.writes and actor.label.startswith(("disk.", "store.")) and actor.process.slot != "producer"
+    return is_write and fault.kind in ("kill", "pause", "fail")
 
 
 class _Search:
@@ -114,8 +129,8 @@ class _Search:
         tally: What it came to so far.
     """
 
-    def __init__(self, scenario: Scenario, bound: int) -> None:
-        self._scenario, self._bound = scenario, bound
+    def __init__(self, scenario: Scenario, bound: int, where: Callable[[Actor, Fault], bool]) -> None:
+        self._scenario, self._bound, self._where = scenario, bound, where
         self._known: dict[int, int] = {}  # faults that were left at each state that has been walked on from
         self._offered: dict[object, int] = {}  # and at each outcome of a fault
         self.tally = Tally()
@@ -135,6 +150,8 @@ class _Search:
                     raise _KnownError
                 self._known[signature] = remaining
                 for fault in world.options(actor):
+                    if not self._where(actor, fault):
+                        continue
                     key = world.outcome(actor, fault, signature)
                     if self._offered.get(key, 0) < remaining:
                         self._offered[key] = remaining

@@ -119,6 +119,12 @@ class Server:
     def hgetall(self, key: str) -> dict[str, str]:
         return dict(self._get(key, dict))
 
+    def hvals(self, key: str) -> list[str]:
+        return list(self._get(key, dict).values())
+
+    def hstrlen(self, key: str, field: str) -> int:
+        return len(self._get(key, dict).get(field, "").encode())
+
     def hkeys(self, key: str) -> list[str]:
         return list(self._get(key, dict))
 
@@ -171,6 +177,11 @@ class Server:
             self._put(key, dict)[member] = float(score)
         return int(is_new)
 
+    def zincrby(self, key: str, amount: str, member: str) -> str:
+        content = self._put(key, dict)
+        content[member] = content.get(member, 0.0) + float(amount)
+        return _number(content[member])
+
     def zrem(self, key: str, member: str) -> int:
         content = self._get(key, dict)
         if member not in content:
@@ -203,8 +214,12 @@ class Server:
             return [text for member in members for text in (member, _number(self.values[key][member]))]
         return members
 
-    def zrange(self, key: str, start: str, stop: str) -> list[str]:
-        return [member for member, _ in _in_order(self._get(key, dict))][int(start) : int(stop) + 1]
+    def zrange(self, key: str, start: str, stop: str, *options: str) -> list[str]:
+        last = int(stop) + 1 or None
+        found = _in_order(self._get(key, dict))[int(start) : last]
+        if options:
+            return [text for member, score in found for text in (member, _number(score))]
+        return [member for member, _ in found]
 
     def zpopmin(self, key: str) -> list[str]:
         found = next(iter(_in_order(self._get(key, dict))), None)
