@@ -87,6 +87,32 @@ def adopt(
     _built(folder, complete(folder, model, device), as_json)
 
 
+def accept(
+    checkpoint: Annotated[
+        str, typer.Argument(help="Hugging Face folder, or OWNER/NAME@REVISION of the hub.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder for report.json and report.html.", show_default=False)],
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Try a device with all that a worker needs of it, and write one report. Exit code 4 if a step fails."""
+    from nermill.model_build.accept import Step, write_report
+    from nermill.model_build.accept import accept as try_device
+    from nermill.model_build.artifact import folder_at_once
+    from nermill.model_build.checkpoint import open_checkpoint
+
+    def told(step: Step) -> None:
+        print(f"{step.state:<8} {step.name}: {step.detail} ({step.seconds:.1f} s)", file=sys.stderr, flush=True)
+
+    open_checkpoint(checkpoint)  # what is wrong with it is said once, before anything is tried
+    with folder_at_once(out) as folder:
+        report = try_device(checkpoint, device, told)
+        write_report(report, folder)
+    _answer({"report": str(out), **report}, as_json, [f"{out}: {'passed' if report['passed'] else 'FAILED'}"])
+    if not report["passed"]:
+        raise typer.Exit(BEYOND_TOLERANCE)
+
+
 def export(
     checkpoint: Annotated[
         str, typer.Argument(help="Hugging Face folder, or OWNER/NAME@REVISION of the hub.", show_default=False)
@@ -265,6 +291,7 @@ for command, name, example in (
     (bench, "bench", "nermill-build bench ner-int8 --json > costs.json"),
     (shapes, "shapes", "nermill-build shapes valid.txt --max-shapes 2 --costs 310p3-bert-large --target 5000"),
     (inspect, "inspect", "nermill-build inspect demo"),
+    (accept, "accept", "nermill-build accept ./bert-large-NER --device npu:0 --out report"),
     (export, "export", "nermill-build export ./bert-large-NER --format onnx --layout plain --out bert.onnx"),
     (adopt, "adopt", "nermill-build adopt ner-om ner-om/model.om"),
 ):
