@@ -120,6 +120,7 @@ def bench(name: str, data: Path) -> dict[str, Any]:
             "null_over_tokenizer": round(median(entry["ratio"] for entry in null), 4),
             "paced_scaling": {str(n): round(median(reached), 4) for n, reached in scaling.items()},
             "paced_310p3_busy": round(median(npu["busy"]), 4),
+            "paced_310p3_of_ideal": round(median(npu["of_ideal"]), 4),
             "padding_share": {"packed": max(padding["packed"].values()), "sorted": max(padding["plain"].values())},
         },
         "corpora": {

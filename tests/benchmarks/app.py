@@ -2,6 +2,7 @@
 
 - ``BENCH_RATE``: windows a second of a paced engine; 0, the default, for the null engine.
 - ``BENCH_COSTS``: a table of costs that paces the engine shape by shape instead.
+- ``BENCH_BUSY``: file in which that engine keeps account of the seconds for which it was busy.
 - ``BENCH_SHAPES``: the shapes that are compiled for it, as in ``nermill-build compile --shapes``.
 """
 
@@ -25,7 +26,8 @@ def load_engine(artifact: Path, device: str = "cpu", threads: int = 0) -> Engine
     manifest = load_manifest(artifact)
     if table := os.environ.get("BENCH_COSTS"):
         shapes = parse_shapes(os.environ["BENCH_SHAPES"], manifest.max_length, manifest.backend)
-        return PacedEngine(replace(manifest, shapes=shapes), by_shape(load_costs(table).seconds))
+        account = Path(os.environ["BENCH_BUSY"])
+        return PacedEngine(replace(manifest, shapes=shapes), by_shape(load_costs(table).seconds), account)
     return PacedEngine(manifest, windows_per_second(RATE)) if RATE else NullEngine(manifest)
 
 

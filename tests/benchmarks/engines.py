@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,10 +46,13 @@ class PacedEngine(NullEngine):
     Args:
         manifest: What the device was compiled for.
         pace: Seconds that a batch takes.
+        account: File that holds the seconds of all batches so far, which is what the device was busy for.
     """
 
-    def __init__(self, manifest: Manifest, pace: Pace) -> None:
+    def __init__(self, manifest: Manifest, pace: Pace, account: Path | None = None) -> None:
         super().__init__(manifest)
+        self._account = account
+        self._busy = 0.0
         self._pace = pace
         self._queue = threading.Lock()
         self._free_at = 0.0
@@ -56,8 +60,12 @@ class PacedEngine(NullEngine):
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """Logits of shape (rows, length, labels) that mean nothing, when the device would have them."""
         with self._queue:
-            self._free_at = max(time.monotonic(), self._free_at) + self._pace(batch)
+            seconds = self._pace(batch)
+            self._free_at = max(time.monotonic(), self._free_at) + seconds
             done = self._free_at
+            self._busy += seconds
+            if self._account is not None:
+                self._account.write_text(repr(self._busy), "utf-8")
         time.sleep(max(0.0, done - time.monotonic()))
         return super().run(batch)
 
