@@ -54,7 +54,7 @@ def test_a_run_is_sent_followed_and_finished(broker, serving: Serving, planned):
     assert run.exists(SUCCESS_FILE)
     assert status.as_json() | {"seconds": 0, "documents_per_second": 0, "tokens_per_second": 0, "workers": 0} == {
         "run": run.uri, "run_id": plan.run_id, "state": "complete",
-        "shards": {"planned": 4, "committed": 4, "waiting": 0, "leased": 0},
+        "shards": {"planned": 4, "committed": 4, "waiting": 0, "leased": 0}, "at_work": {"tokens": 0, "computed": 0},
         "documents": {"total": 10, "ok": 8, "rejected": 2}, "tokens": 35, "seconds": 0, "documents_per_second": 0,
         "tokens_per_second": 0, "padding_share": 0.5, "eta_seconds": 0.0, "workers": 0, "listening": [], "trouble": "",
     }  # fmt: skip

@@ -50,6 +50,7 @@ WRONG = {
     "--part-mib": ("0", "--part-mib"),
     "--price-per-hour": ("inf", "what one device costs an hour"),
     "--priority": ("urgent", "one of high, normal, low"),
+    "--resume": ("nowhere", "--resume"),
     "--shard-documents": ("many", "--shard-documents"),
     "--tag-column": ("0", "columns count from 1"),
     "--tag-names": ("O,PER", "'PER' is no tag"),
