@@ -175,7 +175,7 @@ def stage() -> Iterator[Callable[[str], str]]:
     """
     running: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory(prefix="nm-") as folder, embedded_broker() as broker:
-        for name in ("model_build", "README.md"):
+        for name in ("model_build", "README.md", "tests"):
             (Path(folder) / name).symlink_to(ROOT / name)
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         environment = {**os.environ, "PATH": path, "NERMILL_BROKER_URL": broker, "COLUMNS": "100"}

@@ -73,9 +73,8 @@ MUTANTS = (
     Mutant(
         "leases are not renewed",
         SHARDS,
-        "                    self._ledger.renew(claim, self._settings.lease_seconds, tokens=tokens)"
-        "\n                recovered",
-        "                    pass\n                recovered",
+        "self._ledger.renew(claim, self._settings.lease_seconds, tokens=tokens)\n                recovered",
+        "pass\n                recovered",
         ("slow",),
     ),
     Mutant(

@@ -359,6 +359,16 @@ def test_a_late_worker_does_not_hold_up_a_run_that_was_lost_with_the_servers_mem
     assert [message.shard for message in due(ledger)] == [1]
 
 
+def test_a_late_worker_does_not_end_a_run_that_was_sent_again_without_its_shard(ledger: Ledger) -> None:
+    begin(ledger, 2)
+    claim = Delivery(ledger).one()
+    ledger.drop("r")
+    ledger.open("r", "/out", Options())
+    ledger.add("r", [shard(1)])
+    assert not ledger.complete(claim, "w", ok=10, rejected=0, tokens=1, computed=1).last
+    assert (ledger.progress("r").state, ledger.progress("r").done) == ("closed", 0)
+
+
 @pytest.mark.parametrize("end", ["cancel", "close"])
 def test_what_is_written_after_a_runs_end_is_forgotten_with_it(ledger: Ledger, client: Redis, end: str) -> None:
     begin(ledger, 2)

@@ -403,6 +403,8 @@ end
 -- the shard's part exists, whoever wrote it: counted once; answers {newly, whether the run's last step is due}
 function step.complete(run, shard, lease, worker, ok, rejected, tokens, computed, now)
   if state(run) == 'unknown' then return {0, 0} end
+  -- a shard that was recorded before the server lost its memory: the run was sent again without it
+  if redis.call('HEXISTS', key(run, 'shards'), shard) == 0 then return {0, 0} end
   if holds(run, shard, lease) then unlease(run, shard) end
   unsend(run, shard)
   redis.call('ZREM', key(run, 'pending'), shard)
