@@ -19,6 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--scenario", action="append", choices=sorted(SCENARIOS), help="explore these alone")
     parser.add_argument("--bound", type=int, default=1, help="faults in a schedule of the exhaustive search")
     parser.add_argument("--seconds", type=float, default=60.0, help="of random walks, and of each other search")
+    parser.add_argument("--walks", type=int, help="most random walks; the seeds are those from --seed on")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--seed", type=int, default=0, help="first seed of the random walks")
     parser.add_argument("--replay", metavar="SEED|SCHEDULE", help="walk again: a seed, or STEP:FAULT,STEP:FAULT")
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name}: every schedule of {given.bound} faults at most: {tally}", flush=True)
             failures += tally.failures
         tally = together(
-            list(pool.map(partial(walks, names, given.seed, given.seconds, given.jobs), range(given.jobs)))
+            list(pool.map(partial(walks, names, given.seed, given.walks, given.seconds, given.jobs), range(given.jobs)))
         )
         print(f"random walks from seed {given.seed}: {tally}", flush=True)
         failures += tally.failures
@@ -73,8 +74,9 @@ def share_of(scenario: Scenario, bound: int, seconds: float, jobs: int, number: 
     return exhaust(scenario, bound, seconds=seconds, share=(number, jobs))
 
 
-def walks(names: tuple[str, ...], seed: int, seconds: float, jobs: int, number: int) -> Tally:
-    return wandering(names, itertools.count(seed + number, jobs), seconds=seconds)
+def walks(names: tuple[str, ...], seed: int, most: int | None, seconds: float, jobs: int, number: int) -> Tally:
+    seeds = itertools.islice(itertools.count(seed), most)
+    return wandering(names, itertools.islice(seeds, number, None, jobs), seconds=seconds)
 
 
 def together(tallies: list[Tally]) -> Tally:

@@ -271,8 +271,8 @@ class Watch:
                 violated(f"the last step of {run} is in no place")
             if header.get("state") == "finished" and FINISH in pending | sent | leases:
                 violated(f"run {run} is finished, and its last step is not")
-            if header.get("state") in ("finishing", "finished") and not shards <= results:
-                violated(f"run {run} is {header['state']}, shard {min(shards - results)} is not recorded")
+            if header.get("state") == "finishing" and not shards <= results:
+                violated(f"run {run} is finishing, shard {min(shards - results)} is not recorded")
             is_one_by_one = header.get("artifact") == "" and (sent | leases)
             if pending and not (self._is_enrolled(run) or is_one_by_one or "blocked" in header):
                 violated(f"shards of {run} are pending, and nobody will send them")

@@ -33,7 +33,7 @@ def explore(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_no_single_fault_and_no_random_walk_breaks_an_invariant(root: Path) -> None:
-    done = explore(root, "--scenario", "disk", "--scenario", "store", "--seconds", "10")
+    done = explore(root, "--scenario", "disk", "--scenario", "store", "--seconds", "20", "--walks", "500")
     assert done.returncode == 0, done.stdout + done.stderr
     schedules = [int(number.replace(",", "")) for number in re.findall(r"([\d,]+) schedules", done.stdout)]
     assert len(schedules) == 3
