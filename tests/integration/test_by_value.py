@@ -93,6 +93,7 @@ def documents_in_redis(fleet: Harness) -> list[str]:
         return [key for key in client.keys("*") if key.endswith("documents")]
 
 
+@pytest.mark.slow
 def test_a_producer_that_may_not_see_the_output_is_killed_and_submits_again(
     fleet: Harness, closed: tuple[str, Path, dict[str, str]]
 ) -> None:
@@ -176,6 +177,7 @@ def test_submitting_again_after_the_server_lost_everything_tags_nothing_twice(fl
 
 
 @pytest.mark.parametrize("step", ["sync", "rename", "done", "ack"])
+@pytest.mark.slow
 def test_a_worker_that_dies_on_the_way_leaves_a_shard_to_the_next(fleet: Harness, step: str) -> None:
     once = fleet.folder / "once"
     first = fleet.worker(FAULT_DIE_AT=step, FAULT_ONCE_FILE=str(once))
@@ -202,6 +204,7 @@ def test_parts_that_were_removed_are_tagged_again_when_the_input_is_submitted_ag
     assert run.exists("_SUCCESS")
 
 
+@pytest.mark.slow
 def test_sending_waits_while_too_much_lies_in_redis(fleet: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     source = fleet.source(texts(400))
     monkeypatch.setattr(by_value, "HELD_BYTES", 20_000)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.chaos import SHORT, disturbed, undisturbed
 
 
+@pytest.mark.slow
 def test_a_run_comes_out_the_same_whatever_dies() -> None:
     outcome = disturbed(SHORT, seed=7)
     assert outcome.harmed_to_the_end

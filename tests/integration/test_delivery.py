@@ -47,6 +47,7 @@ def test_lost_messages_are_sent_again(fleet: Harness, expected: list[dict[str, o
     assert rows(run) == expected
 
 
+@pytest.mark.slow
 def test_a_killed_workers_shards_run_again_within_its_lease(fleet: Harness, expected: list[dict[str, object]]) -> None:
     run, plan = fleet.submit(DOCUMENTS)
     killed_worker = fleet.worker(FAULT_BATCH_SECONDS="0.3")
@@ -73,6 +74,7 @@ def test_a_worker_that_is_told_to_stop_finishes_or_releases(fleet: Harness, expe
         assert ledger.progress(plan.run_id).redeliveries == 0
 
 
+@pytest.mark.slow
 def test_a_worker_that_sleeps_past_its_lease_writes_nothing_that_counts(
     fleet: Harness, expected: list[dict[str, object]]
 ) -> None:
@@ -90,6 +92,7 @@ def test_a_worker_that_sleeps_past_its_lease_writes_nothing_that_counts(
 
 
 @pytest.mark.parametrize("point", ["rename", "done", "ack"])
+@pytest.mark.slow
 def test_death_between_commit_ledger_and_acknowledgement(
     fleet: Harness, expected: list[dict[str, object]], point: str
 ) -> None:
@@ -115,6 +118,7 @@ def test_losing_the_whole_server_loses_progress_only(fleet: Harness, expected: l
     assert rows(run) == expected
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_and_started_again(fleet: Harness, expected: list[dict[str, object]]) -> None:
     run, plan = fleet.submit(DOCUMENTS)
     fleet.worker(FAULT_BATCH_SECONDS="0.1")
@@ -126,6 +130,7 @@ def test_a_server_that_is_killed_and_started_again(fleet: Harness, expected: lis
     assert rows(run) == expected
 
 
+@pytest.mark.slow
 def test_documents_that_kill_their_worker_are_rejected_alone(fleet: Harness) -> None:
     documents = texts(256)
     documents[40] = documents[200] = "this one is poison"

@@ -17,6 +17,7 @@ RUN = [
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", RUN)
+@pytest.mark.slow
 def test_the_commands_of_a_page_run_and_print_what_it_shows(root: Path, page: str) -> None:
     wanted = [step for step in steps((root / page).read_text("utf-8")) if step.command not in SKIPPED]
     if not wanted:

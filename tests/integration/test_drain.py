@@ -29,6 +29,7 @@ def attempts(run: RunFolder) -> set[int]:
 
 
 @pytest.mark.parametrize("grace", [20.0, 1.0], ids=["finishes what it holds", "releases it"])
+@pytest.mark.slow
 def test_a_worker_drains_within_its_grace_while_another_goes_on(
     fleet: Harness, expected: list[dict[str, Any]], grace: float
 ) -> None:
@@ -52,6 +53,7 @@ def test_a_worker_drains_within_its_grace_while_another_goes_on(
     assert (progress.redeliveries, progress.duplicates) == (0, 0)
 
 
+@pytest.mark.slow
 def test_a_worker_leaves_though_the_broker_does_not_answer(fleet: Harness, expected: list[dict[str, Any]]) -> None:
     environment = {"FAULT_BATCH_SECONDS": "0.4", "NERMILL_GRACE_SECONDS": "1"}
     leaving = fleet.worker(**environment)

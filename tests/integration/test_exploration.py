@@ -103,6 +103,7 @@ STEPS = st.lists(
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=STEPS)
+@pytest.mark.slow
 def test_the_simulated_server_answers_as_a_real_one(client: Redis, steps: list[tuple[str, int, float]]) -> None:
     prefix, twin = f"test-{uuid.uuid4().hex}:", Twin()
     ledgers = [Ledger(client, prefix), Ledger(twin, prefix)]

@@ -9,6 +9,7 @@ from tests.hosts import what_forbids
 from tests.rack import SHORT, over_four_hosts
 
 
+@pytest.mark.slow
 def test_a_run_over_four_hosts_comes_out_the_same_whoever_is_cut_off() -> None:
     if reason := what_forbids():
         pytest.skip(reason)

@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 from urllib.request import urlopen
 
+import pytest
 from redis.exceptions import RedisError
 from tokenizers import Tokenizer
 
@@ -32,6 +33,7 @@ from tests.harness import Harness, free_port, rows, texts
 SECRET = "the content of another's file"
 
 
+@pytest.mark.slow
 def test_mutated_messages(fleet: Harness) -> None:
     fuzz_messages(fleet, seed=1, count=1500)
 

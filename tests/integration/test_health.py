@@ -86,6 +86,7 @@ def launcher(fleet: Harness, port: int = 0, *, ready: bool = True, **environment
             process.wait(40)
 
 
+@pytest.mark.slow
 def test_a_worker_whose_engine_hangs_says_so_and_is_replaced(fleet: Harness) -> None:
     once = {"FAULT_HANG_WORD": "poison", "FAULT_ONCE_FILE": str(fleet.folder / "hung")}
     with launcher(fleet, **once) as made:
@@ -123,6 +124,7 @@ def test_a_worker_is_unhealthy_while_a_call_of_the_device_is_overdue() -> None:
     ],
     ids=["slow", "running a failed batch again in parts"],
 )
+@pytest.mark.slow
 def test_a_busy_worker_stays_healthy(fleet: Harness, faults: dict[str, str], documents: list[str]) -> None:
     with launcher(fleet, **faults) as made:
         first = made.worker()
@@ -150,6 +152,7 @@ def test_clients_that_say_nothing_do_not_keep_a_probe_waiting(fleet: Harness) ->
         assert made.health() == 200
 
 
+@pytest.mark.slow
 def test_a_process_that_stands_still_is_killed_and_replaced_and_systemd_is_not_told_that_all_is_well(
     fleet: Harness,
 ) -> None:

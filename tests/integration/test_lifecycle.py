@@ -41,6 +41,7 @@ def ask(fleet: Harness, command: str, run: RunFolder) -> tuple[int, dict[str, An
     return done.returncode, json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_cancelled_run_says_so_keeps_its_parts_and_is_taken_up_again(
     fleet: Harness, expected: list[dict[str, Any]]
 ) -> None:
@@ -85,6 +86,7 @@ def test_success_is_said_when_every_shard_has_its_part_and_not_before(fleet: Har
     assert run.committed() == everything
 
 
+@pytest.mark.slow
 def test_a_slow_device_takes_no_more_shards_than_it_is_about_to_compute(fleet: Harness) -> None:
     fleet.worker(FAULT_BATCH_SECONDS="0.3", NERMILL_CONCURRENCY="8").await_ready()
     run, plan = fleet.submit(texts(900), documents_per_shard=100)  # a shard is two of its batches
@@ -99,6 +101,7 @@ def test_a_slow_device_takes_no_more_shards_than_it_is_about_to_compute(fleet: H
     assert 3 <= median(leased) <= 5, "what waits for the device, and what is on its way to it and back"
 
 
+@pytest.mark.slow
 def test_a_dead_workers_shards_are_taken_up_within_its_lease_and_five_seconds(fleet: Harness) -> None:
     run, plan = fleet.submit(texts(640), documents_per_shard=16)
     doomed, _ = [fleet.worker(FAULT_BATCH_SECONDS="0.3", NERMILL_CONCURRENCY="4") for _ in range(2)]
@@ -168,6 +171,7 @@ def test_rejects_are_tried_again_once_the_cause_is_gone(fleet: Harness) -> None:
     assert retry(run, plan, fleet.queue()) == (0, 1)
 
 
+@pytest.mark.slow
 def test_the_tokens_of_a_single_huge_document_show_how_far_it_is(fleet: Harness) -> None:
     """``--wait`` says so every ten seconds; ``status`` at any time."""
     fleet.worker(FAULT_BATCH_SECONDS="0.3").await_ready()

@@ -155,6 +155,7 @@ def test_waiting_and_leased_shards_are_those_of_the_ledger(fleet: Harness) -> No
     assert found["nermill_broker_memory_limit_bytes"] > found["nermill_broker_memory_bytes"]
 
 
+@pytest.mark.slow
 def test_a_shard_of_a_dead_worker_is_counted_as_a_redelivery(fleet: Harness) -> None:
     first, second = start(fleet, 2, FAULT_BATCH_SECONDS="0.3", NERMILL_CONCURRENCY="2")
     run, plan = fleet.submit(texts(300), documents_per_shard=20)
@@ -165,6 +166,7 @@ def test_a_shard_of_a_dead_worker_is_counted_as_a_redelivery(fleet: Harness) -> 
     assert 1 <= found["nermill_redelivered_shards_total"] <= 2
 
 
+@pytest.mark.slow
 def test_a_message_that_was_lost_is_counted_as_a_recovery(fleet: Harness) -> None:
     (port,) = start(fleet, 1, FAULT_BATCH_SECONDS="0.3", NERMILL_CONCURRENCY="1", NERMILL_LEASE_SECONDS="2")
     run, plan = fleet.submit(texts(200), documents_per_shard=20)
@@ -198,6 +200,7 @@ def test_messages_are_counted_by_task(fleet: Harness) -> None:
 
 
 @needs_promtool
+@pytest.mark.slow
 def test_promtool_finds_the_metrics_well_formed_and_no_label_grows_with_the_data(fleet: Harness) -> None:
     (port,) = start(fleet, 1)
     one = scrape(port)
@@ -289,6 +292,7 @@ def wait_for(api: str, expression: str) -> None:
 
 
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed")
+@pytest.mark.slow
 def test_every_panel_and_alert_has_an_answer_from_a_real_prometheus(
     fleet: Harness, root: Path, dashboard: dict[str, Any]
 ) -> None:

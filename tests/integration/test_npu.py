@@ -84,6 +84,7 @@ def found(answer: list[dict[str, Any]]) -> list[list[tuple[int, int, str]]]:
 
 
 @pytest.mark.timeout(300)  # three processes load the model, one of them hangs
+@pytest.mark.slow
 def test_killed_hung_and_stopped_it_gives_the_table_of_the_onnx_engine(fleet: Harness, machine: Machine) -> None:
     with worker(fleet, machine, AIS_DOUBLE_HANGS=str(fleet.folder / "hung")) as process:
         run, plan = fleet.submit(DOCUMENTS, documents_per_shard=20)
@@ -104,6 +105,7 @@ def test_killed_hung_and_stopped_it_gives_the_table_of_the_onnx_engine(fleet: Ha
     assert not (fleet.folder / "violations").exists(), (fleet.folder / "violations").read_text()
 
 
+@pytest.mark.slow
 def test_dry_run_and_a_machine_that_lacks_something(machine: Machine) -> None:
     def dry_run(**changes: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, **machine.variables, **changes}
@@ -122,6 +124,7 @@ def test_dry_run_and_a_machine_that_lacks_something(machine: Machine) -> None:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_nermill_run_on_an_npu(machine: Machine, tmp_path: Path, sample: Path) -> None:
     command = [sys.executable, "-m", "nermill.producer.cli", "run", str(sample / "wikigold.conll")]
     options = ["--out", str(tmp_path / "out"), "--model", str(machine.model), "--devices", "npu:0", "--json"]

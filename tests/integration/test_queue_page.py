@@ -31,6 +31,7 @@ def flower_tasks() -> dict[str, dict[str, str]]:
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.slow
 def test_everything_that_the_page_shows_runs(fleet: Harness) -> None:
     pytest.importorskip("flower")
     environment = {

@@ -38,6 +38,7 @@ def under_way(fleet: Harness) -> tuple[RunFolder, Plan]:
     return run, plan
 
 
+@pytest.mark.slow
 def test_inspect_tells_what_is_at_work_during_a_run(fleet: Harness, under_way: tuple[RunFolder, Plan]) -> None:
     run, plan = under_way
     assert celery(fleet, "inspect", "--json", "--timeout", "10", "ping") == {"ok": "pong"}
@@ -68,6 +69,7 @@ def waiting_messages(fleet: Harness) -> Iterator[dict[str, Any]]:
                 yield {"id": message["headers"]["id"], "args": json.loads(b64decode(message["body"]))[0]}
 
 
+@pytest.mark.slow
 def test_a_revoked_shard_that_waits_is_sent_again_under_a_fresh_id(fleet: Harness) -> None:
     run, plan = fleet.submit(texts(1000), documents_per_shard=50)
     fleet.worker(FAULT_BATCH_SECONDS="0.5", NERMILL_CONCURRENCY="1").await_ready()
@@ -98,6 +100,7 @@ def test_a_revoked_shard_that_waits_is_sent_again_under_a_fresh_id(fleet: Harnes
     assert sorted(row["doc_index"] for row in rows(run)) == list(range(1000))
 
 
+@pytest.mark.slow
 def test_a_task_that_runs_is_not_terminated_and_the_answer_says_why(
     fleet: Harness, under_way: tuple[RunFolder, Plan]
 ) -> None:

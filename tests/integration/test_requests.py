@@ -49,6 +49,7 @@ def test_the_producer_and_any_celery_program_are_answered(fleet: Harness, expect
         fleet.app().send_task(TAG_DOCUMENTS, args=[["x"], {"colour": 1}], queue="nermill").get(timeout=30)
 
 
+@pytest.mark.slow
 def test_a_request_is_answered_while_shards_are_under_way(fleet: Harness) -> None:
     run, plan = fleet.submit(texts(600))
     fleet.worker(FAULT_BATCH_SECONDS="0.3").await_ready()

@@ -26,6 +26,7 @@ def url_of(fleet: Harness) -> Callable[[str], str]:
     return lambda role: f"redis+socket://{role}:CHANGE-ME-{role.upper()}@{fleet.server.socket}"
 
 
+@pytest.mark.slow
 def test_each_role_can_do_its_work(fleet: Harness, url_of: Callable[[str], str]) -> None:
     worker = fleet.worker(NERMILL_BROKER_URL=url_of("worker"))
     worker.await_ready()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.chaos import undisturbed
 from tests.sentinels import SHORT, with_failover
 
 
+@pytest.mark.slow
 def test_a_run_outlives_the_primary() -> None:
     outcome = with_failover(SHORT)
     assert outcome.killed_in_the_middle

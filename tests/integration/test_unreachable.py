@@ -48,6 +48,7 @@ def test_a_run_that_no_worker_can_see_ends_the_waiting_with_the_reason(
     assert run.committed() == {0}
 
 
+@pytest.mark.slow
 def test_a_worker_that_cannot_see_a_run_leaves_it_to_one_that_can(fleet: Harness, stores: tuple[Path, Path]) -> None:
     mine, other = stores
     worker(fleet, other).await_ready()
@@ -59,6 +60,7 @@ def test_a_worker_that_cannot_see_a_run_leaves_it_to_one_that_can(fleet: Harness
     assert name.startswith("nermill-cpu@")
 
 
+@pytest.mark.slow
 def test_a_worker_that_cannot_see_a_run_leaves_its_last_step_too(fleet: Harness, stores: tuple[Path, Path]) -> None:
     mine, other = stores
     able = worker(fleet, mine)

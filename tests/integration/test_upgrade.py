@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import pyarrow.parquet as pq
+import pytest
 
 from nermill.producer.runs.run import resume
 from nermill.worker.contracts.layout import RunFolder
@@ -50,6 +51,7 @@ def ask(fleet: Harness, *command: str) -> tuple[int, dict[str, Any]]:
     return done.returncode, json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_the_artifact_that_began_it_and_the_next_takes_the_new_one(fleet: Harness) -> None:
     leaving = [start_old(fleet, 0.8) for _ in range(2)]
     run, plan = fleet.submit(DOCUMENTS, documents_per_shard=32)
@@ -82,6 +84,7 @@ def test_a_run_ends_with_the_artifact_that_began_it_and_the_next_takes_the_new_o
     assert ask(fleet, "status", run.uri)[1]["trouble"] == ""
 
 
+@pytest.mark.slow
 def test_a_run_stays_with_its_artifact_though_the_broker_forgot_it(fleet: Harness) -> None:
     worker = start_old(fleet, 0.4)
     run, plan = fleet.submit(DOCUMENTS[:480], documents_per_shard=32)

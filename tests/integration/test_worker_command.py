@@ -193,6 +193,7 @@ def gzip_bomb() -> bytes:
     return b"".join([*(packer.compress(block) for _ in range(200)), packer.flush()])
 
 
+@pytest.mark.slow
 def test_foreign_messages_are_refused_in_one_line_and_the_worker_stays(fleet: Harness) -> None:
     worker = fleet.worker()
     worker.await_ready()

@@ -42,6 +42,7 @@ def occupied(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.slow
 def test_modules_in_the_working_directory_change_nothing(command: str, occupied: Path, sample: Path) -> None:
     places = {"sample": sample / "wikigold.conll", "artifact": resolve_artifact("demo")}
     script, *arguments = (word.format(**places) for word in COMMANDS[command])

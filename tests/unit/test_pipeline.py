@@ -72,6 +72,7 @@ PROPERTY = settings(deadline=None, max_examples=60, suppress_health_check=[Healt
 
 @PROPERTY
 @given(texts=st.lists(TEXTS, min_size=1, max_size=12), layout=st.sampled_from(LAYOUTS), data=st.data())
+@pytest.mark.slow
 def test_tags_do_not_depend_on_neighbours_order_or_layout(
     tokenizer: Tokenizer, texts: list[str], layout: dict, data: st.DataObject
 ) -> None:

@@ -79,6 +79,7 @@ def test_it_happens_once_though_the_last_two_shards_end_together(fleet: Harness)
     assert len(report["throughput"]["workers"]) == 2
 
 
+@pytest.mark.slow
 def test_it_happens_once_more_after_a_kill_in_the_middle_of_it(fleet: Harness) -> None:
     trace = fleet.folder / "trace"
     run, plan = submit(fleet, 40, per_shard=20)
@@ -114,6 +115,7 @@ def test_evaluations_keep_no_other_run_waiting(fleet: Harness) -> None:
     assert not any(evaluated.exists(REPORT_JSON) for evaluated in gold)
 
 
+@pytest.mark.slow
 def test_a_waiting_producer_leaves_a_long_evaluation_to_its_worker(
     fleet: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +155,7 @@ def test_an_evaluation_that_ends_every_process_is_left_alone(fleet: Harness) -> 
     assert "no report: 3 attempts" in fleet.logs()
 
 
+@pytest.mark.slow
 def test_what_workers_measure_is_what_their_devices_did(fleet: Harness) -> None:
     """Two devices, one paced twice as slow as the other; the batches that they computed are counted as they go."""
     paces = {"npu:0": 0.2, "npu:1": 0.4}

@@ -32,6 +32,7 @@ TEXTS = ["george washington went to washington.", "oslo", "a very long train (of
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("backend", ["onnx", "torch"])
+@pytest.mark.slow
 def test_every_family_answers_as_its_checkpoint(
     make_checkpoint: Callable[..., Path], tmp_path: Path, family: str, backend: str
 ) -> None:

@@ -49,6 +49,7 @@ def test_recovered_checkpoint_answers_as_the_artifact(recovered: Path, tmp_path:
     assert max(float(np.abs(a - b).max()) for a, b in zip(answers, golden.logits, strict=True)) <= bundled.tolerance
 
 
+@pytest.mark.slow
 def test_quantizing_the_recovered_weights_again_changes_nothing(recovered: Path, tmp_path: Path) -> None:
     from nermill.model_build.int8 import read_weights
 

@@ -70,6 +70,7 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         ("plain", "int32", "2x32,4x64"),
     ],
 )
+@pytest.mark.slow
 def test_compiles_and_answers_as_the_onnx_engine(
     machine: Any, bert: Path, tmp_path: Path, layout: str, dtype: str, shapes: str
 ) -> None:
@@ -133,6 +134,7 @@ def test_calls_from_many_threads_meet_one_session_in_one_thread(machine: Any, be
     assert machine.violations == []
 
 
+@pytest.mark.slow
 def test_demo_model_verifies_and_benches(machine: Any, tmp_path: Path) -> None:
     recover(tmp_path / "demo")
     compile_artifact(str(tmp_path / "demo"), tmp_path / "om", Order("om", shapes="4x64,4x128"))

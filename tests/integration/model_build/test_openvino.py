@@ -24,7 +24,7 @@ from nermill.model_build.bench import bench
 from nermill.model_build.checkpoint import open_checkpoint
 from nermill.model_build.corpus import read_texts
 from nermill.model_build.demo.recover import recover
-from nermill.model_build.oracle import oracle_logits, windows_of
+from nermill.model_build.reference import reference_logits, windows_of
 from nermill.model_build.verify import run_batched, run_packed, verify
 from nermill.producer import doctor
 from nermill.worker.contracts.errors import ArtifactError
@@ -52,7 +52,7 @@ def test_every_family_answers_as_its_checkpoint(
     windows = windows_of(checkpoint, TEXTS, MAX_LENGTH)
     engine = load_engine(tmp_path / "art", "cpu", 1)
     mine = run_packed(engine, windows) if layout == "packed" else run_alone(engine, windows)
-    for logits, theirs in zip(mine, oracle_logits(checkpoint, windows), strict=True):
+    for logits, theirs in zip(mine, reference_logits(checkpoint, windows), strict=True):
         np.testing.assert_allclose(logits, theirs, atol=1e-4)
     engine.close()
     assert all(check.passed for check in verify(tmp_path / "art"))

@@ -36,6 +36,7 @@ def on_a_terminal(words: list[str], given: Path) -> tuple[int, str]:
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.slow
 def test_there_is_a_bar_on_a_terminal_and_nothing_elsewhere(broker, serving, nermill, tmp_path):
     gold = tmp_path / "gold.conll"
     gold.write_text("".join(f"Ada B-PER\nmet O\nBob{n} B-PER\n\n" for n in range(40)))

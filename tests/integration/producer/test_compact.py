@@ -108,6 +108,7 @@ def test_rejects_can_be_tried_again_afterwards(complete, broker, serving):
         assert runs.wait(run, compacted, queue).ok == 20
 
 
+@pytest.mark.slow
 def test_a_run_is_compacted_and_read_twenty_times_by_commands(broker, tmp_path):
     """pyarrow ended such a process about every second time, where a thread of its own let go of a Python object."""
     corpus = tmp_path / "in.jsonl"
@@ -225,6 +226,7 @@ def test_readers_see_every_document_once(complete, reader):
 
 @pytest.mark.parametrize("planned_run", ["store"], indirect=True)
 @pytest.mark.parametrize("mend", ["compact", "resume"])
+@pytest.mark.slow
 def test_a_swap_that_is_interrupted_anywhere_is_taken_up(complete, broker, monkeypatch, mend):
     run, plan = complete
     before, files, target = table_of(run, plan), dict(MemoryFileSystem.store), 3 * len(run.read(part_name(0)))

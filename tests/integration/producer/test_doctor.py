@@ -94,6 +94,7 @@ def free_port() -> int:
     raise AssertionError("no port is free")
 
 
+@pytest.mark.slow
 def test_workers_are_known_while_they_live_and_by_their_artifact(fleet, tmp_path):
     pytest.importorskip("onnxruntime")
     none = findings(fleet.server.url, tmp_path)["workers"]

@@ -57,6 +57,7 @@ def kill_after(process: subprocess.Popen[str], shards: int, pause: float) -> lis
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("how", ["follow", "stdin"])
+@pytest.mark.slow
 def test_each_line_is_once_in_the_table_whatever_kills_the_producer(fleet: Harness, how: str) -> None:
     fleet.worker()
     source, chance = fleet.folder / "log.jsonl", random.Random(19)

@@ -70,6 +70,7 @@ def on_a_terminal(command: list[str]) -> tuple[int, str, str]:
     return process.returncode, out, shown.decode(errors="replace")
 
 
+@pytest.mark.slow
 def test_run_tags_scores_and_leaves_no_process(tmp_path, sample):
     sentences = [s for s in (sample / "wikigold.conll").read_text().split("\n\n") if not s.startswith("-DOCSTART-")]
     corpus = tmp_path / "in.conll"
@@ -112,6 +113,7 @@ def test_a_run_that_is_ended_takes_its_children_along(tmp_path, number):
     assert wait_until_gone(children, 40.0) == set()
 
 
+@pytest.mark.slow
 def test_an_artifact_that_does_not_load_is_told_with_the_workers_log(tmp_path):
     artifact = tmp_path / "artifact"
     shutil.copytree(resolve_artifact("demo"), artifact)
@@ -132,6 +134,7 @@ def test_an_artifact_that_does_not_load_is_told_with_the_workers_log(tmp_path):
     assert "SecurityWarning" not in broken.stderr
 
 
+@pytest.mark.slow
 def test_a_device_that_the_artifact_cannot_use_is_named_in_one_line(tmp_path):
     corpus = tmp_path / "in.jsonl"
     corpus.write_text('{"text": "Ada"}\n')

@@ -95,6 +95,7 @@ def test_a_repeated_call_adds_nothing(nermill, tmp_path):
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_a_call_killed_at_any_moment_adds_the_rows_once(tmp_path):
     run = make_run(tmp_path / "out", DOCUMENTS, per_shard=5)
     table = tmp_path / "table"

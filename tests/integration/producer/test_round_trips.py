@@ -59,6 +59,7 @@ def four_columns(document: list[str]) -> str:
 
 @sparing
 @given(documents)
+@pytest.mark.slow
 def test_every_format_ends_in_the_same_entities(tmp_path: Path, pipeline: Pipeline, written: list[list[str]]) -> None:
     texts = [" ".join(document) for document in written]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()

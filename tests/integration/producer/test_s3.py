@@ -51,6 +51,7 @@ def bucket(monkeypatch) -> Iterator[str]:
     server.stop()
 
 
+@pytest.mark.slow
 def test_a_run_on_s3_whose_worker_is_killed_is_the_run_on_disk(bucket, fleet, tmp_path):
     corpus = tmp_path / "in.conll"
     corpus.write_text("".join(f"Ada{n} B-PER\nmet O\nBob I-PER\n\n" for n in range(60)))
@@ -128,6 +129,7 @@ print(json.dumps([sorted(table.to_pyarrow_table()["doc_index"].to_pylist()), com
 """
 
 
+@pytest.mark.slow
 def test_a_run_on_s3_is_published_once_by_two_at_once_and_by_a_third(bucket):
     """All in processes of their own: deltalake holds the interpreter's lock while it waits for the store."""
     pytest.importorskip("deltalake")

@@ -144,6 +144,7 @@ def test_a_stream_that_cannot_be_written_says_how_to_go_on(submit, tmp_path):
     assert f"nermill resume {run.uri}\n" in err
 
 
+@pytest.mark.slow
 def test_nothing_acknowledged_is_lost_by_sigkill(submit, serving, broker, tmp_path):
     process = submit("-", "--linger", "0.05")
     acknowledged = 0
@@ -162,6 +163,7 @@ def test_nothing_acknowledged_is_lost_by_sigkill(submit, serving, broker, tmp_pa
     assert not read_plan(run).is_open
 
 
+@pytest.mark.slow
 def test_a_stream_that_is_killed_and_started_again_misses_nothing_acknowledged(fleet, tmp_path):
     """The sender starts again behind what was acknowledged; the worker is a real one."""
     fleet.worker()

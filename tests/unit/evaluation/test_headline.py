@@ -36,6 +36,7 @@ def without_source(report: dict[str, Any]) -> dict[str, Any]:
         max_size=40,
     )
 )
+@pytest.mark.slow
 def test_counts_and_seqeval_agree_on_random_tags(tmp_path_factory: pytest.TempPathFactory, pairs: Any) -> None:
     docs = [Doc([f"w{n}" for n in range(len(gold))], tags, to_iob2(gold, "IOB1")) for gold, tags in pairs]
     run = make_run(tmp_path_factory.mktemp("random"), docs, per_shard=7)

@@ -94,6 +94,7 @@ def test_a_real_corpus_scores_as_in_seqeval(file: str, tmp_path: Path) -> None:
         max_size=100,
     )
 )
+@pytest.mark.slow
 def test_random_sequences_score_as_in_seqeval(tmp_path_factory: pytest.TempPathFactory, pairs) -> None:
     """Twenty examples of a hundred sequences: gold is converted to IOB2, predictions are not changed."""
     gold = [list(to_iob2(g, "IOB1")) for g, _ in pairs]
