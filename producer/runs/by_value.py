@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import IO, NamedTuple
 
-from nermill.producer.runs.planning import Found, Request, find_inputs, model_identity, planned_run_id, utc_now
+from nermill.producer.runs.planning import Request, find_inputs, model_identity, plan_of_input, planned_run_id
 from nermill.producer.runs.queue import Queue
 from nermill.producer.runs.run import BROKER_TIMEOUT, MAX_WAITING_SHARDS, OnStatus, ignore, open_run
 from nermill.producer.runs.shards import group_documents
@@ -22,7 +22,7 @@ from nermill.worker.contracts.document import Document, Fault
 from nermill.worker.contracts.errors import BrokerError, StoreError, UsageError
 from nermill.worker.contracts.layout import RunFolder
 from nermill.worker.contracts.message import PRIORITIES
-from nermill.worker.contracts.plan import BY_VALUE, Input, Plan, Shard
+from nermill.worker.contracts.plan import BY_VALUE, Plan, Shard
 from nermill.worker.contracts.shard import shard_table
 
 HELD_BYTES = 64 << 20  # of documents in Redis, of all runs, above which a producer waits
@@ -79,7 +79,8 @@ def packed(request: Request, on_read: OnRead = ignore_progress) -> Iterator[Pack
     reading = Reading(found.sources, [size for _, size in found.prints], request.read, on_read)
     with tempfile.TemporaryFile() as spool:
         shards = list(_spooled(reading, request, spool))
-        plan = _plan(request, run_id, model, found, reading)
+        details = {BY_VALUE: True, **({"left_out": found.left_out} if found.left_out else {})}
+        plan = replace(plan_of_input(request, run_id, model, found, reading), is_open=True, details=details)
         yield Packed(RunFolder(f"{out}/run={run_id}"), plan, shards, spool)
 
 
@@ -109,25 +110,6 @@ def send(run: Packed, queue: Queue, on_wait: OnStatus = ignore) -> None:
     with queue.ledger() as ledger:
         ledger.seal(plan.run_id)
     queue.promote()
-
-
-def _plan(request: Request, run_id: str, model: dict[str, str], found: Found, reading: Reading) -> Plan:
-    return Plan(
-        run_id=run_id,
-        created=utc_now(),
-        model=model,
-        options=request.options,
-        inputs=tuple(
-            Input(source.file.uri, source.format, size, sha256, count)
-            for source, (sha256, size), count in zip(found.sources, found.prints, reading.counts, strict=True)
-        ),
-        shards=(),
-        unit=request.read.unit if any(source.format == "conll" for source in found.sources) else "document",
-        has_gold=reading.has_gold,
-        is_open=True,
-        priority=request.priority,
-        details={BY_VALUE: True, **({"left_out": found.left_out} if found.left_out else {})},
-    )
 
 
 def _spooled(reading: Reading, request: Request, spool: IO[bytes]) -> Iterator[_Entry]:

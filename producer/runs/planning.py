@@ -128,19 +128,9 @@ def make_plan(
         for stale in run.list(SHARD_FOLDER):
             run.remove(f"{SHARD_FOLDER}/{stale}")
         shards = tuple(write_shards(run, reading.documents(), request.limits))
-        plan = Plan(
-            run_id=run_id,
-            created=utc_now(),
-            model=model,
-            options=request.options,
-            inputs=tuple(
-                Input(source.file.uri, source.format, size, sha256, count)
-                for source, (sha256, size), count in zip(sources, prints, reading.counts, strict=True)
-            ),
+        plan = replace(
+            plan_of_input(request, run_id, model, found, reading),
             shards=shards,
-            unit=request.read.unit if any(source.format == "conll" for source in sources) else "document",
-            has_gold=reading.has_gold,
-            priority=request.priority,
             details={
                 **({"left_out": found.left_out} if found.left_out else {}),
                 **({"rejected": reading.rejected} if reading.rejected else {}),
@@ -148,6 +138,24 @@ def make_plan(
         )
         plan.write(run)
     return run, plan
+
+
+def plan_of_input(request: Request, run_id: str, model: dict[str, str], found: Found, reading: Reading) -> Plan:
+    """The plan of an input that was read to its end, without its shards and details."""
+    return Plan(
+        run_id=run_id,
+        created=utc_now(),
+        model=model,
+        options=request.options,
+        inputs=tuple(
+            Input(source.file.uri, source.format, size, sha256, count)
+            for source, (sha256, size), count in zip(found.sources, found.prints, reading.counts, strict=True)
+        ),
+        shards=(),
+        unit=request.read.unit if any(source.format == "conll" for source in found.sources) else "document",
+        has_gold=reading.has_gold,
+        priority=request.priority,
+    )
 
 
 def _mended(run: RunFolder, plan: Plan, reading: Reading, limits: ShardLimits) -> Plan:
