@@ -75,8 +75,7 @@ def share_of(scenario: Scenario, bound: int, seconds: float, jobs: int, number: 
 
 
 def walks(names: tuple[str, ...], seed: int, most: int | None, seconds: float, jobs: int, number: int) -> Tally:
-    seeds = itertools.islice(itertools.count(seed), most)
-    return wandering(names, itertools.islice(seeds, number, None, jobs), seconds=seconds)
+    return wandering(names, itertools.islice(itertools.count(seed), number, most, jobs), seconds=seconds)
 
 
 def together(tallies: list[Tally]) -> Tally:
