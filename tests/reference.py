@@ -128,7 +128,7 @@ def columns(name: str, *_: str) -> list[str]:
 
 
 def kind(type_: pa.DataType) -> str:
-    """A type as SPEC-like text: list<string>, struct<start int32, ...>."""
+    """A type as the tables write it: ``list<string>``, ``struct<start int32, ...>``."""
     if pa.types.is_list(type_):
         return f"list<{kind(type_.value_type)}>"
     if pa.types.is_struct(type_):
@@ -156,14 +156,14 @@ class Step:
 def steps(text: str) -> Iterator[Step]:
     """Commands of a page in order; a block of Python is one of them. ``...`` stands for output not recorded yet."""
     for language, block in BLOCK.findall(text):
-        if language == "python":
-            yield Step(f"python -c {shlex.quote(block)}", None)
-            continue
-        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
-            command, *shown = part.rstrip("\n").split("\n")
-            while command.endswith("\\"):
-                command = command[:-1] + shown.pop(0).strip()
-            yield Step(command, shown or None)
+        yield from [Step(f"python -c {shlex.quote(block)}", None)] if language == "python" else console_steps(block)
+
+
+def console_steps(block: str) -> Iterator[Step]:
+    """Commands of a ``console`` block, one line each, with the lines below them."""
+    for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+        command, *shown = part.rstrip("\n").split("\n")
+        yield Step(command, shown or None)
 
 
 @contextmanager
@@ -216,12 +216,9 @@ def recorded(text: str, run: Callable[[str], str], skipped: frozenset[str] = fro
         if match[1] == "python":
             run(f"python -c {shlex.quote(match[2])}")
             return match[0]
-        for part in re.split(r"^\$ ", match[2], flags=re.MULTILINE)[1:]:
-            written = part.rstrip("\n").split("\n")
-            (step,) = steps(f"```console\n$ {part}```")
-            shown = written[: len(written) - len(step.shown or ())]
+        for step in console_steps(match[2]):
             output = [] if step.command in skipped else run(step.command).rstrip("\n").split("\n")
-            lines += ["$ " + shown[0], *shown[1:], *([line.rstrip() for line in output] if step.shown else [])]
+            lines += [f"$ {step.command}", *([line.rstrip() for line in output] if step.shown else [])]
         return "```console\n" + "\n".join(lines) + "\n```"
 
     return BLOCK.sub(made, text)
