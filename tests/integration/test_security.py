@@ -117,6 +117,7 @@ def test_a_link_in_a_runs_folder_leads_nowhere(fleet: Harness) -> None:
 def test_a_worker_whose_server_goes_away_tells_no_password(fleet: Harness, user_url: str) -> None:
     worker = fleet.worker(DOUBLE, NERMILL_BROKER_URL=user_url)
     wait_for(fleet, "Connected to redis+socket://fleet:**@")
+    worker.await_ready()  # a connection that is lost earlier is told with other words
     fleet.server.kill()
     wait_for(fleet, "Connection to broker lost")
     worker.kill()
