@@ -53,11 +53,22 @@ def _document(record: dict[str, str], where: str, options: ReadOptions) -> Docum
 
 def _checked(names: list[str], where: str, options: ReadOptions) -> list[str]:
     names = [printable(name.strip()) for name in names]
-    if content_field(names, options) is None:
-        raise no_text_field(where, names, options)
+    if options.text_column not in names:
+        raise _no_text_column(where, names, options)
     if options.id_column not in names and options.id_column != ReadOptions.id_column:
         raise no_id_field(where, names, options)
     return names
+
+
+def _no_text_column(where: str, names: list[str], options: ReadOptions) -> UsageError:
+    """The error for a table without the column of texts; the cells of a column of words would be taken for texts."""
+    words = content_field(names, options)
+    if words is None:
+        return no_text_field(where, names, options)
+    return UsageError(
+        f"{where}: no field {options.text_column!r}, and a cell of {words!r} cannot hold a list of words; "
+        "write words and tags as JSONL or Parquet, or name a column of texts with --text-column"
+    )
 
 
 def _rows(file: SourceFile, options: ReadOptions, format_: Format) -> Iterator[tuple[int, list[str] | str]]:
@@ -95,11 +106,11 @@ def _explain(error: csv.Error, lines: _Lines) -> str:
 
 
 def _sniff(header: str, options: ReadOptions) -> str:
-    """The delimiter with which the header has a column of text or words, else the one that makes most columns."""
+    """The delimiter with which the header has the column of the text, else the one that makes most columns."""
 
     def rank(delimiter: str) -> tuple[bool, int]:
         names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
-        return content_field(names, options) is not None, len(names)
+        return options.text_column in names, len(names)
 
     return max(DELIMITERS, key=rank)
 

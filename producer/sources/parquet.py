@@ -62,10 +62,10 @@ def _columns(schema: pa.Schema, uri: str, options: ReadOptions) -> list[str]:
     if options.id_column not in names and options.id_column != ReadOptions.id_column:
         raise no_id_field(uri, names, options)
     kind: Any = _plain(schema.field(content).type)
-    if not _is_text(kind) and not (_is_list(kind) and _is_text(_plain(kind.value_type))):
-        raise UsageError(
-            f"{uri}: column {content!r} is {kind}, not a string or a list of words; name another with --text-column"
-        )
+    may_be_text = content == options.text_column
+    if not (may_be_text and _is_text(kind)) and not (_is_list(kind) and _is_text(_plain(kind.value_type))):
+        wanted = "a string or a list of words" if may_be_text else "a list of words"
+        raise UsageError(f"{uri}: column {content!r} is {kind}, not {wanted}; name another with --text-column")
     tags = tags_field(names) if _is_list(kind) else None
     if options.keep_fields:
         return names

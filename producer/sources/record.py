@@ -111,10 +111,11 @@ def record_document(
     fields = None
     if options.keep_fields:
         fields = {k: v for k, v in record.items() if k not in (options.id_column, name, tags_name)}
-    if isinstance(content, str):
+    if isinstance(content, str) and name == options.text_column:
         return text_document(identity, content, fields, where)
     if not isinstance(content, list):
-        return reject(identity, where, "wrong_type", f"{name!r} is a {_type_name(content)}, not a string")
+        wanted = "a string" if name == options.text_column else "a list of words"
+        return reject(identity, where, "wrong_type", f"{name!r} is a {_type_name(content)}, not {wanted}")
     tags = None if tags_name is None else record[tags_name]
     try:
         words = _words(content, name)
