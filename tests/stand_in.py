@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import time
 
-from nermill.worker.contracts.ledger import SETTLE_SECONDS, Claim, Ledger, WorkerProcess
+from nermill.worker.contracts.ledger import SETTLE_SECONDS, Ledger
+from nermill.worker.contracts.records import Claim, WorkerProcess
 
 _looks = itertools.count(1)
 

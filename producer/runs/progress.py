@@ -12,7 +12,7 @@ from nermill.producer.runs.run import OnStatus
 from nermill.producer.runs.status import Status
 from nermill.producer.sources.reading import OnRead
 from nermill.worker.contracts.console import visible
-from nermill.worker.contracts.ledger import WorkerProcess
+from nermill.worker.contracts.records import WorkerProcess
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

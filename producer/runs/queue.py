@@ -11,8 +11,9 @@ from typing import Any
 from nermill.worker.contracts.broker import celery_app, check_broker, first_version, redacted
 from nermill.worker.contracts.dispatch import Dispatcher
 from nermill.worker.contracts.errors import BrokerError, MessageError, UsageError
-from nermill.worker.contracts.ledger import Ledger, WorkerProcess
+from nermill.worker.contracts.ledger import Ledger
 from nermill.worker.contracts.message import KEY_PREFIX, QUEUE, REQUEST_PRIORITY, TAG_DOCUMENTS, queue_of
+from nermill.worker.contracts.records import WorkerProcess
 
 DEFAULT_BROKER = "redis://localhost:6379/0"
 RECOVERY_SECONDS = 2.0  # between two looks at what was lost, by whomever

@@ -13,10 +13,11 @@ from nermill.producer.runs.status import PartTotals, Status, artifact_of_parts, 
 from nermill.producer.sources.files import absolute, suggestion
 from nermill.worker.contracts.errors import BrokerError, StoreError, UsageError
 from nermill.worker.contracts.layout import FIRST_LAYOUT, PLAN_FILE, SUCCESS_FILE, RunFolder
-from nermill.worker.contracts.ledger import Ledger, Progress, RunState
+from nermill.worker.contracts.ledger import Ledger
 from nermill.worker.contracts.message import PRIORITIES
 from nermill.worker.contracts.part import mark_complete
 from nermill.worker.contracts.plan import Plan, Shard, read_plan
+from nermill.worker.contracts.records import Progress, RunState
 
 MAX_WAITING_SHARDS = 100_000  # about 120 MB in the broker
 BROKER_TIMEOUT = 120.0  # seconds without a broker before a waiting producer gives up

@@ -15,9 +15,9 @@ import pyarrow as pa
 from nermill.producer.runs.queue import Queue
 from nermill.worker.contracts.errors import StoreError
 from nermill.worker.contracts.layout import RunFolder, part_name
-from nermill.worker.contracts.ledger import Progress, WorkerProcess
 from nermill.worker.contracts.part import measurements, open_part, scores_of
 from nermill.worker.contracts.plan import Plan
+from nermill.worker.contracts.records import Progress, WorkerProcess
 from nermill.worker.contracts.schema import metadata_of
 
 _READERS = 16

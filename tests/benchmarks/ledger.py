@@ -9,9 +9,10 @@ from statistics import median
 
 from nermill.producer.local.broker import embedded_broker
 from nermill.worker.contracts.broker import redis_client
-from nermill.worker.contracts.ledger import Claim, Ledger, RunState, WorkerProcess
+from nermill.worker.contracts.ledger import Ledger
 from nermill.worker.contracts.message import QUEUE, queue_of
 from nermill.worker.contracts.plan import Options, Shard
+from nermill.worker.contracts.records import Claim, RunState, WorkerProcess
 
 SHARDS = 4  # of each forgotten run: one is leased, others wait
 WORKER = WorkerProcess("bench", "cpu", "bench", "ab" * 32)

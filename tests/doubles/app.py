@@ -122,7 +122,8 @@ import nermill.worker.app  # noqa: E402
 import nermill.worker.queue.shards  # noqa: E402
 import nermill.worker.tagging.parts  # noqa: E402
 from nermill.worker.contracts import deadline  # noqa: E402
-from nermill.worker.contracts.ledger import Claim, Completion, Ledger  # noqa: E402
+from nermill.worker.contracts.ledger import Ledger  # noqa: E402
+from nermill.worker.contracts.records import Claim, Completion  # noqa: E402
 from nermill.worker.queue.shards import ShardWorker, evaluate_apart  # noqa: E402
 from tests.doubles import store  # noqa: E402, F401 - makes faulty:// known
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
-from nermill.worker.contracts.ledger import CLOSED_SECONDS, MAX_ATTEMPTS, MAX_STRIKES
+from nermill.worker.contracts.ledger import CLOSED_SECONDS
 from nermill.worker.contracts.message import FINISH, KEY_PREFIX
+from nermill.worker.contracts.records import MAX_ATTEMPTS, MAX_STRIKES
 from tests.exploration.places import Bucket
 
 if TYPE_CHECKING:

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from redis import Redis
 
 from nermill.worker.contracts.broker import redis_client
-from nermill.worker.contracts.ledger import Claim, Ledger, WorkerProcess
+from nermill.worker.contracts.ledger import Ledger
 from nermill.worker.contracts.plan import Options, Shard
+from nermill.worker.contracts.records import Claim, WorkerProcess
 from tests.exploration.mutants import MUTANTS
 from tests.exploration.server import Server
 

@@ -16,17 +16,10 @@ from redis.exceptions import ResponseError
 from nermill.worker.contracts.broker import redis_client
 from nermill.worker.contracts.by_value import Documents, Held
 from nermill.worker.contracts.errors import MessageError
-from nermill.worker.contracts.ledger import (
-    TRANSITIONS,
-    UNABLE_SECONDS,
-    Claim,
-    Ledger,
-    Message,
-    RunState,
-    WorkerProcess,
-)
+from nermill.worker.contracts.ledger import UNABLE_SECONDS, Ledger
 from nermill.worker.contracts.message import PRIORITIES, QUEUE, queue_of
 from nermill.worker.contracts.plan import Options, Shard
+from nermill.worker.contracts.records import TRANSITIONS, Claim, Message, RunState, WorkerProcess
 
 LEASE = 60.0
 SHA = "0" * 64

@@ -12,7 +12,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from nermill.worker.contracts.ledger import TRANSITIONS
+from nermill.worker.contracts.records import TRANSITIONS
 from nermill.worker.queue import shards
 from tests.harness import Harness
 from tests.reference import steps

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nermill.worker.contracts.ledger import MAX_ATTEMPTS
+from nermill.worker.contracts.records import MAX_ATTEMPTS
 from nermill.worker.queue.poison import trials
 
 

@@ -17,8 +17,9 @@ import pyarrow as pa
 import zstandard
 
 from nermill.worker.contracts.errors import MessageError
-from nermill.worker.contracts.ledger import Claim, Ledger, lease_of, parse_shard, shard_entry
+from nermill.worker.contracts.ledger import Ledger
 from nermill.worker.contracts.plan import Plan, Shard, plan_from
+from nermill.worker.contracts.records import Claim, lease_of, parse_shard, shard_entry
 from nermill.worker.contracts.schema import SHARD
 
 MAX_PACKED_BYTES = 1 << 20  # of a shard's documents

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from nermill.worker.contracts.ledger import Ledger, Message
+from nermill.worker.contracts.ledger import Ledger
 from nermill.worker.contracts.message import FINISH_RUN, QUEUE, TAG_SHARD
+from nermill.worker.contracts.records import Message
 
 
 class Dispatcher:

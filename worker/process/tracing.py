@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from nermill.worker.contracts.errors import UsageError
-from nermill.worker.contracts.ledger import Claim
+from nermill.worker.contracts.records import Claim
 from nermill.worker.process import logs
 from nermill.worker.tagging.pipeline import Annotated
 

@@ -12,8 +12,8 @@ import pyarrow as pa
 from nermill.worker.contracts.by_value import Documents
 from nermill.worker.contracts.errors import LeaseLostError, MessageError, UsageError
 from nermill.worker.contracts.layout import PLAN_FILE, RunFolder
-from nermill.worker.contracts.ledger import Claim
 from nermill.worker.contracts.plan import Plan, Shard, plan_json, read_plan
+from nermill.worker.contracts.records import Claim
 from nermill.worker.contracts.shard import encode_shard, read_shard
 
 Patiently = Callable[[Callable[[], Any]], Any]

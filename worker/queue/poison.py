@@ -19,8 +19,9 @@ import pyarrow as pa
 
 from nermill.worker.contracts.document import Fault
 from nermill.worker.contracts.errors import LeaseLostError
-from nermill.worker.contracts.ledger import MAX_STRIKES, Claim, Ledger
+from nermill.worker.contracts.ledger import Ledger
 from nermill.worker.contracts.plan import Shard
+from nermill.worker.contracts.records import MAX_STRIKES, Claim
 from nermill.worker.tagging.pipeline import Annotated, Pipeline
 
 GROUPS = 8

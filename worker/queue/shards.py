@@ -37,10 +37,11 @@ from nermill.worker.contracts.errors import (
     UsageError,
 )
 from nermill.worker.contracts.layout import PLAN_FILE, REJECT_FILE, SUCCESS_FILE, part_name
-from nermill.worker.contracts.ledger import MAX_ATTEMPTS, Claim, Ledger, WorkerProcess
+from nermill.worker.contracts.ledger import Ledger
 from nermill.worker.contracts.message import QUEUE, check_run, check_shard, queue_of
 from nermill.worker.contracts.part import mark_complete, scores_of
 from nermill.worker.contracts.plan import Shard, read_plan
+from nermill.worker.contracts.records import MAX_ATTEMPTS, Claim, WorkerProcess
 from nermill.worker.contracts.shard import read_shard
 from nermill.worker.process import tracing
 from nermill.worker.process.logs import about

@@ -15,9 +15,9 @@ from nermill.producer.runs.planning import Request, make_plan
 from nermill.producer.runs.run import send
 from nermill.producer.runs.shards import ShardLimits
 from nermill.worker.contracts.layout import REPORT_HTML, REPORT_JSON, SUCCESS_FILE, RunFolder
-from nermill.worker.contracts.ledger import RunState
 from nermill.worker.contracts.message import FINISH, FINISH_RUN, KEY_PREFIX, QUEUE
 from nermill.worker.contracts.plan import Plan
+from nermill.worker.contracts.records import RunState
 from tests.harness import Harness, texts
 
 SENTENCE = "Anna B-PER\nflew O\nto O\nRome B-LOC\n. O\n\n"

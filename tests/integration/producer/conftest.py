@@ -18,7 +18,8 @@ from nermill.producer.local.broker import embedded_broker
 from nermill.worker.contracts.broker import redis_client
 from nermill.worker.contracts.document import Document, Fault
 from nermill.worker.contracts.layout import part_name
-from nermill.worker.contracts.ledger import Claim, Ledger
+from nermill.worker.contracts.ledger import Ledger
+from nermill.worker.contracts.records import Claim
 from nermill.worker.contracts.schema import part_schema
 from nermill.worker.contracts.shard import read_documents, read_shard
 from nermill.worker.tagging import parts

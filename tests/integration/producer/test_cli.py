@@ -25,10 +25,11 @@ from nermill.producer.runs.progress import _painted
 from nermill.producer.runs.queue import Queue
 from nermill.producer.runs.status import look
 from nermill.worker.contracts.broker import redis_client
-from nermill.worker.contracts.ledger import Ledger, WorkerProcess
+from nermill.worker.contracts.ledger import Ledger
 from nermill.worker.contracts.manifest import load_manifest, resolve_artifact
 from nermill.worker.contracts.message import KEY_PREFIX
 from nermill.worker.contracts.plan import Options
+from nermill.worker.contracts.records import WorkerProcess
 
 from .conftest import POISON
 

@@ -29,8 +29,9 @@ from nermill.producer.runs.status import look
 from nermill.worker.contracts.broker import redis_client
 from nermill.worker.contracts.errors import StoreError, UsageError
 from nermill.worker.contracts.layout import SUCCESS_FILE, RunFolder, part_name
-from nermill.worker.contracts.ledger import Claim, Ledger
+from nermill.worker.contracts.ledger import Ledger
 from nermill.worker.contracts.plan import read_plan
+from nermill.worker.contracts.records import Claim
 from nermill.worker.contracts.schema import metadata_of
 from tests.harness import table_of
 from tests.stand_in import next_claim
