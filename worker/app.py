@@ -47,7 +47,8 @@ from nermill.worker.process.metrics import Metrics, serve
 from nermill.worker.process.settings import Settings, read_settings
 from nermill.worker.queue import requests
 from nermill.worker.queue.consumer import harden, room_step, strategy
-from nermill.worker.queue.shards import RELEASE_SECONDS, ShardWorker
+from nermill.worker.queue.leases import RELEASE_SECONDS
+from nermill.worker.queue.shards import ShardWorker
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -104,7 +105,7 @@ class Process:
     def end(self) -> None:
         """Releases what is held and signs off from the ledger, unless that does not answer."""
         self.stop.set()
-        if self.shards.release_all():
+        if self.shards.leases.release_all():
             self.lease_renewer.join(RELEASE_SECONDS)
 
 
@@ -198,9 +199,10 @@ def _start(sender: Any, **_: Any) -> None:
         client = redis_client(settings.broker_url)
         ledger = Ledger(client)
         shards = ShardWorker(pipeline, ledger, Dispatcher(celery_app(settings.broker_url), ledger), settings, metrics)
-        metrics.observe(pipeline, lambda: len(shards.held), shards.problem, settings.device_name)
+        problem = shards.watchdog.problem
+        metrics.observe(pipeline, lambda: len(shards.leases.held), problem, settings.device_name)
         if settings.metrics_port:
-            serve(metrics, settings.metrics_port, shards.problem)
+            serve(metrics, settings.metrics_port, problem)
     except NermillError as error:  # the device or the port may be free next time
         logs.report_error(error)
         raise SystemExit(1) from None
@@ -210,12 +212,12 @@ def _start(sender: Any, **_: Any) -> None:
     with suppress(RedisError):  # a broker that does not answer yet is waited for below
         if told := first_version(redis_client(settings.broker_url, patient=False)):
             log.warning("%s", told)
-    app.amqp.queues.select_add(_queue(shards.queues[1]))
+    app.amqp.queues.select_add(_queue(shards.leases.queues[1]))
     stop = threading.Event()
     loops: dict[str, Callable[[], None]] = {
-        "keep": lambda: shards.keep(stop),
-        "watch": lambda: shards.watch(stop),
-        "heartbeat": lambda: send_heartbeats(os.environ, shards.problem, stop),
+        "keep": lambda: shards.leases.keep(stop, metrics, shards.watchdog.note_defect),
+        "watch": lambda: shards.watchdog.watch(stop, shards.leases.release_all),
+        "heartbeat": lambda: send_heartbeats(os.environ, problem, stop),
         "broker": lambda: _watch_broker(client, metrics, stop),
     }
     threads = {name: threading.Thread(target=loop, name=name, daemon=True) for name, loop in loops.items()}
@@ -250,7 +252,7 @@ def _begin_grace(**_: Any) -> None:
     """Lets what is held be finished within the grace period, then releases it and ends."""
     if (process := _process) is None:
         return
-    process.shards.stopping.set()
+    process.shards.leases.stopping.set()
 
     def enforce() -> None:
         process.end()

@@ -119,15 +119,17 @@ def meet(folder: Path) -> None:
 nermill.worker.tagging.pipeline.load_engine = load_engine  # type: ignore[attr-defined]  # before nermill.worker.app loads anything
 
 import nermill.worker.app  # noqa: E402
+import nermill.worker.queue.finish  # noqa: E402
 import nermill.worker.queue.shards  # noqa: E402
 import nermill.worker.tagging.parts  # noqa: E402
 from nermill.worker.contracts import deadline  # noqa: E402
 from nermill.worker.contracts.ledger import Ledger  # noqa: E402
 from nermill.worker.contracts.records import Claim, Completion  # noqa: E402
-from nermill.worker.queue.shards import ShardWorker, evaluate_apart  # noqa: E402
+from nermill.worker.queue.finish import evaluate_apart  # noqa: E402
+from nermill.worker.queue.shards import ShardWorker  # noqa: E402
 from tests.doubles import store  # noqa: E402, F401 - makes faulty:// known
 
-nermill.worker.queue.shards.evaluate_apart = evaluate
+nermill.worker.queue.finish.evaluate_apart = evaluate
 deadline.SECONDS = float(os.environ.get("FAULT_STORE_SECONDS", deadline.SECONDS))
 
 FAULT_POINTS = {

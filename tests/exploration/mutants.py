@@ -39,8 +39,10 @@ class Mutant:
 
 STORE, LAYOUT = "worker/contracts/store.py", "worker/contracts/layout.py"
 LEDGER, LUA, DISPATCH = "worker/contracts/ledger.py", "worker/contracts/ledger.lua", "worker/contracts/dispatch.py"
-SHARDS, POISON, PARTS, PART = (
+SHARDS, LEASES, FINISH, POISON, PARTS, PART = (
     "worker/queue/shards.py",
+    "worker/queue/leases.py",
+    "worker/queue/finish.py",
     "worker/queue/poison.py",
     "worker/tagging/parts.py",
     "worker/contracts/part.py",
@@ -67,19 +69,19 @@ MUTANTS = (
         "a shard is recorded before its part is there",
         SHARDS,
         "        committed, is_ours = self._commit(",
-        "        self._ledger.complete(claim, self.identity.name, ok=2, rejected=0, tokens=2, computed=1)\n"
+        "        self._ledger.complete(claim, self._settings.worker_name, ok=2, rejected=0, tokens=2, computed=1)\n"
         "        committed, is_ours = self._commit(",
     ),
     Mutant(
         "leases are not renewed",
-        SHARDS,
-        "self._ledger.renew(claim, self._settings.lease_seconds, tokens=tokens)\n                recovered",
+        LEASES,
+        "self.ledger.renew(claim, self.seconds, tokens=tokens)\n                recovered",
         "pass\n                recovered",
         ("slow",),
     ),
     Mutant(
         "workers do not recover what is lost",
-        SHARDS,
+        LEASES,
         "recovered = self._dispatcher.recover(pause)",
         "recovered = 0",
         ("alone",),
@@ -100,7 +102,7 @@ MUTANTS = (
     ),
     Mutant(
         "a late thread takes its successor's claim",
-        SHARDS,
+        LEASES,
         "if self._held.get(key) is claim:",
         "if True:",
         ("threads",),
@@ -223,17 +225,16 @@ MUTANTS = (
     Mutant("lost messages are found and not sent", DISPATCH, "        self._send(lost)\n", ""),
     Mutant(
         "a run is finished before it is marked",
-        SHARDS,
-        "        mark_complete(run, sorted(shard.index for shard in plan.shards))\n        run.remove_stale_files()",
-        "        self._ledger.close(claim.run_id, claim)\n"
-        "        mark_complete(run, sorted(shard.index for shard in plan.shards))\n        run.remove_stale_files()",
+        FINISH,
+        "    mark_complete(run, sorted(shard.index for shard in plan.shards))\n",
+        "    leases.ledger.close(claim.run_id, claim)\n"
+        "    mark_complete(run, sorted(shard.index for shard in plan.shards))\n",
     ),
     Mutant(
         "a run is evaluated before it is marked",
-        SHARDS,
-        "        mark_complete(run, sorted(shard.index for shard in plan.shards))\n        run.remove_stale_files()",
-        "        self._evaluate(claim)\n"
-        "        mark_complete(run, sorted(shard.index for shard in plan.shards))\n        run.remove_stale_files()",
+        FINISH,
+        "    mark_complete(run, sorted(shard.index for shard in plan.shards))\n",
+        "    _evaluate(claim)\n    mark_complete(run, sorted(shard.index for shard in plan.shards))\n",
     ),
     Mutant(
         "_SUCCESS comes before the rejects",

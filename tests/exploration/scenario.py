@@ -35,7 +35,7 @@ from nermill.worker.contracts.plan import Options
 from nermill.worker.contracts.schema import part_schema
 from nermill.worker.process.metrics import Metrics
 from nermill.worker.process.settings import Settings
-from nermill.worker.queue import poison, shards
+from nermill.worker.queue import capacity, finish, leases, poison, shards, watchdog
 from nermill.worker.queue.shards import ShardWorker
 from nermill.worker.tagging import parts
 from nermill.worker.tagging.pipeline import Annotated, Stats
@@ -372,7 +372,7 @@ def install() -> None:
     """Puts the world in the place of the modules through which the product reaches the outside."""
     logging.disable(logging.CRITICAL)
     fsspec.register_implementation("sim", Bucket, clobber=True)
-    for module in (ledger, shards, layout, run, producer_queue, status, planning):
+    for module in (ledger, shards, capacity, layout, run, producer_queue, status, planning):
         module.time = simulated.clock  # type: ignore[attr-defined]
     for module in (ledger, store, compact):
         module.uuid = simulated.identifiers  # type: ignore[attr-defined]
@@ -382,9 +382,9 @@ def install() -> None:
         module.shutil = _Facade("shutil")  # type: ignore[attr-defined]
     store.open = lambda path, mode: World.current.disk.open(path, mode)  # type: ignore[attr-defined]
     store.deadline = SimpleNamespace(SECONDS=1.0, within=lambda seconds, call: call())  # type: ignore[attr-defined]
-    shards.within = lambda seconds, call: call()  # type: ignore[assignment]
-    shards.evaluate_apart = _evaluate
-    shards.os = SimpleNamespace(_exit=lambda code: World.current.die())  # type: ignore[attr-defined]
+    leases.within = lambda seconds, call: call()  # type: ignore[assignment]
+    finish.evaluate_apart = _evaluate
+    watchdog.os = SimpleNamespace(_exit=lambda code: World.current.die())  # type: ignore[attr-defined]
     shards.is_allowed = lambda uri, roots: True  # type: ignore[assignment]  # which follows links on a real disk
     poison.threading = simulated.threading  # type: ignore[attr-defined]
     layout.open_store = _open_store
@@ -439,9 +439,14 @@ class Mill:
             settings,
             self._metrics,
         )
-        worker.stopping = simulated.event()  # type: ignore[assignment]
+        worker.leases.stopping = simulated.event()  # type: ignore[assignment]
         process.extra = worker
-        world.act(f"{process.name}/keep", process, lambda: worker.keep(simulated.event()), self._worker_ended)  # type: ignore[arg-type]
+        world.act(
+            f"{process.name}/keep",
+            process,
+            lambda: worker.leases.keep(simulated.event(), self._metrics, worker.watchdog.note_defect),  # type: ignore[arg-type]
+            self._worker_ended,
+        )
 
     def _worker_ended(self, result: Any, error: BaseException | None) -> None:
         if error is not None and not isinstance(error, (RedisConnectionError, OSError, MessageError)):
@@ -459,9 +464,9 @@ class Mill:
             worker = process.extra
             if process.asleep_until > world.now:
                 continue
-            if worker.takes_bound() and (message := world.take(worker.queues[1])):
+            if worker.capacity.takes_bound() and (message := world.take(worker.leases.queues[1])):
                 self._receive(process, message)
-            if worker.takes_common() and (message := world.take(QUEUE)):
+            if worker.capacity.takes_common() and (message := world.take(QUEUE)):
                 self._receive(process, message)
 
     def _receive(self, process: Process, message: tuple[Any, ...]) -> None:
@@ -471,7 +476,7 @@ class Mill:
         if name == FINISH_RUN:
             call = lambda: worker.finish_run(*arguments)  # noqa: E731
         else:
-            worker.received(task)
+            worker.capacity.received(task)
             call = lambda: worker.tag_shard(task, *arguments)  # noqa: E731
         self.world.act(task, process, call, self._worker_ended)
 

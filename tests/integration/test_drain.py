@@ -10,7 +10,7 @@ import pytest
 
 from nermill.producer.runs.status import part_stats
 from nermill.worker.contracts.layout import RunFolder
-from nermill.worker.queue.shards import RELEASE_SECONDS
+from nermill.worker.queue.leases import RELEASE_SECONDS
 from tests.chaos import undisturbed
 from tests.harness import Harness, rows, texts
 

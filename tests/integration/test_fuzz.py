@@ -111,7 +111,7 @@ def fuzz_ledger(fleet: Harness, seed: int, count: int) -> None:
         ledger = Ledger(client)
         dispatcher = Dispatcher(celery_app(fleet.server.url), ledger)
         worker = ShardWorker(pipeline, ledger, dispatcher, settings, Metrics())
-        worker.stopping.set()  # no pauses
+        worker.leases.stopping.set()  # no pauses
         for number in range(count):
             change = next(changes)
             client.flushall()

@@ -13,7 +13,7 @@ from urllib.request import urlopen
 import pytest
 
 from nermill.worker.contracts.records import TRANSITIONS
-from nermill.worker.queue import shards
+from nermill.worker.queue import finish, shards
 from tests.harness import Harness
 from tests.reference import steps
 
@@ -101,7 +101,7 @@ def table_after(heading: str) -> list[list[str]]:
 
 
 def test_every_state_of_a_result_is_in_the_table() -> None:
-    source = Path(shards.__file__).read_text("utf-8")
+    source = "".join(Path(str(module.__file__)).read_text("utf-8") for module in (shards, finish))
     made = set(re.findall(r'(?:outcome\(\s*|"state": )"([a-z ]+)"', source)) | set(shards._REASONS)
     assert "committed" in made
     heading = "States in the result of `nermill.tag_shard` and `nermill.finish_run`:"

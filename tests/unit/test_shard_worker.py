@@ -15,14 +15,14 @@ def test_a_shard_counts_while_its_lease_is_asked_for() -> None:
 
     class Ledger:
         def lease(self, *_: Any) -> str:
-            room.append(worker.takes_common())
+            room.append(worker.capacity.takes_common())
             return "done"
 
     pipeline = SimpleNamespace(manifest=SimpleNamespace(name="m", sha256="a" * 64))
     worker = ShardWorker(pipeline, Ledger(), SimpleNamespace(), Settings(concurrency=1), Metrics())  # type: ignore[arg-type]
-    assert worker.takes_common()
-    worker.received("task")
-    assert not worker.takes_common()
+    assert worker.capacity.takes_common()
+    worker.capacity.received("task")
+    assert not worker.capacity.takes_common()
     assert worker.tag_shard("task", "r", "/out", 0)["state"] == "done"
     assert room == [False]
-    assert worker.takes_common()
+    assert worker.capacity.takes_common()

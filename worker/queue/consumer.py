@@ -225,7 +225,7 @@ def strategy(worker: Callable[[], ShardWorker]) -> Callable[..., Any]:
                 return None
             shards.metrics.received(task.name)
             if task.name == TAG_SHARD:
-                shards.received(str(message.headers["id"]))
+                shards.capacity.received(str(message.headers["id"]))
             result = handle(message, body, ack, reject, callbacks, **more)
             if room is not None and task.name == TAG_SHARD:
                 room.look()
@@ -277,9 +277,9 @@ def room_step(worker: Callable[[], ShardWorker]) -> type[StartStopStep]:
         def look(self) -> None:
             """Consumes from each queue of shards, or stops to, as there is room."""
             shards = worker()
-            _, bound = shards.queues
-            self._set(QUEUE, shards.takes_common())
-            self._set(bound, shards.takes_bound())
+            _, bound = shards.leases.queues
+            self._set(QUEUE, shards.capacity.takes_common())
+            self._set(bound, shards.capacity.takes_bound())
 
         def _set(self, queue: str, wanted: bool) -> None:
             tasks = self._consumer.task_consumer
