@@ -167,8 +167,7 @@ class Producer:
             run = self._sent_run()
             self.close()
         folder, plan = by_value.open_seen_or_not(run, lambda: self._queue)
-        follow = by_value.wait if by_value.is_followed_by_ledger(plan) else runs.wait
-        return follow(folder, plan, self._queue)
+        return runs.wait(folder, plan, self._queue)
 
     def status(self, run: str | None = None) -> Status:
         """A run's status now; without a name, that of the stream of sent documents."""

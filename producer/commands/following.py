@@ -43,12 +43,12 @@ def status(
 
 def _current(folder: RunFolder, plan: Plan, find_queue: Callable[[], Queue | None], *, watch: bool) -> Status:
     """A run's status now, or at its end where it is watched; a complete one needs no queue."""
-    from nermill.producer.runs.by_value import is_followed_by_ledger, open_seen_or_not
+    from nermill.producer.runs.by_value import open_seen_or_not
     from nermill.producer.runs.progress import watching
     from nermill.producer.runs.status import PartTotals, look
 
     totals = PartTotals(folder)
-    if not is_followed_by_ledger(plan):
+    if not plan.is_followed_by_ledger:
         current = look(folder, plan, None, totals)
         if current.state == "complete":
             return current

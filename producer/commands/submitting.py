@@ -192,6 +192,7 @@ def submit(
 
 def _by_value(request: Request, queue: Queue, *, wait: bool, as_json: bool) -> int:
     from nermill.producer.runs import by_value
+    from nermill.producer.runs import run as runs
     from nermill.producer.runs.progress import paused, reading, watching
     from nermill.producer.runs.status import look
 
@@ -202,6 +203,6 @@ def _by_value(request: Request, queue: Queue, *, wait: bool, as_json: bool) -> i
         with told_how_to_go_on("the same command again"), watching() as show:
             by_value.send(packed, queue, paused(show))
             if wait:
-                by_value.wait(packed.run, packed.plan, queue, show)
+                runs.wait(packed.run, packed.plan, queue, show)
     code = report_status(look(packed.run, packed.plan, queue), as_json=as_json)
     return code if wait else 0

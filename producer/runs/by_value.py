@@ -11,15 +11,15 @@ from typing import IO, NamedTuple
 
 from nermill.producer.runs.planning import Request, find_inputs, model_identity, plan_of_input, planned_run_id
 from nermill.producer.runs.queue import Queue
-from nermill.producer.runs.run import BROKER_TIMEOUT, MAX_WAITING_SHARDS, OnStatus, ignore, open_run
+from nermill.producer.runs.run import MAX_WAITING_SHARDS, OnStatus, check_served, ignore, lost, open_run
 from nermill.producer.runs.shards import group_documents
-from nermill.producer.runs.status import Status, look
+from nermill.producer.runs.status import look
 from nermill.producer.sources.files import absolute
 from nermill.producer.sources.options import OnError
 from nermill.producer.sources.reading import OnRead, Reading, ignore_progress
 from nermill.worker.contracts.by_value import Documents, Held, TooLargeError, pack
 from nermill.worker.contracts.document import Document, Fault
-from nermill.worker.contracts.errors import BrokerError, StoreError, UsageError
+from nermill.worker.contracts.errors import StoreError, UsageError
 from nermill.worker.contracts.layout import RunFolder
 from nermill.worker.contracts.message import PRIORITIES
 from nermill.worker.contracts.plan import BY_VALUE, Plan, Shard
@@ -150,17 +150,13 @@ def _offer(run: Packed, queue: Queue, shards: list[_Entry], on_wait: OnStatus) -
         with queue.ledger() as ledger:
             state, held = Documents(ledger).offer(run.plan.run_id, shard, data)
         if state == "unknown":
-            raise _lost(run.run)
+            raise lost(run.run)
         if state == "cancelled":
             return
         if number % _BATCH == 0:
             queue.promote()
         if not _has_room(held, limit) or number % _BATCH == 0:
             _await_room(run, queue, limit, on_wait)
-
-
-def _lost(run: RunFolder) -> BrokerError:
-    return BrokerError(f"{run.uri}: the broker lost the run; submit the same input again, which goes on")
 
 
 def _limit(queue: Queue) -> int:
@@ -179,62 +175,9 @@ def _await_room(run: Packed, queue: Queue, limit: int, on_wait: OnStatus) -> Non
         if _has_room(held, limit) and progress.waiting <= MAX_WAITING_SHARDS:
             return
         status = look(run.run, run.plan, queue)
-        _check_served(status)
+        check_served(status, run.plan)
         on_wait(status)
         queue.recover()
-        time.sleep(_POLL_SECONDS)
-
-
-def _check_served(status: Status) -> None:
-    """Looks whether the workers serve a run.
-
-    Raises:
-        StoreError: they refuse it.
-    """
-    progress = status.progress
-    idle = not progress.waiting and not progress.leased
-    if not progress.leased and (progress.blocked or (progress.quarantined and idle)):
-        reason = progress.last_error
-        raise StoreError(f"{status.run}: the workers refuse it ({reason}); once mended, submit the same input again")
-
-
-def wait(run: RunFolder, plan: Plan, queue: Queue, on_status: OnStatus = ignore) -> Status:
-    """Follows a run by value to its end, by the ledger alone.
-
-    Args:
-        run: The run's folder, which is not looked at.
-        plan: Its open plan.
-        queue: Its broker.
-        on_status: Told the status at each look; what it raises ends the waiting.
-
-    Returns:
-        The last status: complete or cancelled.
-
-    Raises:
-        BrokerError: the broker stays away, or lost the run.
-        StoreError: workers refuse the run, or not all of its documents were sent.
-    """
-    answered, idle_before = time.monotonic(), False
-    while True:
-        try:
-            status = look(run, plan, queue)
-            queue.recover()
-            answered = time.monotonic()
-        except BrokerError:
-            if time.monotonic() - answered > BROKER_TIMEOUT:
-                raise
-            time.sleep(1.0)
-            continue
-        on_status(status)
-        if status.progress.state == "unknown":
-            raise _lost(run)
-        if status.state == "complete" or (status.state == "cancelled" and not status.progress.leased):
-            return status
-        _check_served(status)
-        idle = status.state == "incomplete"
-        if idle and idle_before:
-            raise StoreError(f"{run.uri}: not all of its documents were sent; submit the same input again")
-        idle_before = idle
         time.sleep(_POLL_SECONDS)
 
 
@@ -261,8 +204,3 @@ def open_seen_or_not(uri: str, find_queue: FindQueue) -> tuple[RunFolder, Plan]:
             if plan is not None and known == folder:
                 return RunFolder(folder), plan
         raise
-
-
-def is_followed_by_ledger(plan: Plan) -> bool:
-    """Whether the ledger alone tells how far a run is."""
-    return plan.by_value and plan.is_open

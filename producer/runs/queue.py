@@ -107,6 +107,11 @@ class Queue:
             return f"no answer in {timeout:.0f} s, and no worker is at this broker; start nermill-worker"
         return f"no answer in {timeout:.0f} s from {len(workers)} workers; they are busy, or serve other artifacts"
 
+    def knows(self, run_id: str) -> bool:
+        """Whether the server knows a run."""
+        with self.ledger() as ledger:
+            return bool(ledger.uri(run_id))
+
     def drop(self, run_id: str) -> None:
         """Makes the server forget a run."""
         with self.ledger() as ledger:

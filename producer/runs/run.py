@@ -27,6 +27,7 @@ _POLL_SECONDS = (0.1, 1.0)
 _LONGEST_PAUSE = 5.0  # after a look that lasted: of a slow store, or over a network that was cut
 
 OnStatus = Callable[[Status], None]
+SendAgain = Callable[[], object]
 
 
 def ignore(_: Status) -> None:
@@ -114,7 +115,7 @@ def resume(run: RunFolder, plan: Plan, queue: Queue, high_water: int = HIGH_WATE
         from nermill.producer.runs.compact import finish_interrupted_swap
 
         plan = finish_interrupted_swap(run) or plan
-    if plan.is_open and plan.by_value:
+    if plan.is_followed_by_ledger:
         raise UsageError(f"{run.uri}: its documents come through the broker; to go on, submit the same input again")
     if plan.is_open:
         plan = recover(run, plan, queue)
@@ -125,56 +126,91 @@ def resume(run: RunFolder, plan: Plan, queue: Queue, high_water: int = HIGH_WATE
     return plan
 
 
-def wait(run: RunFolder, plan: Plan, queue: Queue, on_status: OnStatus = ignore) -> Status:
+def wait(
+    run: RunFolder, plan: Plan, queue: Queue, on_status: OnStatus = ignore, send_again: SendAgain | None = None
+) -> Status:
     """Follows a run to its end, and mends what was lost on the way: shards that nobody knows are sent again.
 
     Args:
-        run: The run's folder.
+        run: The run's folder, which is not looked at where the ledger alone tells how far the run is.
         plan: Its plan.
         queue: Its broker; while it is away the run's folder is watched alone.
         on_status: Told the status at each look; what it raises ends the waiting.
+        send_again: Called where nobody is at work and shards are missing; default: sends those that lie in the run's
+            folder, and refuses for a run that is followed by the ledger.
 
     Returns:
         The last status: complete or cancelled.
 
     Raises:
-        BrokerError: the broker stays away.
-        StoreError: workers refuse the run, or the folder cannot be read.
+        BrokerError: the broker stays away, or lost a run by value.
+        StoreError: workers refuse the run, the folder cannot be read, or not all of a run by value was sent.
     """
-    totals = PartTotals(run)
-    pause, lost, answered, complete_since = _POLL_SECONDS[0], False, time.monotonic(), 0.0
+    by_ledger, totals = plan.is_followed_by_ledger, PartTotals(run)
+    pause, is_idle, answered, complete_since = _POLL_SECONDS[0], False, time.monotonic(), 0.0
     while True:
-        began = time.monotonic()
+        began, was_idle, status = time.monotonic(), is_idle, None
         try:
-            status = look(run, plan, queue, totals)
+            if is_known := not by_ledger or queue.knows(plan.run_id):
+                status = look(run, plan, queue, totals)
             answered = began
         except BrokerError:
             if began - answered > BROKER_TIMEOUT:
                 raise
-            status = look(run, plan, None, totals)
-        on_status(status)
+            is_known = True
+            if not by_ledger:
+                status = look(run, plan, None, totals)
         if answered == began:
             with suppress(BrokerError):
                 queue.recover()
-        working = _is_busy(status.progress)
-        if status.state == "complete":
-            complete_since = complete_since or began
-            is_settled = began - complete_since > SETTLE_SECONDS
-            if not working or (is_settled and not status.progress.leased):
-                finish(run, plan, queue)
-                return look(run, plan, None, totals)
-        if status.state == "cancelled" and not status.progress.leased:
-            return status
-        idle = not working and status.state not in ("complete", "cancelled")
-        refused = status.progress.blocked or (status.progress.quarantined and not working)
-        if refused and not status.progress.leased:
-            reason = status.progress.last_error
-            raise StoreError(f"{run.uri}: the workers refuse it ({reason}); once mended: nermill resume {run.uri}")
-        if idle and lost and answered == began:
-            send(run, plan, queue)
-        lost = idle
+        is_idle = not is_known
+        if status is not None:
+            on_status(status)
+            is_working = _is_busy(status.progress)
+            if status.state == "complete":
+                if by_ledger:
+                    return status
+                complete_since = complete_since or began
+                is_settled = began - complete_since > SETTLE_SECONDS
+                if not is_working or (is_settled and not status.progress.leased):
+                    finish(run, plan, queue)
+                    return look(run, plan, None, totals)
+            if status.state == "cancelled" and not status.progress.leased:
+                return status
+            check_served(status, plan)
+            is_idle = not is_working and status.state not in ("complete", "cancelled")
+        if is_idle and was_idle and answered == began:
+            if send_again is not None:
+                send_again()
+            elif by_ledger:
+                raise not_all_sent(run) if is_known else lost(run)
+            else:
+                send(run, plan, queue)
         pause = min(_POLL_SECONDS[1], pause * 1.2)
         time.sleep(max(pause, min(_LONGEST_PAUSE, 5 * (time.monotonic() - began))))
+
+
+def check_served(status: Status, plan: Plan) -> None:
+    """Looks whether the workers serve a run.
+
+    Raises:
+        StoreError: they refuse it.
+    """
+    progress = status.progress
+    refused = progress.blocked or (progress.quarantined and not progress.waiting)
+    if refused and not progress.leased:
+        way = "submit the same input again" if plan.is_followed_by_ledger else f"nermill resume {status.run}"
+        raise StoreError(f"{status.run}: the workers refuse it ({progress.last_error}); once mended: {way}")
+
+
+def lost(run: RunFolder) -> BrokerError:
+    """What is raised where the broker does not know a run by value any more."""
+    return BrokerError(f"{run.uri}: the broker lost the run; submit the same input again, which goes on")
+
+
+def not_all_sent(run: RunFolder) -> StoreError:
+    """What is raised where a run by value waits for documents that nobody sends."""
+    return StoreError(f"{run.uri}: not all of its documents were sent; submit the same input again")
 
 
 def finish(run: RunFolder, plan: Plan, queue: Queue | None = None) -> bool:
@@ -192,8 +228,7 @@ def cancel(run: RunFolder, plan: Plan, queue: Queue) -> Plan:
     """Stops what has not started; committed parts stay, and so does what a worker holds at this moment."""
     if finish(run, plan, queue):
         return plan
-    workers_write_it = plan.by_value and plan.is_open
-    cancelled = replace(plan, cancelled=True) if workers_write_it else plan.cancel(run)
+    cancelled = replace(plan, cancelled=True) if plan.is_followed_by_ledger else plan.cancel(run)
     with queue.ledger() as ledger:
         ledger.cancel(plan.run_id)
     return cancelled

@@ -183,7 +183,7 @@ def look(run: RunFolder, plan: Plan, queue: Queue | None = None, totals: PartTot
     if queue is not None:
         with queue.ledger() as ledger:
             progress, listening = ledger.progress(plan.run_id), tuple(ledger.workers())
-    if plan.by_value and plan.is_open and progress.state != "unknown":
+    if plan.is_followed_by_ledger and progress.state != "unknown":
         return _by_ledger(run, plan, progress, listening)
     totals = totals or PartTotals(run)
     planned = run.shards() if plan.is_open else {shard.index for shard in plan.shards}

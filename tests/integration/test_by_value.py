@@ -21,6 +21,7 @@ import zstandard
 from nermill.producer.client import Producer
 from nermill.producer.runs import by_value
 from nermill.producer.runs.planning import Request
+from nermill.producer.runs.run import wait
 from nermill.producer.runs.shards import ShardLimits
 from nermill.producer.runs.status import Status
 from nermill.worker.contracts.by_value import MAX_UNPACKED_BYTES, Documents
@@ -154,7 +155,7 @@ def submit(fleet: Harness, count: int = 200, per_shard: int = 20, **options: Any
 def test_the_table_is_that_of_a_run_by_reference(fleet: Harness) -> None:
     fleet.worker()
     run, plan = submit(fleet)
-    assert by_value.wait(run, plan, fleet.queue()).state == "complete"
+    assert wait(run, plan, fleet.queue()).state == "complete"
     other, other_plan = fleet.submit(texts(200), documents_per_shard=20)
     fleet.wait(other, other_plan)
     assert other.uri != run.uri
@@ -170,7 +171,7 @@ def test_submitting_again_after_the_server_lost_everything_tags_nothing_twice(fl
     before = {name: Path(run.path(name)).stat().st_ino for name in run.list() if name.startswith("part-")}
     assert len(before) < 30
     run, plan = submit(fleet, 600)
-    assert by_value.wait(run, plan, fleet.queue()).ok == 600
+    assert wait(run, plan, fleet.queue()).ok == 600
     assert {name: Path(run.path(name)).stat().st_ino for name in before} == before
     assert sorted(row["doc_index"] for row in rows(run)) == list(range(600))
     assert read_plan(run).documents == 600
@@ -184,7 +185,7 @@ def test_a_worker_that_dies_on_the_way_leaves_a_shard_to_the_next(fleet: Harness
     run, plan = submit(fleet, 60)
     assert first.process.wait(60) == -signal.SIGKILL
     fleet.worker()
-    assert by_value.wait(run, plan, fleet.queue()).ok == 60
+    assert wait(run, plan, fleet.queue()).ok == 60
     assert sorted(row["doc_index"] for row in rows(run)) == list(range(60))
     assert not documents_in_redis(fleet)
 
@@ -192,14 +193,14 @@ def test_a_worker_that_dies_on_the_way_leaves_a_shard_to_the_next(fleet: Harness
 def test_parts_that_were_removed_are_tagged_again_when_the_input_is_submitted_again(fleet: Harness) -> None:
     fleet.worker()
     run, plan = submit(fleet)
-    by_value.wait(run, plan, fleet.queue())
+    wait(run, plan, fleet.queue())
     run.remove("part-00003.parquet")
     run, plan = submit(fleet)
     with pytest.raises(StoreError, match="1 parts are missing"):
-        by_value.wait(run, plan, fleet.queue())
+        wait(run, plan, fleet.queue())
     assert not run.exists("_SUCCESS")
     run, plan = submit(fleet)
-    by_value.wait(run, plan, fleet.queue())
+    wait(run, plan, fleet.queue())
     assert len(rows(run)) == 200
     assert run.exists("_SUCCESS")
 
@@ -226,7 +227,7 @@ def test_sending_waits_while_too_much_lies_in_redis(fleet: Harness, monkeypatch:
     fleet.worker(FAULT_BATCH_SECONDS="0.02")
     run, plan = submit(fleet, 400, per_shard=4, on_wait=look)
     assert largest < 25_000
-    assert by_value.wait(run, plan, fleet.queue()).ok == 400
+    assert wait(run, plan, fleet.queue()).ok == 400
     assert source.exists()
 
 
@@ -239,7 +240,7 @@ def test_a_run_that_is_not_served_does_not_keep_another_from_sending(
         client.zadd(f"{KEY_PREFIX}documents", {"other": 1e9, "forgotten": 1e9})
         fleet.worker()
         run, plan = submit(fleet, 100, per_shard=4)
-        assert by_value.wait(run, plan, fleet.queue()).ok == 100
+        assert wait(run, plan, fleet.queue()).ok == 100
         assert client.zrange(f"{KEY_PREFIX}documents", 0, -1) == ["other"], "what was forgotten leaves the index"
 
 
@@ -264,7 +265,7 @@ def test_a_cancelled_or_forgotten_run_leaves_no_documents(fleet: Harness) -> Non
     fleet.queue().drop(plan.run_id)
     assert not documents_in_redis(fleet)
     with pytest.raises(BrokerError, match="lost the run; submit the same input again"):
-        by_value.wait(run, plan, fleet.queue())
+        wait(run, plan, fleet.queue())
 
 
 def test_gold_tags_and_scores_come_back_by_the_broker(fleet: Harness, closed: tuple[str, Path, dict[str, str]]) -> None:
@@ -343,7 +344,7 @@ def test_a_folder_outside_the_roots_is_one_line(fleet: Harness) -> None:
 def test_a_run_that_did_not_arrive_whole_is_not_resumed_from_its_folder(fleet: Harness) -> None:
     fleet.worker()
     run, plan = submit(fleet, 40)
-    by_value.wait(run, plan, fleet.queue())
+    wait(run, plan, fleet.queue())
     read_plan(run).write(run)
     open_again = {**json.loads(run.read("_plan.json")), "is_open": True, "shards": []}
     run.write("_plan.json", json.dumps(open_again).encode())
@@ -358,7 +359,7 @@ def test_a_run_that_did_not_arrive_whole_is_not_resumed_from_its_folder(fleet: H
 
 def refusal(fleet: Harness, run: RunFolder, plan: Any) -> str:
     with pytest.raises(StoreError) as caught:
-        by_value.wait(run, plan, fleet.queue())
+        wait(run, plan, fleet.queue())
     return str(caught.value)
 
 

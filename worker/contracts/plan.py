@@ -103,6 +103,11 @@ class Plan:
         """Whether the documents came through the broker; the plan in the folder is open until all are tagged."""
         return self.details.get(BY_VALUE) is True
 
+    @property
+    def is_followed_by_ledger(self) -> bool:
+        """Whether the ledger alone tells how far the run is, since workers have not written all of it."""
+        return self.by_value and self.is_open
+
     def write(self, run: RunFolder) -> None:
         run.write(PLAN_FILE, (plan_json(self, indent=1) + "\n").encode())
 
