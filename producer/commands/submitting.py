@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nermill.producer.commands import options as o
-from nermill.producer.commands.outcome import ensure_evaluated, go_on, report_status, say_left_out, told_how_to_go_on
+from nermill.producer.commands.outcome import (
+    ensure_evaluated,
+    exit_code_of_sent,
+    go_on,
+    report_status,
+    say_left_out,
+    told_how_to_go_on,
+)
 from nermill.producer.commands.request import takes_request
 from nermill.producer.commands.streaming import stream
 from nermill.producer.runs.queue import DEFAULT_BROKER, HIGH_WATER
@@ -205,4 +212,4 @@ def _by_value(request: Request, queue: Queue, *, wait: bool, as_json: bool) -> i
             if wait:
                 runs.wait(packed.run, packed.plan, queue, show)
     code = report_status(look(packed.run, packed.plan, queue), as_json=as_json)
-    return code if wait else 0
+    return code if wait else exit_code_of_sent(packed.plan.details.get("rejected", 0), packed.run)

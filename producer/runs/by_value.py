@@ -9,7 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import IO, NamedTuple
 
-from nermill.producer.runs.planning import Request, find_inputs, model_identity, plan_of_input, planned_run_id
+from nermill.producer.runs.planning import (
+    Request,
+    details_of_input,
+    find_inputs,
+    model_identity,
+    plan_of_input,
+    planned_run_id,
+)
 from nermill.producer.runs.queue import Queue
 from nermill.producer.runs.run import MAX_WAITING_SHARDS, OnStatus, check_served, ignore, lost, open_run
 from nermill.producer.runs.shards import group_documents
@@ -33,11 +40,12 @@ _POLL_SECONDS = 0.2
 
 
 class _Entry(NamedTuple):
-    """A shard's documents in the temporary file."""
+    """A shard's documents in the temporary file, and how many of them cannot be tagged."""
 
     shard: Shard
     start: int
     size: int
+    rejected: int
 
 
 FindQueue = Callable[[], Queue | None]
@@ -79,7 +87,7 @@ def packed(request: Request, on_read: OnRead = ignore_progress) -> Iterator[Pack
     reading = Reading(found.sources, [size for _, size in found.prints], request.read, on_read)
     with tempfile.TemporaryFile() as spool:
         shards = list(_spooled(reading, request, spool))
-        details = {BY_VALUE: True, **({"left_out": found.left_out} if found.left_out else {})}
+        details = {BY_VALUE: True, **details_of_input(found, sum(entry.rejected for entry in shards))}
         plan = replace(plan_of_input(request, run_id, model, found, reading), is_open=True, details=details)
         yield Packed(RunFolder(f"{out}/run={run_id}"), plan, shards, spool)
 
@@ -115,36 +123,40 @@ def send(run: Packed, queue: Queue, on_wait: OnStatus = ignore) -> None:
 def _spooled(reading: Reading, request: Request, spool: IO[bytes]) -> Iterator[_Entry]:
     index = first = start = 0
     for group in group_documents(reading.documents(), request.limits):
-        for data, sha256, documents in _pack(group, request.read.on_error):
+        for data, sha256, documents in pack_group(group, request.read.on_error):
             spool.write(data)
-            yield _Entry(Shard(index, first, documents, sha256), start, len(data))
-            index, first, start = index + 1, first + documents, start + len(data)
+            rejected = sum(document.fault is not None for document in documents)
+            yield _Entry(Shard(index, first, len(documents), sha256), start, len(data), rejected)
+            index, first, start = index + 1, first + len(documents), start + len(data)
 
 
-def _pack(group: list[Document], on_error: OnError) -> Iterator[tuple[bytes, str, int]]:
-    """Packs documents as one shard, or as several where they are too large for one: bytes, sha256, documents of each.
+def pack_group(group: list[Document], on_error: OnError) -> Iterator[tuple[bytes, str, list[Document]]]:
+    """Packs documents as one shard, or as several where they are too large for one.
+
+    Yields:
+        Bytes, their sha256, and documents of each shard; one that is too large by itself is a reject.
 
     Raises:
         UsageError: one document is too large, and wrong records are not rejected.
     """
     try:
-        yield (*pack(shard_table(group)), len(group))
+        yield (*pack(shard_table(group)), group)
     except TooLargeError as error:
         if len(group) > 1:
             middle = len(group) // 2
-            yield from _pack(group[:middle], on_error)
-            yield from _pack(group[middle:], on_error)
+            yield from pack_group(group[:middle], on_error)
+            yield from pack_group(group[middle:], on_error)
             return
         (document,) = group
         told = f"{error}; submit it without --by-value"
         if on_error == "fail" or document.fault is not None:
             raise UsageError(f"{document.id[:80]}: {told}") from None
-        yield from _pack([Document(document.id, fault=Fault("too_large", told))], on_error)
+        yield from pack_group([Document(document.id, fault=Fault("too_large", told))], on_error)
 
 
 def _offer(run: Packed, queue: Queue, shards: list[_Entry], on_wait: OnStatus) -> None:
     limit = _limit(queue)
-    for number, (shard, start, size) in enumerate(shards):
+    for number, (shard, start, size, _) in enumerate(shards):
         run.spool.seek(start)
         data = run.spool.read(size)
         with queue.ledger() as ledger:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
+from typing import Any
 
 from nermill.producer.runs.recovery import finish_swap
 from nermill.producer.runs.shards import ShardLimits, group_documents, write_shard, write_shards
@@ -131,10 +132,7 @@ def make_plan(
         plan = replace(
             plan_of_input(request, run_id, model, found, reading),
             shards=shards,
-            details={
-                **({"left_out": found.left_out} if found.left_out else {}),
-                **({"rejected": reading.rejected} if reading.rejected else {}),
-            },
+            details=details_of_input(found, reading.rejected),
         )
         plan.write(run)
     return run, plan
@@ -156,6 +154,12 @@ def plan_of_input(request: Request, run_id: str, model: dict[str, str], found: F
         has_gold=reading.has_gold,
         priority=request.priority,
     )
+
+
+def details_of_input(found: Found, rejected: int) -> dict[str, Any]:
+    """What a plan tells of its input beside the plan's own fields: files that were left out, documents rejected."""
+    details = {"left_out": found.left_out, "rejected": rejected}
+    return {name: value for name, value in details.items() if value}
 
 
 def _mended(run: RunFolder, plan: Plan, reading: Reading, limits: ShardLimits) -> Plan:

@@ -305,11 +305,25 @@ def test_a_document_that_is_too_large_is_a_reject_or_ends_the_command(fleet: Har
     assert len(err.splitlines()) == 1, err
     assert "large: " in err
     assert "1048576 is the limit of a shard by value" in err
+    code, out, err = told(fleet, *arguments)
+    assert code == 3, err
+    assert "1 document rejected as unreadable" in err
     fleet.worker()
     code, out, err = told(fleet, *arguments, "--wait", "--json")
     assert code == 3, err
     found = {row["doc_id"]: row["reject_reason"] for row in rows(run_below(fleet.out))}
     assert found == {"a": None, "large": "too_large", "b": None}
+
+
+def test_records_that_cannot_be_read_are_told_when_they_are_sent(fleet: Harness) -> None:
+    source = fleet.folder / "broken.jsonl"
+    source.write_text('{"id": "a", "text": "Ada"}\n{"id": "b"\n')
+    arguments = ["submit", str(source), "--json"]
+    by_value = told(fleet, *arguments, "--out", str(fleet.out), "--by-value")
+    by_reference = told(fleet, *arguments, "--out", str(fleet.folder / "other"))
+    for code, out, err in (by_value, by_reference):
+        assert code == 3, err
+        assert f"1 document rejected as unreadable: nermill rejects {json.loads(out)['run']}" in err
 
 
 @pytest.mark.parametrize(
