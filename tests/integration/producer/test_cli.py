@@ -25,6 +25,7 @@ from nermill.producer.runs.progress import _painted
 from nermill.producer.runs.queue import Queue
 from nermill.producer.runs.status import look
 from nermill.worker.contracts.broker import redis_client
+from nermill.worker.contracts.layout import REPORT_HTML, REPORT_JSON, SUCCESS_FILE, RunFolder
 from nermill.worker.contracts.ledger import Ledger
 from nermill.worker.contracts.manifest import load_manifest, resolve_artifact
 from nermill.worker.contracts.message import KEY_PREFIX
@@ -127,6 +128,20 @@ def test_evaluate_scores_and_holds_floors(nermill, broker, serving, tmp_path):
     assert code == 0
     assert "+0.0000" in out
     assert "0 of 2 documents have other tags" in out
+
+
+def test_a_complete_run_that_has_no_report_gets_it_when_it_is_resumed(nermill, broker, serving, tmp_path):
+    path = tmp_path / "in.conll"
+    path.write_text("Ada B-PER\nis O\n")
+    with serving():
+        _, out, _ = nermill("submit", path, "--out", tmp_path / "out", "--broker", broker, "--wait", "--json")
+    run = RunFolder(json.loads(out)["run"])
+    for name in (REPORT_JSON, REPORT_HTML, SUCCESS_FILE):
+        run.remove(name)
+    code, out, err = nermill("resume", run.uri, "--broker", broker, "--json")
+    assert code == 0, err
+    assert (json.loads(out)["state"], json.loads(out)["scores"]["recall"]) == ("complete", 1.0)
+    assert all(run.exists(name) for name in (REPORT_JSON, REPORT_HTML, SUCCESS_FILE))
 
 
 def test_compact_says_what_it_did(nermill, finished, two_runs):
