@@ -352,6 +352,25 @@ def test_a_late_worker_does_not_hold_up_a_run_that_was_lost_with_the_servers_mem
     assert [message.shard for message in due(ledger)] == [1]
 
 
+def test_a_shard_whose_worker_was_lost_when_its_run_was_finished_does_not_prolong_the_run(
+    ledger: Ledger, client: Redis
+) -> None:
+    begin(ledger, 1)
+    lost = Delivery(ledger).one(now=0)
+    ledger.close("r")  # its producer found all parts in the folder
+
+    def seconds() -> list[int]:
+        return [client.ttl(key) for key in client.scan_iter(f"{ledger._prefix}run:r*")]
+
+    assert ledger.expire(now=2 * LEASE) == 1
+    assert all(0 < left <= 86_400 for left in seconds()), "while its shard waits"
+    heir = Delivery(ledger).one()
+    assert heir.key == lost.key
+    assert all(0 < left <= 86_400 for left in seconds()), "while its shard is leased"
+    assert complete(ledger, heir)
+    assert all(0 < left <= 86_400 for left in seconds())
+
+
 def test_a_late_worker_does_not_end_a_run_that_was_sent_again_without_its_shard(ledger: Ledger) -> None:
     begin(ledger, 2)
     claim = Delivery(ledger).one()

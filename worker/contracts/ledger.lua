@@ -120,6 +120,7 @@ local function wait(run, shard)
   local added = redis.call('ZADD', key(run, 'pending'), 'NX', shard == FINISH and '1e18' or shard, shard)
   if shard == FINISH then enroll(run, COMMON, '3')
   elseif redis.call('HEXISTS', key(run), 'blocked') == 0 then enroll(run, queue_of(run), get(run, 'priority')) end
+  end_with_run(run)
   return added
 end
 
@@ -338,7 +339,8 @@ function step.lease(run, shard, lease, worker, artifact, milliseconds, now)
     redis.call('HINCRBY', key(run, 'strikes'), trial, 1)
     redis.call('HDEL', key(run, 'trial'), shard)
   end
-  expire(run, FORGET_SECONDS)
+  -- of a finished run: a part was there, and its worker was lost before it was recorded
+  expire(run, state(run) == 'finished' and redis.call('TTL', key(run)) or FORGET_SECONDS)
   local spec = redis.call('HGET', key(run, 'shards'), shard) or ''
   local packed = redis.call('HSTRLEN', key(run, 'documents'), shard)
   return {'leased', attempts, math.max(0, clock() - since), get(run, 'uri'), get(run, 'options'), spec, packed}
