@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
@@ -255,7 +255,7 @@ def nothing_half_written(run: RunFolder) -> Iterator[None]:
         if run.is_local:
             shutil.rmtree(run.uri, ignore_errors=True)
             for folder in missing[1:]:
-                if os.path.isdir(folder) and not os.listdir(folder):
+                with suppress(OSError):  # it is not empty; or the disk fails, as the error that ended it says
                     os.rmdir(folder)
         else:
             for name in run.list(SHARD_FOLDER):

@@ -158,3 +158,17 @@ def test_a_full_disk_leaves_nothing(request_, tmp_path, monkeypatch):
     with pytest.raises(StoreError):
         make_plan(request_)
     assert not (tmp_path / "deep").exists()
+
+
+def test_a_disk_that_fails_while_it_is_cleaned_does_not_hide_why(request_, monkeypatch):
+    def refuse(run: RunFolder, *_: object, **__: object) -> bool:
+        Path(run.uri).parent.mkdir(parents=True)
+        raise StoreError("No space left on device")
+
+    def fail(_: str) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(RunFolder, "write", refuse)
+    monkeypatch.setattr("nermill.producer.runs.planning.os.rmdir", fail)
+    with pytest.raises(StoreError, match="No space left"):
+        make_plan(request_)
