@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nermill.model_build.advice import describe, window_lengths
+from nermill.model_build.corpus import Text, read_texts
+from nermill.model_build.shapes import compare
+from nermill.worker.contracts.costs import Costs
 from nermill.worker.contracts.errors import EngineError
+from nermill.worker.contracts.manifest import Manifest
 from nermill.worker.contracts.processor import processor_name
 from nermill.worker.engine import load_engine
 from nermill.worker.engine.encoder import Architecture
@@ -22,22 +27,35 @@ if TYPE_CHECKING:
 
 REPEATS = 9
 MIN_SECONDS = 0.2  # of one measurement: short calls are repeated within it
+SAMPLE = Path(__file__).parent / "demo" / "sample" / "wikigold.conll"
 FREE_LENGTHS = (16, 32, 64, 128, 256, 512)
 
 
-def bench(artifact: Path, device: str = "cpu", threads: int = 0, repeats: int = REPEATS) -> dict[str, Any]:
+def bench(
+    artifact: Path, device: str = "cpu", threads: int = 0, repeats: int = REPEATS, texts: Sequence[Text] = ()
+) -> dict[str, Any]:
     """Measures every shape of an artifact, and the peak.
 
+    Args:
+        artifact: The artifact's folder.
+        device: Where it runs.
+        threads: Compute threads on a CPU; 0 takes all.
+        repeats: Measurements of a shape, of which the median counts.
+        texts: What the ways of filling rows are compared on; the bundled sample where there are none.
+
     Returns:
-        A JSON object that ``shapes --costs`` reads; ``shapes`` holds for each shape rows, length, seconds (the
-        median of one call), documents_per_second (one document a row), tokens_per_second, gflops and peak_share.
-        A shape that the device refused holds ``refused`` instead.
+        A table of costs (``nermill.worker.contracts.costs``); ``shapes`` holds for each shape rows, length, seconds
+        (the median of one call), documents_per_second (one document a row), tokens_per_second, gflops and peak_share.
+        A shape that the device refused holds ``refused`` instead. ``ways`` says what padded, bucketed and packed rows
+        of these shapes take for the texts, each call as measured here; windows are as long as the longest of them.
     """
     engine = load_engine(artifact, device, threads)
     try:
         manifest = engine.manifest
         sizes = Architecture(**manifest.details["architecture"])
         peak = _peak_gflops(engine, threads, (manifest.batch_tokens, sizes.hidden, sizes.intermediate), repeats)
+        measured = [_measure(engine, shape, sizes, peak, repeats) for shape in _shapes(engine)]
+        texts = texts or read_texts([str(SAMPLE)])
         return {
             "kind": "measured",
             "source": f"nermill-build bench on {_machine(device)}, median of {repeats}",
@@ -45,13 +63,28 @@ def bench(artifact: Path, device: str = "cpu", threads: int = 0, repeats: int = 
             "artifact_sha256": manifest.sha256,
             "backend": manifest.backend,
             "precision": manifest.precision,
+            "layout": manifest.layout,
+            "is_free": not manifest.shapes,
             "device": device,
             "threads": threads,
             "peak_gflops": peak,
-            "shapes": [_measure(engine, shape, sizes, peak, repeats) for shape in _shapes(engine)],
+            "shapes": measured,
+            "documents": len(texts),
+            "ways": _ways(manifest, artifact, measured, texts),
         }
     finally:
         engine.close()
+
+
+def _ways(
+    manifest: Manifest, artifact: Path, measured: Sequence[dict[str, Any]], texts: Sequence[Text]
+) -> dict[str, Any]:
+    seconds = {(entry["rows"], entry["length"]): entry["seconds"] for entry in measured if "seconds" in entry}
+    if not seconds:
+        return {}
+    costs = Costs("", "measured", "", seconds, manifest.layout)
+    windows = window_lengths(texts, artifact, min(manifest.max_length, costs.longest))
+    return describe(compare(windows, costs, manifest, len(seconds)), len(texts))
 
 
 def _machine(device: str) -> str:

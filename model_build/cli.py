@@ -174,11 +174,23 @@ def verify(
         raise typer.Exit(BEYOND_TOLERANCE)
 
 
-def bench(artifact: Artifact, device: Device = "cpu", threads: Threads = 0, as_json: Json = False) -> None:
-    """Measure every shape of an artifact, beside the machine's own matrix product."""
+def bench(
+    artifact: Artifact,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(help="Texts like yours (default: the sample): padded, bucketed, packed.", show_default=False),
+    ] = None,
+    device: Device = "cpu",
+    threads: Threads = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure every shape of an artifact, beside the machine's own matrix product; compare ways to fill the rows."""
+    from nermill.model_build.advice import lines_of_ways
     from nermill.model_build.bench import bench as measure
+    from nermill.model_build.corpus import read_texts
 
-    body = measure(resolve_artifact(artifact), device, threads)
+    texts = read_texts(inputs or [])
+    body = measure(resolve_artifact(artifact), device, threads, texts=texts)
     rows = [
         (f"{s['rows']}x{s['length']}", "refused", s["refused"], "", "", "")
         if "refused" in s
@@ -193,7 +205,9 @@ def bench(artifact: Artifact, device: Device = "cpu", threads: Threads = 0, as_j
         for s in body["shapes"]
     ]
     peak = f"largest product alone: {body['peak_gflops'] or 'unknown'} GFLOP/s"
-    _answer(body, as_json, [peak, *_table(("shape", "ms", "documents/s", "tokens/s", "GFLOP/s", "of peak"), rows)])
+    table = _table(("shape", "ms", "documents/s", "tokens/s", "GFLOP/s", "of peak"), rows)
+    told = f"{body['documents']:,} documents by these times of {body['layout']} rows:"
+    _answer(body, as_json, [peak, *table, *([told] if body["ways"] else []), *lines_of_ways(body["ways"], "computed")])
 
 
 def shapes(
@@ -206,12 +220,13 @@ def shapes(
     target: Annotated[
         float | None, typer.Option("--target", help="Documents/s to serve: how many devices?", show_default=False)
     ] = None,
+    unit: Annotated[str, typer.Option("--unit", help="A document of CoNLL: sentence or document.")] = "sentence",
     as_json: Json = False,
 ) -> None:
-    """Which shapes to compile for a corpus, and what packing into them will give."""
+    """Which shapes to compile for a corpus, and what padded, bucketed and packed rows of them will give."""
     from nermill.model_build.advice import advise
 
-    body, lines = advise(inputs, max_shapes, costs, resolve_artifact(model), target)
+    body, lines = advise(inputs, max_shapes, costs, resolve_artifact(model), target, unit)
     _answer(body, as_json, lines)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -22,12 +23,15 @@ class Text:
     gold: tuple[str, ...] = ()
 
 
-def read_texts(inputs: Sequence[str]) -> list[Text]:
-    """Reads local files; a sentence, a record or a line is a text.
+def read_texts(inputs: Sequence[str], unit: str = "sentence") -> list[Text]:
+    """Reads local files; a record, a line, or a ``unit`` of CoNLL (``sentence`` or ``document``) is a text.
 
     Raises:
         UsageError: a file cannot be read, or holds no text; the message names file and line.
     """
+    if unit not in ("sentence", "document"):
+        raise UsageError(f"--unit {unit!r}: one of sentence, document")
+    conll = _sentences if unit == "sentence" else _documents
     texts = []
     for name in inputs:
         if name.endswith(_OTHERS):
@@ -37,7 +41,7 @@ def read_texts(inputs: Sequence[str]) -> list[Text]:
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UsageError(f"{name}: cannot be read ({reason})") from None
-        reader = _records if name.endswith((".jsonl", ".ndjson")) else _sentences if _is_conll(lines) else _lines
+        reader = _records if name.endswith((".jsonl", ".ndjson")) else conll if _is_conll(lines) else _lines
         found = list(reader(name, lines))
         if not found:
             raise UsageError(f"{name}: holds no text")
@@ -79,6 +83,16 @@ def _sentences(name: str, lines: Sequence[str]) -> Iterator[Text]:
         elif words:
             yield Text(tuple(words), tuple(tags))
             words, tags = [], []
+
+
+def _documents(name: str, lines: Sequence[str]) -> Iterator[Text]:
+    """The sentences up to a -DOCSTART- line as one text."""
+    starts = [number for number, line in enumerate(lines) if line.startswith("-DOCSTART-")]
+    for begin, end in pairwise([0, *starts, len(lines)]):
+        sentences = list(_sentences(name, lines[begin:end]))
+        if sentences:
+            words = tuple(word for sentence in sentences for word in sentence.content)
+            yield Text(words, tuple(tag for sentence in sentences for tag in sentence.gold))
 
 
 def _lines(name: str, lines: Sequence[str]) -> Iterator[Text]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -64,9 +63,11 @@ def plan(
     ] = "",
     model: o.Model = "demo",
     costs: Annotated[
-        Path | None,
-        typer.Option("--costs", metavar="FILE", help="A nermill-build bench --json, to estimate device time."),
-    ] = None,
+        str,
+        typer.Option(
+            "--costs", metavar="TABLE", help="A nermill-build bench --json, or a table's name, to estimate device time."
+        ),
+    ] = "",
     price_per_hour: Annotated[
         float | None,
         typer.Option("--price-per-hour", metavar="PRICE", min=0, help="Of one device; gives the price of the run."),

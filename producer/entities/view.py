@@ -25,6 +25,7 @@ LABEL_STYLES = {"PER": "bold green", "ORG": "bold cyan", "LOC": "bold yellow", "
 OTHER_LABEL_STYLE = "bold blue"
 _UNLIMITED = 1 << 20
 _LONGEST_BAR = 60
+_WAYS = {"padded": "padded to the longest", "bucketed": "one a row of the nearest length", "packed": "packed"}
 
 
 def print_json(body: Any) -> None:
@@ -100,8 +101,10 @@ def print_estimate(found: Estimate) -> None:
     if found.duplicates:
         duplicates = f"{counted(found.duplicates, 'document')} with an id that came before"
         table.append(("ids", f"{duplicates}: {', '.join(found.duplicate_ids)}"))
-    if found.seconds is not None:
-        table.append(("time", f"{duration(found.seconds)} of one device ({found.seconds_from})"))
+    if found.seconds:
+        table.append(("time", f"{duration(found.seconds[found.way])} of one device ({found.seconds_from})"))
+        told = ", ".join(f"{_WAYS[way]} {duration(seconds)}" for way, seconds in found.seconds.items())
+        table.append(("ways", f"{told}; full batches, the same table"))
     elif found.max_length:
         table.append(("time", "unknown: nermill-build bench MODEL --json > MODEL/bench.json measures the device"))
     if found.price is not None:
@@ -117,15 +120,16 @@ def _money(amount: float) -> str:
 
 
 def _print_histogram(found: Estimate) -> None:
-    filled = [at for at, documents in enumerate(found.counts) if documents]
+    counts = [entry["documents"] for entry in found.histogram]
+    filled = [at for at, documents in enumerate(counts) if documents]
     if not filled:
         return
-    most, width = max(found.counts), min(_LONGEST_BAR, max(10, _columns(80) - 40))
+    most, width = max(counts), min(_LONGEST_BAR, max(10, _columns(80) - 40))
     print(f"\n{'tokens':>14} {'':<{width}} documents")
     for entry in found.histogram[filled[0] : filled[-1] + 1]:
         label = f"{entry['from']:,} to {entry['to']:,}" if entry["to"] else f"{entry['from']:,} or more"
         bar = "█" * round(width * entry["documents"] / most) or ("▏" if entry["documents"] else "")
-        print(f"{label:>14} {bar:<{width}} {entry['documents']:>9,} {entry['documents'] / sum(found.counts):>7.1%}")
+        print(f"{label:>14} {bar:<{width}} {entry['documents']:>9,} {entry['documents'] / sum(counts):>7.1%}")
 
 
 def print_finding(finding: Finding) -> None:

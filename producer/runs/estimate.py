@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from array import array
+from bisect import bisect_left
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -15,6 +16,7 @@ from nermill.producer.runs.shards import document_text, estimated_tokens, group_
 from nermill.producer.sources import open_sources
 from nermill.producer.sources.files import is_remote
 from nermill.producer.sources.reading import OnRead, Reading, ignore_progress
+from nermill.worker.contracts.costs import Costs, Way, load_costs, seconds_of_full_batches
 from nermill.worker.contracts.document import Document
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.layout import PLAN_FILE, RunFolder
@@ -35,12 +37,13 @@ class Estimate:
         inputs: URI, format and size in bytes of each file.
         left_out: Files that are not read, each with the reason.
         exists: Whether it was planned before, so that submitting resumes it.
-        counts: Documents by token length; one more than EDGES, the last for what is longer.
+        lengths: Documents by token length.
         tokens_from: How lengths were found.
-        tokens_by_length: Their tokens, likewise.
         long: Documents above the model's length.
         duplicates: Documents whose id was there before, and the ids of the first few.
-        seconds: Expected device seconds, where a bench table is known.
+        seconds: Expected device seconds by way of filling batches, where a table of costs is known.
+        way: The one that the table's graph takes.
+        seconds_from: Where the table is from.
         price_per_hour: Of one device, in a currency that the user knows.
     """
 
@@ -56,21 +59,21 @@ class Estimate:
     longest: int = 0
     max_length: int = 0
     long: int = 0
-    counts: list[int] = field(default_factory=lambda: [0] * (len(EDGES) + 1))
-    tokens_by_length: list[int] = field(default_factory=lambda: [0] * (len(EDGES) + 1))
+    lengths: Counter[int] = field(default_factory=Counter)
     tokens_from: str = "an estimate of 4 bytes a token"
     duplicates: int = 0
     duplicate_ids: list[str] = field(default_factory=list)
-    seconds: float | None = None
+    seconds: dict[Way, float] = field(default_factory=dict)
+    way: Way = "packed"
     seconds_from: str = ""
     price_per_hour: float | None = None
 
     @property
     def price(self) -> dict[str, Any] | None:
         """Money for the run and for a million documents of its kind, where a price and the device time are known."""
-        if self.price_per_hour is None or self.seconds is None:
+        if self.price_per_hour is None or not self.seconds:
             return None
-        run = self.price_per_hour * self.seconds / 3600
+        run = self.price_per_hour * self.seconds[self.way] / 3600
         documents = self.documents - self.rejected
         million = run / documents * 1e6 if documents else None
         return {"per_hour": self.price_per_hour, "run": run, "per_million_documents": million}
@@ -78,8 +81,11 @@ class Estimate:
     @property
     def histogram(self) -> list[dict[str, Any]]:
         """Documents by token length; ``to`` is None for the last, which is open."""
+        counts = [0] * (len(EDGES) + 1)
+        for length, documents in self.lengths.items():
+            counts[bisect_left(EDGES, length)] += documents
         starts, ends = [1, *(edge + 1 for edge in EDGES)], [*EDGES, None]
-        return [{"from": s, "to": e, "documents": n} for s, e, n in zip(starts, ends, self.counts, strict=True)]
+        return [{"from": s, "to": e, "documents": n} for s, e, n in zip(starts, ends, counts, strict=True)]
 
     def as_json(self) -> dict[str, Any]:
         """The object of ``plan --json``."""
@@ -97,21 +103,22 @@ class Estimate:
             "max_length": self.max_length or None,
             "long": {"documents": self.long, "share": round(self.long / documents, 4) if documents else 0.0},
             "duplicate_ids": {"documents": self.duplicates, "examples": self.duplicate_ids},
-            "device_seconds": None if self.seconds is None else round(self.seconds, 1),
+            "device_seconds": round(self.seconds[self.way], 1) if self.seconds else None,
+            "device_seconds_by_way": {way: round(seconds, 1) for way, seconds in self.seconds.items()} or None,
             "device_seconds_from": self.seconds_from or None,
             "price": self.price,
         }
 
 
 def estimate(
-    request: Request, costs: Path | None = None, on_read: OnRead = ignore_progress, price_per_hour: float | None = None
+    request: Request, costs: str = "", on_read: OnRead = ignore_progress, price_per_hour: float | None = None
 ) -> Estimate:
     """Reads an input as ``submit`` would, and counts.
 
     Args:
         request: As for ``make_plan``; ``out`` may be empty.
-        costs: What ``nermill-build bench --json`` wrote; default: ``bench.json`` in the artifact's folder, where it
-            was measured on this very artifact.
+        costs: Name or file of a table of costs; default: ``bench.json`` in the artifact's folder, where it was
+            measured on this very artifact.
         on_read: Told now and then how far the reading is.
         price_per_hour: Of one device.
 
@@ -154,25 +161,10 @@ def estimate(
     found.tokens_from = lengths.told
     found.duplicates, found.duplicate_ids = _duplicates(hashes, reading)
     if table is not None:
-        found.seconds, found.seconds_from = table.seconds(found.tokens_by_length), table.source
+        window = min(found.max_length or table.longest, table.longest)
+        found.seconds = seconds_of_full_batches(found.lengths, table, window, request.options.overlap)
+        found.way, found.seconds_from = table.way, f"{table.kind}: {table.source}"
     return found
-
-
-@dataclass(frozen=True)
-class _Costs:
-    """What a device takes for a token, by the length of a shape's rows: the cheapest shape that holds it."""
-
-    source: str
-    token_seconds: dict[int, float]
-
-    def seconds(self, tokens_by_length: list[int]) -> float:
-        """Device seconds of so many tokens of documents by length; what is longer than any shape goes in windows."""
-        ends = [*EDGES, EDGES[-1] + 1]
-        return sum(tokens * self._token(end) for tokens, end in zip(tokens_by_length, ends, strict=True))
-
-    def _token(self, length: int) -> float:
-        longest = max(self.token_seconds)
-        return min(seconds for n, seconds in self.token_seconds.items() if n >= min(length, longest))
 
 
 class _Lengths:
@@ -208,15 +200,11 @@ class _Lengths:
 
 
 def _count(found: Estimate, group: list[Document], lengths: _Lengths) -> None:
-    from bisect import bisect_left
-
     texts = [document_text(document) for document in group if document.fault is None]
     found.documents += len(group)
     found.rejected += len(group) - len(texts)
     for length in lengths.of(texts):
-        at = bisect_left(EDGES, length)
-        found.counts[at] += 1
-        found.tokens_by_length[at] += length
+        found.lengths[length] += 1
         found.tokens += length
         found.longest = max(found.longest, length)
         found.long += bool(found.max_length) and length > found.max_length
@@ -236,25 +224,11 @@ def _duplicates(hashes: array[int], reading: Reading) -> tuple[int, list[str]]:
     return int(again.size), sorted({document.id for at, document in enumerate(read) if at in named})
 
 
-def _table(costs: Path | None, artifact: Path | None, sha256: str) -> _Costs | None:
-    path = costs or (artifact / BENCH_FILE if artifact else None)
-    if path is None or (costs is None and not path.exists()):
+def _table(costs: str, artifact: Path | None, sha256: str) -> Costs | None:
+    """The table that was named, else the one in the artifact's folder, if it was measured on this very artifact."""
+    if costs:
+        return load_costs(costs)
+    if artifact is None or not (artifact / BENCH_FILE).exists():
         return None
-    try:
-        body = json.loads(path.read_text("utf-8"))
-        if costs is None and body["artifact_sha256"] != sha256:
-            return None  # measured before the artifact was built again
-        token_seconds: dict[int, float] = {}
-        for shape in body["shapes"]:
-            if "seconds" in shape:
-                each = float(shape["seconds"]) / (shape["rows"] * shape["length"])
-                token_seconds[shape["length"]] = min(each, token_seconds.get(shape["length"], each))
-        if not token_seconds:
-            raise ValueError("no shape with seconds")
-        return _Costs(f"{body['kind']}: {body['source']}", token_seconds)
-    except OSError as error:
-        raise UsageError(
-            f"{path}: cannot be read ({error.strerror}); nermill-build bench ART --json writes one"
-        ) from None
-    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise UsageError(f"{path}: not a table of costs ({error}); nermill-build bench ART --json writes one") from None
+    table = load_costs(str(artifact / BENCH_FILE))
+    return table if table.artifact_sha256 == sha256 else None

@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import nermill.worker.tagging.pipeline
-from nermill.model_build.shapes import load_costs, parse_shapes
+from nermill.model_build.shapes import parse_shapes
+from nermill.worker.contracts.costs import load_costs
 from nermill.worker.contracts.manifest import load_manifest
 from nermill.worker.engine import Engine
 from tests.benchmarks.engines import NullEngine, PacedEngine, by_shape, windows_per_second

@@ -13,9 +13,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from nermill.model_build.shapes import best_shapes, load_costs, packing
+from nermill.model_build.shapes import batches, best_shapes
 from nermill.producer.runs.shards import ShardLimits
 from nermill.producer.runs.status import Status
+from nermill.worker.contracts.costs import load_costs
 from nermill.worker.contracts.device import Device
 from nermill.worker.contracts.document import Document
 from nermill.worker.contracts.manifest import TOKENIZER_FILE, load_manifest, resolve_artifact
@@ -99,7 +100,8 @@ def paced_310p3(corpus: Corpus, seconds: float, rounds: int) -> dict[str, Any]:
     """
     costs = load_costs(COSTS)
     shapes = best_shapes(corpus.lengths, costs, COMPILED)
-    ideal = packing(corpus.lengths, costs, shapes, waiting=len(corpus.lengths))
+    manifest = replace(load_manifest(resolve_artifact("demo")), layout="packed", shapes=shapes)
+    ideal = batches(corpus.lengths, costs, manifest, waiting=len(corpus.lengths))
     rate = len(corpus.texts) / ideal.seconds
     compiled = ",".join(f"{rows}x{length}" for rows, length in shapes)
     busy: list[float] = []

@@ -123,6 +123,8 @@ def test_command_line_of_bench_inspect_and_shapes(
         table = json.loads(out)
         assert table["kind"] == "measured"
         assert all(s["tokens_per_second"] > 0 and s["peak_share"] > 0 for s in table["shapes"])
+        assert (table["layout"], table["is_free"], table["documents"]) == ("packed", art == compiled("onnx"), 301)
+        assert list(table["ways"]) == ["padded", "bucketed", "packed"]
         (tmp_path / "costs.json").write_text(out, "utf-8")
     code, out, _ = run(capsys, monkeypatch, "inspect", str(art), "--json")
     assert (code, json.loads(out)["backend"]) == (0, "onnx")
@@ -133,7 +135,9 @@ def test_command_line_of_bench_inspect_and_shapes(
     body = json.loads(out)
     assert (body["documents"], body["costs"]["kind"]) == (2, "measured")
     assert body["devices"] >= 1
-    assert body["one_a_row"]["fill"] <= body["nearest_bucket"]["fill"] <= 1
+    assert body["ways"]["padded"]["fill"] <= body["ways"]["bucketed"]["fill"] <= 1
+    code, out, _ = run(capsys, monkeypatch, "shapes", str(tmp_path / "corpus.txt"), *arguments, "--unit", "word")
+    assert code == 2
 
 
 def test_bench_names_a_shape_that_the_device_refuses(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:

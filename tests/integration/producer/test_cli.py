@@ -314,10 +314,18 @@ def test_plan_tells_without_writing(nermill, tmp_path):
     assert body["shards"] == 2
     assert sum(entry["documents"] for entry in body["histogram"]) == 6
     assert body["device_seconds"] == pytest.approx(body["tokens"]["total"] / 10, abs=0.1)
+    ways = {"padded": 6 * 51.2, "bucketed": 6 * 51.2, "packed": body["device_seconds"]}
+    assert body["device_seconds_by_way"] == pytest.approx(ways, abs=0.1)
     assert not (tmp_path / "out").exists()
     _, out, _ = nermill(*arguments)
     assert "3 documents with an id that came before: a, b" in out
     assert "█" in out
+    assert re.search(r"ways +padded to the longest 5 min 7 s, one a row of the nearest length 5 min 7 s, packed ", out)
+    plain = json.loads(costs.read_text()) | {"layout": "plain", "is_free": False}
+    costs.write_text(json.dumps(plain))
+    assert json.loads(nermill(*arguments, "--json")[1])["device_seconds"] == pytest.approx(6 * 51.2, abs=0.1)
+    _, out, _ = nermill("plan", path, "--costs", "310p3-bert-large")
+    assert "of one device (estimate: published sequences/s of Ascend/ModelZoo-PyTorch" in out
 
 
 def test_plan_tells_the_price_of_the_run_and_of_a_million_documents(nermill, tmp_path):

@@ -30,6 +30,15 @@ def test_formats(tmp_path: Path, name: str, content: str, expected: list[Text]) 
     assert read_texts([str(tmp_path / name)]) == expected
 
 
+def test_documents_of_conll(tmp_path: Path) -> None:
+    content = "Oslo B-LOC\n\n-DOCSTART- O\n\nRome B-LOC\n\nis O\ncold O\n-DOCSTART- O\n"
+    (tmp_path / "a.conll").write_text(content, "utf-8")
+    assert read_texts([str(tmp_path / "a.conll")], "document") == [
+        Text(("Oslo",), ("B-LOC",)),
+        Text(("Rome", "is", "cold"), ("B-LOC", "O", "O")),
+    ]
+
+
 @pytest.mark.parametrize(("content", "message"), [(b"", "holds no text"), (b"\xff\xfe", "cannot be read")])
 def test_file_without_texts(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "a.txt").write_bytes(content)

@@ -1,46 +1,54 @@
-"""Which shapes to compile: parsing --shapes, the bundled cost tables, the best choice, packing."""
+"""Which shapes to compile: the best choice by a table of costs, and the three ways to fill their rows."""
 
 from __future__ import annotations
 
-import json
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nermill.model_build.shapes import Costs, best_shapes, bucket, load_costs, packing
+from nermill.model_build.shapes import batches, best_shapes, compare
+from nermill.worker.contracts.costs import Costs
 from nermill.worker.contracts.errors import UsageError
+from nermill.worker.contracts.manifest import Layout
+from tests.doubles.engine import manifest
 
 lengths_of_a_corpus = st.lists(st.integers(3, 40), min_size=1, max_size=25)
 tables = st.dictionaries(
     st.tuples(st.integers(1, 4), st.sampled_from([8, 16, 24, 40])), st.floats(0.1, 10), min_size=1, max_size=7
 )
+layouts = st.sampled_from(["packed", "plain"])
 
 
-def seconds_of(lengths: np.ndarray, costs: Costs, shapes: tuple[tuple[int, int], ...]) -> float:
-    """Cost of each window in the cheapest shape that it fits, where all rows are full."""
+def seconds_of(lengths: np.ndarray, costs: Costs, shapes: tuple[tuple[int, int], ...], layout: Layout) -> float:
+    """Cost of each window in the cheapest shape that it fits, where all batches are full."""
     total = 0.0
     for length in lengths.tolist():
-        prices = [costs.token_seconds(shape) for shape in shapes if shape[1] >= length]
-        total += length * min(prices, default=float("inf"))
+        prices = [
+            length * costs.token_seconds(shape) if layout == "packed" else costs.row_seconds(shape)
+            for shape in shapes
+            if shape[1] >= length
+        ]
+        total += min(prices, default=float("inf"))
     return total
 
 
-@given(lengths_of_a_corpus, tables, st.integers(1, 4))
-def test_choice_is_as_good_as_brute_force(lengths: list[int], table: dict[tuple[int, int], float], count: int) -> None:
+@given(lengths_of_a_corpus, tables, st.integers(1, 4), layouts)
+def test_choice_is_as_good_as_brute_force(
+    lengths: list[int], table: dict[tuple[int, int], float], count: int, layout: Layout
+) -> None:
     costs = Costs("table", "measured", "", {**table, (1, 40): 5.0})
     corpus = np.array(lengths)
     best = min(
-        seconds_of(corpus, costs, shapes)
+        seconds_of(corpus, costs, shapes, layout)
         for number in range(1, count + 1)
         for shapes in combinations(costs.seconds, min(number, len(costs.seconds)))
     )
-    chosen = best_shapes(corpus, costs, count)
+    chosen = best_shapes(corpus, costs, count, layout)
     assert len(chosen) <= count
-    assert seconds_of(corpus, costs, chosen) == pytest.approx(best)
+    assert seconds_of(corpus, costs, chosen, layout) == pytest.approx(best)
 
 
 def test_no_shape_for_the_longest_window() -> None:
@@ -49,45 +57,31 @@ def test_no_shape_for_the_longest_window() -> None:
         best_shapes(np.array([3, 17]), costs, 1)
 
 
-@given(lengths_of_a_corpus, st.integers(1, 50))
-def test_packing_computes_every_window_once(lengths: list[int], waiting: int) -> None:
+@given(lengths_of_a_corpus, st.integers(1, 50), layouts)
+def test_batches_compute_every_window_once(lengths: list[int], waiting: int, layout: Layout) -> None:
     costs = Costs("table", "measured", "", {(2, 16): 1.0, (1, 40): 2.0})
-    packed = packing(np.array(lengths), costs, tuple(costs.seconds), waiting)
-    computed = packed.calls[(2, 16)] * 32 + packed.calls[(1, 40)] * 40
-    assert packed.fill * computed == pytest.approx(sum(lengths))
-    assert packed.seconds == packed.calls[(2, 16)] + 2 * packed.calls[(1, 40)]
-    assert packed.rows == 2 * packed.calls[(2, 16)] + packed.calls[(1, 40)]
-
-
-def test_buckets_are_the_nearest_lengths_at_their_best_number_of_rows() -> None:
-    costs = Costs("table", "estimate", "", {(1, 16): 1.0, (4, 16): 2.0, (2, 40): 3.0, (1, 64): 9.0})
-    bucketed = bucket(np.array([3, 16, 17, 40]), costs)
-    assert (bucketed.lengths, bucketed.seconds) == ([16, 40], 2 * 2.0 / 4 + 2 * 3.0 / 2)
-    assert bucketed.fill == pytest.approx(76 / (16 + 16 + 40 + 40))
-    with pytest.raises(UsageError, match="no shape takes a window of 65 tokens"):
-        bucket(np.array([65]), costs)
-
-
-@pytest.mark.parametrize(("name", "peak"), [("310p3-bert-large", 768.5), ("310p3-bert-base", 2884)])
-def test_shipped_tables_are_the_published_ones(name: str, peak: float) -> None:
-    costs = load_costs(name)
-    assert costs.kind == "estimate"
-    assert "ModelZoo" in costs.source
-    assert 32 / costs.seconds[(32, 64)] == pytest.approx(peak, rel=1e-3)
-    assert {length for _, length in costs.seconds} >= {64, 128, 256, 384, 512}
+    made = batches(np.array(lengths), costs, manifest(tuple(costs.seconds), layout=layout), waiting)
+    computed = made.calls[(2, 16)] * 32 + made.calls[(1, 40)] * 40
+    assert made.fill * computed == pytest.approx(sum(lengths))
+    assert made.seconds == made.calls[(2, 16)] + 2 * made.calls[(1, 40)]
+    assert made.rows == 2 * made.calls[(2, 16)] + made.calls[(1, 40)]
+    assert layout == "packed" or made.rows >= len(lengths)
 
 
 @pytest.mark.parametrize(
-    "body", ["[]", "{", '{"kind": "measured", "source": "", "shapes": []}', '{"shapes": [{"rows": 1}]}']
+    ("lengths", "padded", "bucketed", "packed"),
+    [
+        ([16] * 64 + [40] * 32, 6 * 12.0, 2.0 + 3.0, 2.0 + 3.0),  # full without packing
+        ([8] * 128, 8 * 12.0, 2 * 2.0, 2.0),  # two a row
+    ],
 )
-def test_table_that_is_none(tmp_path: Path, body: str) -> None:
-    (tmp_path / "costs.json").write_text(body, "utf-8")
-    with pytest.raises(UsageError, match=r"costs\.json: n"):
-        load_costs(str(tmp_path / "costs.json"))
-
-
-def test_refused_shapes_of_a_bench_are_left_out(tmp_path: Path) -> None:
-    shapes = [{"rows": 1, "length": 64, "seconds": 0.5}, {"rows": 64, "length": 64, "refused": "out of memory"}]
-    body = {"kind": "measured", "source": "here", "shapes": shapes}
-    (tmp_path / "costs.json").write_text(json.dumps(body), "utf-8")
-    assert load_costs(str(tmp_path / "costs.json")).seconds == {(1, 64): 0.5}
+def test_the_three_ways_by_one_table(lengths: list[int], padded: float, bucketed: float, packed: float) -> None:
+    costs = Costs("table", "estimate", "", {(64, 16): 2.0, (32, 40): 3.0, (1, 64): 9.0, (16, 64): 12.0})
+    ways = compare(np.array(lengths), costs, manifest(max_length=64), 2)
+    assert {way: (made.layout, made.seconds) for way, made in ways.items()} == {
+        "padded": ("plain", padded), "bucketed": ("plain", bucketed), "packed": ("packed", packed),
+    }  # fmt: skip
+    assert ways["padded"].shapes == ((16, 64),)
+    assert ways["padded"].fill == pytest.approx(sum(lengths) / (padded / 12 * 16 * 64))
+    with pytest.raises(UsageError, match="no shape takes a window of 65 tokens"):
+        compare(np.array([65]), costs, manifest(), 1)
