@@ -32,6 +32,7 @@ class Chaos:
         server_kills: SIGKILLs of the server, each followed by a restart.
         repeated: Share of the shards' messages that are sent twice.
         stolen: Share of the shards' messages that are removed from the queue.
+        lease_seconds: Lease of both workers.
         batch_seconds: Seconds for each batch of the engine, so that the run lasts as long as the faults.
     """
 
@@ -42,11 +43,12 @@ class Chaos:
     server_kills: int
     repeated: float = 0.05
     stolen: float = 0.05
+    lease_seconds: float = 3.0
     batch_seconds: float = 0.05
 
 
 SHORT = Chaos(documents=2_000, kills=4, terms=1, stops=1, server_kills=1, batch_seconds=0.9)
-LONG = Chaos(documents=20_000, kills=30, terms=5, stops=3, server_kills=3, batch_seconds=0.35)
+LONG = Chaos(documents=20_000, kills=30, terms=5, stops=3, server_kills=3, lease_seconds=10.0, batch_seconds=0.35)
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Outcome:
     """The result: the table, and how often shards were tried again.
 
     Attributes:
+        restarts: Seconds from a SIGKILL to the next start of each shard that the process held.
         harmed_to_the_end: Whether the run was still going when the last fault was injected.
     """
 
@@ -63,6 +66,7 @@ class Outcome:
     stolen: int
     repeated: int
     seconds: float
+    restarts: list[float]
     harmed_to_the_end: bool
 
 
@@ -78,9 +82,11 @@ def undisturbed(documents: int) -> list[dict[str, Any]]:
 def disturbed(chaos: Chaos, seed: int) -> Outcome:
     """Runs two workers with the faults."""
     rng = random.Random(seed)
-    with TemporaryDirectory(prefix="nm-") as folder, harness(Path(folder), lease_seconds=3.0) as fleet:
+    with TemporaryDirectory(prefix="nm-") as folder, harness(Path(folder), lease_seconds=chaos.lease_seconds) as fleet:
         run, plan = fleet.submit(texts(chaos.documents))
-        workers = [fleet.worker(FAULT_BATCH_SECONDS=str(chaos.batch_seconds)) for _ in range(2)]
+        trace, kills = fleet.folder / "trace", dict[int, float]()
+        faults = {"FAULT_BATCH_SECONDS": str(chaos.batch_seconds), "FAULT_TRACE": str(trace)}
+        workers = [fleet.worker(**faults) for _ in range(2)]
         began = time.monotonic()
         with Thief(fleet, chaos, len(plan.shards), seed) as thief:
             fleet.until(run.committed)
@@ -93,7 +99,10 @@ def disturbed(chaos: Chaos, seed: int) -> Outcome:
             rng.shuffle(deeds)
             for deed in deeds:
                 time.sleep(rng.uniform(0.3, 2.0))
-                _harm(fleet, deed, rng.choice(workers), rng)
+                worker = rng.choice(workers)
+                if deed == "kill":
+                    kills[worker.process.pid] = time.time()
+                _harm(fleet, deed, worker, rng)
                 for worker in workers:
                     if not worker.is_alive:
                         worker.start()
@@ -103,7 +112,31 @@ def disturbed(chaos: Chaos, seed: int) -> Outcome:
             progress = ledger.progress(plan.run_id)
         seconds = time.monotonic() - began
         table = rows(run)
-    return Outcome(table, progress.redeliveries, progress.duplicates, thief.stolen, thief.repeated, seconds, not early)
+        restarts = seconds_to_restart(trace.read_text("utf-8"), kills)
+    return Outcome(
+        table, progress.redeliveries, progress.duplicates, thief.stolen, thief.repeated, seconds, restarts, not early
+    )
+
+
+def seconds_to_restart(trace: str, kills: dict[int, float]) -> list[float]:
+    """Seconds from a SIGKILL to the next start of each shard that the process held; recorded shards have none.
+
+    Args:
+        trace: What the workers wrote into ``FAULT_TRACE``.
+        kills: When each killed process was killed, by its id; Unix seconds.
+    """
+    lines = [line.split() for line in trace.splitlines()]
+    events = [(float(at), deed, int(pid), shard) for at, deed, pid, shard in (line for line in lines if len(line) == 4)]
+    found = []
+    for killed, when in kills.items():
+        held: set[str] = set()
+        for _, deed, pid, shard in events:
+            if pid == killed:
+                (held.add if deed == "holds" else held.discard)(shard)
+        for lost in held:
+            starts = [at for at, deed, _, shard in events if (deed, shard) == ("holds", lost) and at > when]
+            found += [min(starts) - when] if starts else []
+    return found
 
 
 class Thief:

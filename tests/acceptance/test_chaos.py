@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 import pytest
 
 from tests.chaos import LONG, disturbed, undisturbed
@@ -20,7 +22,9 @@ def test_a_run_comes_out_the_same_whatever_dies(expected: list[dict[str, object]
         f"seed {seed}: {len(outcome.table)} documents, {outcome.redeliveries} redeliveries, "
         f"{outcome.duplicates} duplicates dropped, "
         f"{outcome.stolen} messages taken away and {outcome.repeated} sent twice, "
-        f"{outcome.seconds:.0f} s"
+        f"{outcome.seconds:.0f} s; lease {LONG.lease_seconds:.0f} s, from a SIGKILL to the next start of a shard that "
+        f"the process held: median {median(outcome.restarts):.1f} s, worst {max(outcome.restarts):.1f} s "
+        f"of {len(outcome.restarts)}"
     )
     assert outcome.harmed_to_the_end, "the run was over before the adversary was"
     assert (outcome.stolen, outcome.repeated) == (16, 16), "5 % of 313 messages each"

@@ -12,7 +12,8 @@
   share ``FAULT_ONCE_FILE``.
 - ``FAULT_EVALUATION_SECONDS``: shortest time of a run's evaluation.
 - ``FAULT_MEET``: a folder; a worker that has committed a part waits for another one to do so before it records it.
-- ``FAULT_TRACE``: a file to which each process appends the times of ``batch``, ``evaluates`` and ``evaluated``.
+- ``FAULT_TRACE``: a file to which each process appends the times of ``batch``, ``evaluates`` and ``evaluated``, and of
+  ``holds`` and ``drops``, with its process id and the shard, when it begins and ends one.
 - ``FAULT_STORE``: folder of the ``faulty://`` store (tests.doubles.store).
 - ``FAULT_STORE_SECONDS``: deadline of calls to a store.
 - ``FAULT_DEFECT``: reading a shard raises an error that no store, device or ledger raises.
@@ -24,6 +25,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +105,22 @@ def evaluate(uri: str) -> str:
     return reason
 
 
+def trace_leases() -> None:
+    """Traces which shards the process has."""
+    hold = Leases.hold
+
+    @contextmanager
+    def traced(self: Leases, claim: Claim) -> Iterator[None]:
+        trace(f"holds {os.getpid()} {claim.key}")
+        try:
+            with hold(self, claim):
+                yield
+        finally:
+            trace(f"drops {os.getpid()} {claim.key}")
+
+    Leases.hold = traced  # type: ignore[method-assign]
+
+
 def meet(folder: Path) -> None:
     """Lets the ledger hear of two workers' shards at the same moment."""
     complete = Ledger.complete
@@ -126,6 +145,7 @@ from nermill.worker.contracts import deadline  # noqa: E402
 from nermill.worker.contracts.ledger import Ledger  # noqa: E402
 from nermill.worker.contracts.records import Claim, Completion  # noqa: E402
 from nermill.worker.queue.finish import evaluate_apart  # noqa: E402
+from nermill.worker.queue.leases import Leases  # noqa: E402
 from nermill.worker.queue.shards import ShardWorker  # noqa: E402
 from tests.doubles import store  # noqa: E402, F401 - makes faulty:// known
 
@@ -140,6 +160,9 @@ FAULT_POINTS = {
 }
 if point := os.environ.get("FAULT_DIE_AT"):
     die_after(*FAULT_POINTS[point])
+
+if os.environ.get("FAULT_TRACE"):
+    trace_leases()
 
 if folder := os.environ.get("FAULT_MEET"):
     meet(Path(folder))

@@ -35,7 +35,7 @@ def submit(fleet: Harness, sentences: int, per_shard: int) -> tuple[RunFolder, P
 def lines_of(trace: Path) -> list[tuple[float, str]]:
     """When what was done, as the processes wrote it down."""
     lines = trace.read_text("utf-8").splitlines() if trace.exists() else []
-    return [(float(at), deed) for at, deed in (line.split(" ") for line in lines)]
+    return [(float(at), deed) for at, deed in (line.split(" ", 1) for line in lines)]
 
 
 def deeds(trace: Path) -> Counter[str]:
