@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from nermill.producer.commands import exporting, following, reading, submitting, tagging
+from nermill.producer.commands.request import RequestCommand
 from nermill.worker.contracts.console import exit_code
 
 app = typer.Typer(
@@ -42,7 +43,8 @@ for command, example in (
 ):
     summary = (command.__doc__ or "").partition("\n")[0]  # click would truncate it
     name = command.__name__.rstrip("_")
-    app.command(name, short_help=summary, epilog=f"Example: {example}")(command)
+    kind = RequestCommand if command in (submitting.run, submitting.submit, submitting.plan) else None
+    app.command(name, cls=kind, short_help=summary, epilog=f"Example: {example}")(command)
 
 
 @app.callback(invoke_without_command=True)

@@ -2,42 +2,40 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from functools import wraps
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
+
+import typer
+from typer.core import TyperCommand
 
 from nermill.producer.commands import options as o
 from nermill.worker.contracts.errors import UsageError
 
-if TYPE_CHECKING:
-    from nermill.producer.runs.planning import Request
 
+class RequestCommand(TyperCommand):
+    """A command with the options of ``make_request`` beside its own; it finds the Request in ``ctx.obj``.
 
-def takes_request(command: Callable[..., int]) -> Callable[..., int]:
-    """Decorator: adds the parameters of ``make_request`` to a command, which gets the Request as its first argument.
-
-    Typer reads parameters from a function's signature and has no groups of options, so the signature is composed here.
-    A parameter that the command has too is the command's: its default and help apply.
+    Typer reads the options of a command from one function. Where both have an option of one name, it is the command's:
+    its default and help apply, and its value goes to both.
     """
-    shared = inspect.signature(make_request).parameters
-    own = dict(list(inspect.signature(command).parameters.items())[1:])
 
-    @wraps(command)
-    def wrapper(**values: Any) -> int:
-        given = {name: values.pop(name) for name in shared if name not in own}
-        for name in shared.keys() & own.keys():
-            given[name] = values[name]
-        return command(make_request(**given), **values)
+    def __init__(self, name: str | None, *, params: list[Any], **settings: Any) -> None:
+        self._own = {param.name: param for param in params}
+        self._shared = {param.name: param for param in _options_of(make_request)}
+        super().__init__(name, params=list((self._shared | self._own).values()), **settings)
 
-    hints = {**_hints(make_request), **_hints(command)}
-    parameters = {**shared, **own}
-    required = [p for p in parameters.values() if p.default is p.empty]
-    optional = [p for p in parameters.values() if p.default is not p.empty]
-    signature = inspect.Signature([p.replace(annotation=hints[p.name]) for p in required + optional])
-    wrapper.__signature__ = signature  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
-    return wrapper
+    def invoke(self, ctx: Any) -> Any:
+        given = ctx.params
+        ctx.obj = make_request(**{name: given[name] for name in self._shared})
+        ctx.params = {name: given[name] for name in self._own}
+        return super().invoke(ctx)
+
+
+def _options_of(function: Callable[..., Any]) -> list[Any]:
+    """The options and arguments that Typer makes of a function's parameters."""
+    app = typer.Typer(add_completion=False)
+    app.command()(function)
+    return typer.main.get_command(app).params
 
 
 def make_request(
@@ -64,8 +62,8 @@ def make_request(
     overlap: o.Overlap = 64,
     shard_documents: o.ShardDocuments = 1024,
     priority: o.PriorityOption = "normal",
-) -> Request:
-    """The request that the options describe.
+) -> Any:
+    """The Request that the options describe; Typer would evaluate its name here, and import pyarrow at each start.
 
     Raises:
         UsageError: an option has an invalid value.
@@ -175,9 +173,3 @@ def _tag_names(value: str) -> tuple[str, ...]:
         if not is_tag(name):
             raise UsageError(f"--tag-names {value!r}: {name!r} is no tag; name them in order: O,B-PER,I-PER,...")
     return names
-
-
-def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    # Request is imported for type checkers only, since it brings in pyarrow. get_type_hints is not used, since on
-    # Python 3.10 it wraps a parameter with default None in an Optional, which hides its Annotated.
-    return inspect.get_annotations(function, eval_str=True, locals={"Request": Any})

@@ -1,4 +1,4 @@
-"""Commands that bring documents in: run, submit."""
+"""Commands that bring documents in: run, plan, submit. Each is a ``RequestCommand``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from nermill.producer.commands.outcome import (
     say_left_out,
     told_how_to_go_on,
 )
-from nermill.producer.commands.request import takes_request
 from nermill.producer.commands.streaming import stream
 from nermill.producer.runs.queue import DEFAULT_BROKER, HIGH_WATER
 from nermill.worker.contracts.errors import UsageError
@@ -27,8 +26,7 @@ if TYPE_CHECKING:
     from nermill.producer.runs.status import Status
 
 
-@takes_request
-def run(request: Request, model: o.Model = "demo", devices: o.Devices = "auto", json: o.Json = False) -> int:
+def run(ctx: typer.Context, model: o.Model = "demo", devices: o.Devices = "auto", json: o.Json = False) -> int:
     """Run everything on this machine: broker, one worker a device, tables, scores where there is gold."""
     from nermill.producer.local.worker import local_worker
     from nermill.producer.runs.planning import make_plan
@@ -37,6 +35,7 @@ def run(request: Request, model: o.Model = "demo", devices: o.Devices = "auto", 
     from nermill.producer.runs.status import look
     from nermill.worker.contracts.device import parse_devices
 
+    request: Request = ctx.obj
     parse_devices(devices)  # refused before anything is written
     with reading() as on_read:
         folder, plan = make_plan(request, on_read)
@@ -55,9 +54,8 @@ def run(request: Request, model: o.Model = "demo", devices: o.Devices = "auto", 
     return report_status(look(folder, plan), as_json=json, with_hint=True)
 
 
-@takes_request
 def plan(
-    request: Request,
+    ctx: typer.Context,
     out: Annotated[
         str, typer.Option("--out", metavar="OUT", envvar="NERMILL_OUT", help="Where the run would go.")
     ] = "",
@@ -80,7 +78,7 @@ def plan(
     from nermill.producer.runs.progress import reading
 
     with reading() as on_read:
-        found = estimate(request, costs, on_read, price_per_hour)
+        found = estimate(ctx.obj, costs, on_read, price_per_hour)
     say_left_out(found.left_out)
     if json:
         print_json(found.as_json())
@@ -89,9 +87,8 @@ def plan(
     return 0
 
 
-@takes_request
 def submit(
-    request: Request,
+    ctx: typer.Context,
     out: Annotated[
         str,
         typer.Option(
@@ -163,6 +160,7 @@ def submit(
     from nermill.producer.runs.queue import Queue
     from nermill.producer.sources.files import absolute
 
+    request: Request = ctx.obj
     is_stream = follow or (request.inputs == ("-",) and request.read.format in (None, "jsonl"))
     if by_value:
         if is_stream:
