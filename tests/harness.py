@@ -30,6 +30,7 @@ from nermill.worker.contracts.broker import redis_client
 from nermill.worker.contracts.layout import RunFolder
 from nermill.worker.contracts.part import open_part, read_columns
 from nermill.worker.contracts.plan import Plan
+from tests.forks import Fork
 
 ROOT = Path(__file__).parents[1]
 DOUBLE = "tests.doubles.app"
@@ -89,8 +90,9 @@ class Worker:
     """One Celery worker process as ``nermill-worker`` starts it; it can be stopped, killed and started again."""
 
     def __init__(self, app: str, environment: dict[str, str], log: Path, within: Sequence[str] = ()) -> None:
-        celery = [sys.executable, "-m", "celery", "-A", app, "worker", "--pool", "threads", "--loglevel", "INFO"]
-        self._command = [*within, *celery, "--without-gossip", "--without-mingle", "--without-heartbeat"]
+        options = ["--pool", "threads", "--loglevel", "INFO", "--without-gossip", "--without-mingle"]
+        self._arguments = ["-A", app, "worker", *options, "--without-heartbeat"]
+        self._within = within
         self._environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         self.log = log
         self.starts = 0
@@ -98,8 +100,13 @@ class Worker:
 
     def start(self) -> None:
         self.starts += 1
+        self.process: Fork | subprocess.Popen[bytes]
+        if not self._within:
+            self.process = Fork("celery", self._arguments, self._environment, ROOT, self.log)
+            return
+        command = [*self._within, sys.executable, "-m", "celery", *self._arguments]
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(self._command, env=self._environment, cwd=ROOT, stdout=log, stderr=log)
+            self.process = subprocess.Popen(command, env=self._environment, cwd=ROOT, stdout=log, stderr=log)
 
     @property
     def is_alive(self) -> bool:

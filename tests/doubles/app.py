@@ -52,11 +52,14 @@ def trace(deed: str) -> None:
 class FaultyEngine(HashEngine):
     """HashEngine that is slow, dies or hangs as the environment says."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        refused = tokenizer.token_to_id(os.environ.get("FAULT_REFUSE_WORD", ""))
-        super().__init__(manifest(token_budget=1024), poison=refused)
-        self._abort = tokenizer.token_to_id(os.environ.get("FAULT_ABORT_WORD", ""))
-        self._hang = tokenizer.token_to_id(os.environ.get("FAULT_HANG_WORD", ""))
+    def __init__(self, artifact: Path) -> None:
+        def token(variable: str) -> int | None:
+            word = os.environ.get(variable)
+            return Tokenizer.from_file(str(artifact / TOKENIZER_FILE)).token_to_id(word) if word else None
+
+        super().__init__(manifest(token_budget=1024), poison=token("FAULT_REFUSE_WORD"))
+        self._abort = token("FAULT_ABORT_WORD")
+        self._hang = token("FAULT_HANG_WORD")
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         self.batches.clear()
@@ -71,7 +74,7 @@ class FaultyEngine(HashEngine):
 
 
 def load_engine(artifact: Path, device: str = "cpu", threads: int = 0) -> Engine:
-    return FaultyEngine(Tokenizer.from_file(str(artifact / TOKENIZER_FILE)))
+    return FaultyEngine(artifact)
 
 
 def is_first() -> bool:
