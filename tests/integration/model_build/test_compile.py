@@ -55,6 +55,7 @@ def test_pickled_weights_read_the_same(make_checkpoint: Callable[..., Path], ber
         assert (pickled[name] == tensor).all(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("activation", "fused"), [("gelu", "BiasGelu"), ("gelu_new", "FastGelu")])
 def test_activations_are_fused(
     make_checkpoint: Callable[..., Path], tmp_path: Path, activation: str, fused: str
@@ -69,8 +70,10 @@ def test_activations_are_fused(
     assert not {"Erf", "Tanh"} & set(kinds)
 
 
-@pytest.mark.parametrize("backend", ["onnx", "torch"])
-@pytest.mark.parametrize("dtype", ["int64", "int32"])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("onnx", "int64"), pytest.param("onnx", "int32", marks=pytest.mark.slow), ("torch", "int64"), ("torch", "int32")],
+)
 def test_plain_layout_is_the_recipes_contract(
     bert: Path, compiled: Callable[..., Path], backend: str, dtype: str
 ) -> None:
@@ -105,7 +108,7 @@ def test_low_precision_stays_within_its_tolerance(compiled: Callable[..., Path],
     assert 1e-4 < manifest.tolerance < 10
 
 
-@pytest.mark.parametrize("backend", ["onnx", "torch"])
+@pytest.mark.parametrize("backend", [pytest.param("onnx", marks=pytest.mark.slow), "torch"])
 def test_int8_owes_nothing_to_neighbours(bert: Path, compiled: Callable[..., Path], backend: str) -> None:
     """One loud window must not make its neighbours' numbers coarser, as one scale for a whole tensor does."""
     engine = load_engine(compiled(backend, precision="int8"), "cpu", 1)
@@ -132,6 +135,7 @@ def test_parameters_keep_their_names(compiled: Callable[..., Path]) -> None:
     assert str(Path(__file__).parents[3]).encode() not in (compiled("onnx") / "model.onnx").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "files"), [("fp32", {"model.onnx", "model.onnx.data"}), ("int8", {"model.onnx"})]
 )

@@ -39,8 +39,14 @@ SENTENCES = 3000
 ALONE = 300
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layout", ["packed", "plain"])
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        pytest.param(family, layout, marks=[] if (family, layout) == ("bert", "packed") else pytest.mark.slow)
+        for family in FAMILIES
+        for layout in ("packed", "plain")
+    ],
+)
 def test_every_family_answers_as_its_checkpoint(
     make_checkpoint: Callable[..., Path], tmp_path: Path, family: str, layout: str
 ) -> None:
@@ -117,6 +123,7 @@ def same_bits(mine: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> None:
     assert different == []
 
 
+@pytest.mark.slow
 def test_int8_loses_little_against_its_checkpoint(demo: Path, sample: Path) -> None:
     texts = read_texts([str(sample / "wikigold.conll")])
     checks = {c.name: c for c in verify(demo, checkpoint=str(demo.parent / "checkpoint"), texts=texts)}
@@ -125,6 +132,7 @@ def test_int8_loses_little_against_its_checkpoint(demo: Path, sample: Path) -> N
     assert checks["packing"].value == checks["padding"].value == 0
 
 
+@pytest.mark.slow
 def test_bench_and_inspect_know_it(demo: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     body = bench(demo, repeats=1)
     assert (body["backend"], body["precision"]) == ("openvino", "int8")
@@ -136,6 +144,7 @@ def test_bench_and_inspect_know_it(demo: Path, capsys: pytest.CaptureFixture[str
     assert "openvino int8 packed" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_calibration_rows_are_spread_over_the_file(demo: Path, tmp_path: Path) -> None:
     manifest = load_manifest(demo)
     texts = tmp_path / "texts.txt"

@@ -137,6 +137,7 @@ def test_a_page_without_any_entity(tmp_path: Path) -> None:
     assert "0.00" in html
 
 
+@pytest.mark.slow
 def test_many_devices_and_many_labels(tmp_path: Path) -> None:
     labels = [f"LABEL-WITH-A-RATHER-LONG-NAME-{n}" for n in range(40)]
     docs = [Doc([f"w{n}"], [f"B-{label}"], [f"B-{label}"]) for n, label in enumerate(labels)]
