@@ -11,11 +11,13 @@ from typing import Any, get_args
 from nermill.producer.entities.tagging import REQUEST_SECONDS, request_annotations
 from nermill.producer.runs import by_value
 from nermill.producer.runs import run as runs
+from nermill.producer.runs.base_stream import BaseStream
 from nermill.producer.runs.planning import Request, make_plan
 from nermill.producer.runs.queue import DEFAULT_BROKER, HIGH_WATER, Queue
 from nermill.producer.runs.shards import ShardLimits
 from nermill.producer.runs.status import Status, look
 from nermill.producer.runs.stream import Stream
+from nermill.producer.runs.stream_by_value import StreamByValue
 from nermill.producer.sources import ReadOptions
 from nermill.producer.sources.options import text_document
 from nermill.worker.contracts.document import Annotation, Document
@@ -44,8 +46,8 @@ class Producer:
         linger: Seconds that a sent document waits at most for its shard to fill.
         high_water: Unfinished documents above which sending waits.
         priority: ``high``, ``normal`` or ``low``: shards of a higher priority go first.
-        by_value: Documents travel through the broker: ``out`` is as the workers see it, and is not looked at. For
-            ``submit``, ``wait`` and ``status``; ``send`` writes into ``out``.
+        by_value: Documents travel through the broker: ``out`` is as the workers see it, and is not looked at. What
+            was sent is durable once a worker has stored it there.
 
     Raises:
         UsageError: an argument that cannot be served.
@@ -71,7 +73,7 @@ class Producer:
         self._out, self._model, self._linger, self._high_water = out, model, linger, high_water
         self._options, self._limits = options or Options(), limits or ShardLimits()
         self._queue = Queue(broker or os.environ.get("NERMILL_BROKER_URL", DEFAULT_BROKER))
-        self._stream: Stream | None = None
+        self._stream: BaseStream | None = None
         self._opening = threading.Lock()  # of several threads that send first, one opens the stream
 
     def __enter__(self) -> Producer:
@@ -167,7 +169,8 @@ class Producer:
             run = self._sent_run()
             self.close()
         folder, plan = by_value.open_seen_or_not(run, lambda: self._queue)
-        return runs.wait(folder, plan, self._queue)
+        own = self._stream if self._stream is not None and self._stream.run.uri == folder.uri else None
+        return runs.wait(folder, plan, self._queue, send_again=own.send_again if own else None)
 
     def status(self, run: str | None = None) -> Status:
         """A run's status now; without a name, that of the stream of sent documents."""
@@ -176,15 +179,13 @@ class Producer:
 
     def close(self) -> None:
         """Ends the stream of sent documents; a repeated call does nothing."""
-        if self._stream is not None and self._stream.plan.is_open:
+        if self._stream is not None and not self._stream.is_closed:
             self._stream.close()
 
-    def _open_stream(self) -> Stream:
-        if self._by_value:
-            raise UsageError("send writes into the output folder: leave by_value out, or submit files by value")
+    def _open_stream(self) -> BaseStream:
         with self._opening:
-            if self._stream is None or not self._stream.plan.is_open:
-                self._stream = Stream(
+            if self._stream is None or self._stream.is_closed:
+                self._stream = (StreamByValue if self._by_value else Stream)(
                     self._needed_out(),
                     self._queue,
                     model=self._model,

@@ -103,11 +103,12 @@ def resume(
     json: o.Json = False,
 ) -> int:
     """Send again what has no part; safe at any time, any number of times."""
+    from nermill.producer.runs.by_value import open_seen_or_not
     from nermill.producer.runs.queue import Queue
-    from nermill.producer.runs.run import open_runs
 
-    opened = open_runs(runs)
-    queue = Queue(broker)
+    find_queue = cache(lambda: Queue(broker))
+    opened = [open_seen_or_not(uri, find_queue) for uri in dict.fromkeys(runs)]
+    queue = find_queue()
     return max(go_on(folder, plan, queue, high_water, wait=wait, as_json=json) for folder, plan in opened)
 
 

@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from nermill.producer.commands.outcome import exit_code_of_sent, report_status, told_how_to_go_on
@@ -13,9 +14,9 @@ from nermill.worker.contracts.content import COMPRESSED
 from nermill.worker.contracts.errors import NermillError, StoreError, UsageError
 
 if TYPE_CHECKING:
+    from nermill.producer.runs.base_stream import BaseStream
     from nermill.producer.runs.planning import Request
     from nermill.producer.runs.queue import Queue
-    from nermill.producer.runs.stream import Stream
     from nermill.producer.sources.live import LiveLines, Position
     from nermill.worker.contracts.plan import Shard
 
@@ -46,6 +47,7 @@ def stream(
     from nermill.producer.runs.progress import counting, say, watching
     from nermill.producer.runs.status import look
     from nermill.producer.runs.stream import Stream
+    from nermill.producer.runs.stream_by_value import StreamByValue
 
     lines, name = _open(request, follow)
     durable = find_durable(resume, request, queue) if resume else find_followed(request, queue) if follow else None
@@ -58,7 +60,8 @@ def stream(
         if ack:
             _acknowledge(opened.plan.run_id, shard, position)
 
-    opened = Stream(
+    make = partial(StreamByValue, on_error=request.read.on_error) if request.by_value else Stream
+    opened = make(
         request.out,
         queue,
         model=request.model,
@@ -72,7 +75,10 @@ def stream(
         run_id=followed_run_id(request) if follow and not resume else "",
         durable=durable,
     )
-    again = "the same command again" if follow else f"nermill submit - --resume {opened.run.uri} < THE SAME INPUT"
+    by_value = " --by-value" if request.by_value else ""
+    again = (
+        "the same command again" if follow else f"nermill submit -{by_value} --resume {opened.run.uri} < THE SAME INPUT"
+    )
     with told_how_to_go_on(f"{again}; to end it: nermill resume {opened.run.uri}"):
         if durable and position:
             say(f"stream goes on behind line {position.line:,}, byte {position.byte:,}: {opened.run.uri}")
@@ -80,15 +86,17 @@ def stream(
         else:
             say(f"stream open: {opened.run.uri}")
         interrupted, rejected = _feed(opened, lines, name, request, follow)
+        if request.by_value and not queue.workers():
+            say("no worker is at the broker: what was sent becomes durable once one is there")
         plan = opened.close()
         say(f"stream closed: {plan.documents:,} documents in {len(plan.shards):,} shards are durable")
         if interrupted and not follow:
             raise KeyboardInterrupt
         if wait:
             with watching() as show:
-                runs.wait(opened.run, plan, queue, show)
+                runs.wait(opened.run, plan, queue, show, opened.send_again)
     code = report_status(look(opened.run, plan, queue), as_json=as_json)
-    return code if wait else exit_code_of_sent(rejected, opened.run)
+    return code if wait else exit_code_of_sent(rejected + opened.rejected, opened.run)
 
 
 def _open(request: Request, follow: bool) -> tuple[LiveLines, str]:
@@ -122,7 +130,7 @@ def _acknowledge(run_id: str, shard: Shard, position: Position | None) -> None:
         raise StoreError(f"standard output takes no more acknowledgements ({error.strerror})") from None
 
 
-def _feed(stream: Stream, lines: LiveLines, name: str, request: Request, follow: bool) -> tuple[bool, int]:
+def _feed(stream: BaseStream, lines: LiveLines, name: str, request: Request, follow: bool) -> tuple[bool, int]:
     """Reads in a thread of its own, so that Ctrl-C never falls between a shard and its record.
 
     Returns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -151,8 +152,8 @@ def submit(
 
     With - as the input, JSON lines are tagged as they come, until the end of input or Ctrl-C. A stream that was killed
     goes on behind the last durable line: --follow by itself, - with --resume RUN.
-    With --by-value, files travel through the broker, 1 MiB of compressed documents a shard at most, and status and
-    --wait ask the broker.
+    With --by-value, documents travel through the broker, 1 MiB of them a shard at most, compressed; status and --wait
+    ask the broker, and a stream's lines are durable once a worker has stored them.
     """
     from nermill.producer.entities.view import print_json
     from nermill.producer.runs.planning import find_inputs, make_plan, without_tagged
@@ -163,11 +164,11 @@ def submit(
     request: Request = ctx.obj
     is_stream = follow or (request.inputs == ("-",) and request.read.format in (None, "jsonl"))
     if by_value:
-        if is_stream:
-            raise UsageError("--by-value sends files, a stream writes into OUT; leave it out, or save the lines first")
+        request = replace(request, by_value=True)
         if new:
             raise UsageError("--new looks at the runs below OUT, which --by-value does not see; leave one of them out")
-        return _by_value(request, Queue(broker), wait=wait, as_json=json)
+        if not is_stream:
+            return _by_value(request, Queue(broker), wait=wait, as_json=json)
     if new and is_stream:
         raise UsageError("--new knows files by their content, a stream has none yet; leave it out")
     if resume and not is_stream:

@@ -155,7 +155,7 @@ def pack_group(group: list[Document], on_error: OnError) -> Iterator[tuple[bytes
 
 
 def _offer(run: Packed, queue: Queue, shards: list[_Entry], on_wait: OnStatus) -> None:
-    limit = _limit(queue)
+    limit = byte_limit(queue)
     for number, (shard, start, size, _) in enumerate(shards):
         run.spool.seek(start)
         data = run.spool.read(size)
@@ -167,16 +167,18 @@ def _offer(run: Packed, queue: Queue, shards: list[_Entry], on_wait: OnStatus) -
             return
         if number % _BATCH == 0:
             queue.promote()
-        if not _has_room(held, limit) or number % _BATCH == 0:
+        if not has_room(held, limit) or number % _BATCH == 0:
             _await_room(run, queue, limit, on_wait)
 
 
-def _limit(queue: Queue) -> int:
+def byte_limit(queue: Queue) -> int:
+    """Bytes of documents by value, of all runs, above which a producer waits."""
     memory = queue.max_memory()
     return min(HELD_BYTES, memory // _MEMORY_SHARE) if memory else HELD_BYTES
 
 
-def _has_room(held: Held, limit: int) -> bool:
+def has_room(held: Held, limit: int) -> bool:
+    """Whether a run's producer may send more documents by value."""
     return held.total <= limit or held.own <= limit // _OWN_SHARE
 
 
@@ -184,10 +186,10 @@ def _await_room(run: Packed, queue: Queue, limit: int, on_wait: OnStatus) -> Non
     while True:
         with queue.ledger() as ledger:
             held, progress = Documents(ledger).held(run.plan.run_id), ledger.progress(run.plan.run_id)
-        if _has_room(held, limit) and progress.waiting <= MAX_WAITING_SHARDS:
+        if has_room(held, limit) and progress.waiting <= MAX_WAITING_SHARDS:
             return
         status = look(run.run, run.plan, queue)
-        check_served(status, run.plan)
+        check_served(run.run, run.plan, status.progress)
         on_wait(status)
         queue.recover()
         time.sleep(_POLL_SECONDS)
@@ -206,13 +208,16 @@ def open_seen_or_not(uri: str, find_queue: FindQueue) -> tuple[RunFolder, Plan]:
     try:
         return open_run(uri)
     except (UsageError, StoreError):
-        folder = absolute(uri)
-        _, marked, run_id = folder.rpartition("/run=")
-        queue = find_queue() if marked else None
-        if queue is not None:
-            with queue.ledger() as ledger:
-                plan = Documents(ledger).plan(run_id)
-                known = ledger.uri(run_id)
-            if plan is not None and known == folder:
-                return RunFolder(folder), plan
-        raise
+        queue = find_queue() if "/run=" in uri else None
+        plan = find_by_value(absolute(uri), queue) if queue is not None else None
+        if plan is None:
+            raise
+        return RunFolder(absolute(uri)), plan
+
+
+def find_by_value(folder: str, queue: Queue) -> Plan | None:
+    """The plan, without shards, of the run by value that goes to a folder; None where the ledger knows none."""
+    _, _, run_id = folder.rpartition("/run=")
+    with queue.ledger() as ledger:
+        plan = Documents(ledger).plan(run_id)
+        return plan if plan is not None and ledger.uri(run_id) == folder else None

@@ -125,6 +125,14 @@ class Queue:
                 return True
             return bool(self._client.get(key) == holder and self._client.pexpire(key, milliseconds))
 
+    def end_stream(self, run_id: str) -> None:
+        """Says that no more shards will be added to a stream, and that it has no producer any more."""
+        with self.ledger() as ledger:
+            is_due = ledger.seal(run_id)
+        self.leave_stream(run_id)
+        if is_due:
+            self.promote()
+
     def leave_stream(self, run_id: str) -> None:
         """Says that it has none any more."""
         with self.ledger():

@@ -9,9 +9,12 @@ from dataclasses import replace
 
 from nermill.producer.runs.queue import Queue
 from nermill.producer.sources.live import Position
-from nermill.worker.contracts.errors import StoreError
+from nermill.worker.contracts.by_value import Documents
+from nermill.worker.contracts.errors import StoreError, UsageError
 from nermill.worker.contracts.layout import PLAN_FILE, RunFolder
+from nermill.worker.contracts.message import PRIORITIES
 from nermill.worker.contracts.plan import Plan, Shard
+from nermill.worker.contracts.records import RunState
 from nermill.worker.contracts.store import store_errors
 
 BEFORE = "before"  # what a run's folder is called beside its place until the compacted one is there
@@ -26,9 +29,36 @@ def recover(run: RunFolder, plan: Plan, queue: Queue) -> Plan:
     shards, _ = durable_shards(run)
     if queue.has_producer(plan.run_id):
         return replace(plan, shards=tuple(shards))
-    plan = closed(plan, shards)
+    plan = plan.closed(shards)
     plan.write(run)
     return plan
+
+
+def recover_by_value(run: RunFolder, plan: Plan, queue: Queue) -> Plan:
+    """Closes a stream by value whose producer is gone; what the workers refused of it is sent again.
+
+    Raises:
+        UsageError: the broker does not know it, or lacks documents of it.
+    """
+    if queue.has_producer(plan.run_id):
+        return plan
+    with queue.ledger() as ledger:
+        documents, state = Documents(ledger), ledger.progress(plan.run_id).state
+        if state == "unknown":
+            raise UsageError(f"{run.uri}: the broker lost this stream; send what is not acknowledged as another one")
+        if state in (RunState.OPEN, RunState.CANCELLED) and (gone := len(documents.needed(plan.run_id))):
+            raise UsageError(
+                f"{run.uri}: the documents of {gone} of its shards are not there any more; "
+                f"give the same input again: nermill submit - --by-value --resume {run.uri}"
+            )
+        if state == RunState.FINISHED:
+            return plan
+        priority, artifact = PRIORITIES[plan.priority], plan.model["sha256"]
+        ledger.open(plan.run_id, run.uri, plan.options, artifact=artifact, priority=priority, plan=plan)
+        ledger.add(plan.run_id, documents.shards(plan.run_id))
+    queue.end_stream(plan.run_id)
+    queue.promote()
+    return replace(plan, cancelled=False)
 
 
 def durable_shards(run: RunFolder) -> tuple[list[Shard], Position | None]:
@@ -57,13 +87,6 @@ def _look_into(data: bytes, name: str) -> tuple[int, Position | None]:
         return table.num_rows, Position.of_metadata(table.schema.metadata)
     except (pa.ArrowInvalid, TypeError, ValueError) as error:
         raise StoreError(f"{name}: not a shard ({error})") from None
-
-
-def closed(plan: Plan, shards: list[Shard]) -> Plan:
-    """The plan of a stream that ended."""
-    documents = sum(shard.documents for shard in shards)
-    inputs = tuple(replace(entry, documents=documents) for entry in plan.inputs)
-    return replace(plan, shards=tuple(shards), inputs=inputs, is_open=False)
 
 
 def beside(run: RunFolder, name: str) -> str:

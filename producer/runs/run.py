@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from nermill.producer.runs.queue import HIGH_WATER, Queue
-from nermill.producer.runs.recovery import finish_swap, recover
+from nermill.producer.runs.recovery import finish_swap, recover, recover_by_value
 from nermill.producer.runs.status import PartTotals, Status, artifact_of_parts, look
 from nermill.producer.sources.files import absolute, suggestion
 from nermill.worker.contracts.errors import BrokerError, StoreError, UsageError
@@ -110,13 +110,15 @@ def resume(run: RunFolder, plan: Plan, queue: Queue, high_water: int = HIGH_WATE
     Raises:
         UsageError: the run goes by value and is not complete: its documents may not be here.
     """
+    if plan.is_followed_by_ledger and plan.is_stream:
+        return recover_by_value(run, plan, queue)
+    if plan.is_followed_by_ledger:
+        raise UsageError(f"{run.uri}: its documents come through the broker; to go on, submit the same input again")
     run.remove_stale_files()
     if not run.is_local:
         from nermill.producer.runs.compact import finish_interrupted_swap
 
         plan = finish_interrupted_swap(run) or plan
-    if plan.is_followed_by_ledger:
-        raise UsageError(f"{run.uri}: its documents come through the broker; to go on, submit the same input again")
     if plan.is_open:
         plan = recover(run, plan, queue)
     if plan.cancelled:
@@ -177,7 +179,7 @@ def wait(
                     return look(run, plan, None, totals)
             if status.state == "cancelled" and not status.progress.leased:
                 return status
-            check_served(status, plan)
+            check_served(run, plan, status.progress)
             is_idle = not is_working and status.state not in ("complete", "cancelled")
         if is_idle and was_idle and answered == began:
             if send_again is not None:
@@ -190,17 +192,17 @@ def wait(
         time.sleep(max(pause, min(_LONGEST_PAUSE, 5 * (time.monotonic() - began))))
 
 
-def check_served(status: Status, plan: Plan) -> None:
+def check_served(run: RunFolder, plan: Plan, progress: Progress) -> None:
     """Looks whether the workers serve a run.
 
     Raises:
         StoreError: they refuse it.
     """
-    progress = status.progress
     refused = progress.blocked or (progress.quarantined and not progress.waiting)
     if refused and not progress.leased:
-        way = "submit the same input again" if plan.is_followed_by_ledger else f"nermill resume {status.run}"
-        raise StoreError(f"{status.run}: the workers refuse it ({progress.last_error}); once mended: {way}")
+        is_sent_again = plan.is_followed_by_ledger and not plan.is_stream
+        way = "submit the same input again" if is_sent_again else f"nermill resume {run.uri}"
+        raise StoreError(f"{run.uri}: the workers refuse it ({progress.last_error}); once mended: {way}")
 
 
 def lost(run: RunFolder) -> BrokerError:
@@ -253,6 +255,11 @@ def is_above(queue: Queue, plan: Plan, high_water: int) -> bool:
     """Whether so much of a run waits that its producer should wait too."""
     with queue.ledger() as ledger:
         progress = ledger.progress(plan.run_id)
+    return is_much(progress, high_water)
+
+
+def is_much(progress: Progress, high_water: int) -> bool:
+    """Whether a run's producer should wait."""
     return progress.unfinished_documents > high_water or progress.waiting > MAX_WAITING_SHARDS
 
 

@@ -222,7 +222,7 @@ def look(run: RunFolder, plan: Plan, queue: Queue | None = None, totals: PartTot
 def _by_ledger(run: RunFolder, plan: Plan, progress: Progress, listening: tuple[WorkerProcess, ...]) -> Status:
     """The status of a run whose folder tells nothing yet, or not from here."""
     states: dict[str, State] = {"finished": "complete", "cancelled": "cancelled"}
-    is_busy = bool(progress.waiting or progress.leased)
+    is_busy = progress.waiting or progress.leased or progress.state == "open"
     end = time.time() if progress.leased else progress.finished
     return Status(
         run=run.uri,

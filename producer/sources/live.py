@@ -33,16 +33,29 @@ class Position:
     line: int
     sha256: str
 
+    def as_json(self) -> str:
+        """As a JSON object."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def of_json(cls, body: str | bytes) -> Position:
+        """The position that ``as_json`` wrote.
+
+        Raises:
+            ValueError, TypeError: it is none.
+        """
+        return cls(**json.loads(body))
+
     def as_metadata(self) -> dict[bytes, bytes]:
         """As metadata of an Arrow schema."""
-        return {_METADATA: json.dumps(asdict(self)).encode()}
+        return {_METADATA: self.as_json().encode()}
 
     @classmethod
     def of_metadata(cls, metadata: Mapping[bytes, bytes] | None) -> Position | None:
         """The position that ``as_metadata`` put there; None where there is none."""
         if not metadata or _METADATA not in metadata:
             return None
-        return cls(**json.loads(metadata[_METADATA]))
+        return cls.of_json(metadata[_METADATA])
 
 
 class LiveLines:

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import base64
-import ctypes
 import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,73 +20,20 @@ from nermill.producer.runs.run import wait
 from nermill.producer.runs.shards import ShardLimits
 from nermill.producer.runs.status import Status
 from nermill.worker.contracts.by_value import MAX_UNPACKED_BYTES, Documents
-from nermill.worker.contracts.errors import BrokerError, StoreError, UsageError
+from nermill.worker.contracts.errors import BrokerError, StoreError
 from nermill.worker.contracts.layout import RunFolder
 from nermill.worker.contracts.message import KEY_PREFIX
 from nermill.worker.contracts.plan import Shard, read_plan
 from tests.harness import Harness, rows, table_of, texts
+from tests.unseen import closed_place, documents_in_redis, nermill, run_below, told
 
 pytestmark = pytest.mark.timeout(300)
-NOBODY = 65534
-MEETS_ROOT = os.getuid() == 0
-PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2
-
-
-def without_the_rights_of_root() -> None:
-    """In a child before it runs a program: files of others are closed to it as to any user."""
-    for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
-        if ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, capability, 0, 0, 0):
-            raise OSError("capabilities cannot be dropped")
-
-
-@contextmanager
-def nermill(fleet: Harness, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """A command of the producer that sees nothing of the workers' output."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "nermill.producer.cli", *arguments],
-        env={**os.environ, "NERMILL_BROKER_URL": fleet.server.url},
-        preexec_fn=without_the_rights_of_root if MEETS_ROOT else None,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def told(fleet: Harness, *arguments: str, timeout: float = 90) -> tuple[int, str, str]:
-    """Exit code and outputs of such a command."""
-    with nermill(fleet, *arguments) as process:
-        out, err = process.communicate(timeout=timeout)
-        return process.returncode, out, err
 
 
 @pytest.fixture
 def closed(fleet: Harness) -> tuple[str, Path, dict[str, str]]:
     """Where runs go that the producer cannot see: as it names it, as a folder, and the worker's environment."""
-    folder = fleet.folder / "closed"
-    folder.mkdir(mode=0o700)
-    if MEETS_ROOT:
-        os.chown(folder, NOBODY, NOBODY)
-        return str(folder), folder, {"NERMILL_ALLOWED_ROOTS": str(folder)}
-    # a scheme that the worker alone knows
-    return (
-        "faulty://bucket",
-        folder / "bucket",
-        {"FAULT_STORE": str(folder), "NERMILL_ALLOWED_ROOTS": "faulty://bucket"},
-    )
-
-
-def run_below(folder: Path) -> RunFolder:
-    (run,) = folder.glob("run=*")
-    return RunFolder(str(run))
-
-
-def documents_in_redis(fleet: Harness) -> list[str]:
-    with fleet.server.client() as client:
-        return [key for key in client.keys("*") if key.endswith("documents")]
+    return closed_place(fleet)
 
 
 @pytest.mark.slow
@@ -245,10 +187,10 @@ def test_a_run_that_is_not_served_does_not_keep_another_from_sending(
 
 
 def test_the_limit_follows_the_memory_of_the_server(fleet: Harness) -> None:
-    assert by_value._limit(fleet.queue()) == by_value.HELD_BYTES
+    assert by_value.byte_limit(fleet.queue()) == by_value.HELD_BYTES
     with fleet.server.client() as client:
         client.config_set("maxmemory", "40mb")
-    assert by_value._limit(fleet.queue()) == 10 << 20
+    assert by_value.byte_limit(fleet.queue()) == 10 << 20
 
 
 def test_a_cancelled_or_forgotten_run_leaves_no_documents(fleet: Harness) -> None:
@@ -287,8 +229,6 @@ def test_python_submits_by_value(fleet: Harness) -> None:
         run = producer.submit(str(fleet.source(texts(50))))
         assert producer.wait(run).ok == 50
         assert producer.status(run).state == "complete"
-        with pytest.raises(UsageError, match="submit files by value"):
-            producer.send("Ada met Charles.")
 
 
 # Wrong input: one clear line
@@ -331,7 +271,6 @@ def test_records_that_cannot_be_read_are_told_when_they_are_sent(fleet: Harness)
     [
         (["--priority", "urgent"], "--priority 'urgent': one of high, normal, low"),
         (["--new"], "--new looks at the runs below OUT"),
-        (["--follow"], "--by-value sends files"),
         (["--model", "no-such-model"], "no-such-model"),
     ],
 )

@@ -699,6 +699,52 @@ def test_another_shard_of_the_same_number_is_not_declared(ledger: Ledger) -> Non
     assert [one.documents for one in documents.shards("r")] == [10, 10]
 
 
+def held_stream(ledger: Ledger, client: Redis) -> Documents:
+    """An open run that ``me`` fills."""
+    ledger.open("r", "/out/run=r", Options(), state=RunState.OPEN)
+    client.set(f"{ledger._prefix}stream:r", "me")
+    return Documents(ledger)
+
+
+def test_shards_of_a_stream_are_durable_in_order_once_a_worker_stored_them(ledger: Ledger, client: Redis) -> None:
+    documents, queue = held_stream(ledger, client), Delivery(ledger)
+    for index in range(3):
+        assert documents.offer("r", shard(index), b"some", position=f"{index}", holder="me")[0] == "open"
+    assert (ledger.progress("r").planned, ledger.progress("r").submitted) == (3, 30)
+    assert documents.positions("r") == {0: "0", 1: "1", 2: "2"}
+    first, second = queue.one(), queue.one()
+    assert documents.durable("r", 0) == []
+    stored = Shard(1, 10, 10, "1" * 64)
+    assert documents.stored(second, stored)
+    assert documents.durable("r", 0) == [], "the one before is not"
+    assert documents.durable("r", 1) == [stored]
+    complete(ledger, first)
+    assert documents.durable("r", 0) == [shard(0), stored]
+    ledger.quarantine(second, "no")
+    assert documents.durable("r", 0) == [shard(0)], "its file may not be what was sent"
+    assert documents.offer("r", shard(1), b"some", position="1", holder="me")[0] == "open"
+    assert documents.needed("r") == set()
+
+
+def test_a_streams_shards_come_from_its_holder_while_it_is_open(ledger: Ledger, client: Redis) -> None:
+    documents = held_stream(ledger, client)
+
+    def offer(index: int, position: str = "", holder: str = "me", count: int = 10) -> str:
+        return documents.offer("r", Shard(index, 0, count, SHA), b"some", position=position, holder=holder)[0]
+
+    assert offer(0, "a") == offer(0, "a") == "open"
+    assert ledger.progress("r").submitted == 10
+    assert [offer(0, "b"), offer(0), offer(0, "a", count=9)] == ["another"] * 3
+    assert offer(1, "b", holder="another one") == "not held"
+    ledger.seal("r")
+    assert offer(1, "b") == "closed"
+    client.delete(f"{ledger._prefix}stream:r")
+    assert offer(1, "b") == "not held"
+    assert set(documents.positions("r")) == {0}
+    documents.place("r", 0, "c")
+    assert documents.positions("r") == {0: "c"}
+
+
 def test_runs_that_were_forgotten_are_counted_once(ledger: Ledger, client: Redis) -> None:
     begin(ledger, 3)
     turns = f"{ledger._prefix}turn:{QUEUE}:6"

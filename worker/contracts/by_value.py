@@ -130,21 +130,49 @@ class Documents:
         known.difference_update(client.zrange(key(run_id, "pending"), 0, -1))
         return set(map(int, known))
 
-    def offer(self, run_id: str, shard: Shard, documents: bytes) -> tuple[str, Held]:
-        """Gives a declared shard its documents and makes it pending, unless it is pending, sent, leased or recorded.
+    def offer(
+        self, run_id: str, shard: Shard, documents: bytes, *, position: str = "", holder: str = ""
+    ) -> tuple[str, Held]:
+        """Gives a shard its documents and makes it pending, unless it is pending, sent, leased or recorded.
 
         Args:
             run_id: The run.
             shard: ``sha256`` is that of ``documents``.
             documents: As ``pack`` makes them.
+            position: Of a stream: how far the shard reaches in the input.
+            holder: Of a stream: who holds it; nobody else's shards are taken, and none once it ended.
 
         Returns:
-            State of the run, of which ``unknown`` and ``cancelled`` take no documents, and what lies in Redis.
+            State of the run, of which ``unknown`` and ``cancelled`` take no documents, or ``not held``, or ``another``
+            where the shard is known with other documents; and what lies in Redis.
         """
-        state, total, own = self._ledger.step(
-            "offer", run_id, shard.index, shard_entry(shard), base64.b64encode(documents)
-        )
+        entry, packed = shard_entry(shard), base64.b64encode(documents)
+        state, total, own = self._ledger.step("offer", run_id, shard.index, entry, packed, position, holder)
         return str(state), Held(int(total), int(own))
+
+    def durable(self, run_id: str, first: int) -> list[Shard]:
+        """Shards from number ``first`` on whose documents are in the run's folder, up to the first that is not.
+
+        Returns:
+            At most 500; ``sha256`` is that of the shard's file.
+
+        Raises:
+            MessageError: an entry does not fit the contract.
+        """
+        entries = self._ledger.step("durable", run_id, first)
+        try:
+            return [parse_shard(number, entry) for number, entry in enumerate(entries, first)]
+        except ValueError as error:
+            raise _misfit(run_id, error) from None
+
+    def place(self, run_id: str, shard: int, position: str) -> None:
+        """Says how far a shard of a stream reaches, to a server that lost that."""
+        self._ledger.step("place", run_id, shard, position)
+
+    def positions(self, run_id: str) -> dict[int, str]:
+        """How far the shards of a stream reach in its input, as they were offered."""
+        found = self._ledger.client.hgetall(self._ledger.key(run_id, "positions"))
+        return {int(shard): str(position) for shard, position in found.items()}
 
     def held(self, run_id: str) -> Held:
         """Documents that lie in Redis."""
@@ -211,4 +239,8 @@ class Documents:
                 first += shard.documents
             return shards
         except (ValueError, KeyError) as error:
-            raise MessageError(f"run {run_id}: the ledger's shards do not fit the contract ({error})") from None
+            raise _misfit(run_id, error) from None
+
+
+def _misfit(run_id: str, error: Exception) -> MessageError:
+    return MessageError(f"run {run_id}: the ledger's shards do not fit the contract ({error})")

@@ -17,6 +17,7 @@
 --   :strikes     hash: how often each trial ended its worker
 --   :quarantined hash: shards that must not be served until they are sent again, with the reason
 --   :documents   hash: documents of shards that were sent by value and that no worker has stored in the run's folder
+--   :positions   hash: of a stream by value, how far each shard reaches in the input
 --   :unable      hash: workers that cannot read the run's folder, with expiry and reason
 -- Indexes over all runs:
 --   turn:<queue>:<priority>   sorted set of runs with pending shards; score: when it was last served
@@ -32,7 +33,7 @@ local FINISH = 'finish' -- in the place of a shard's number: the run's last step
 local COMMON = 'nermill'
 local PRIORITIES = {'3', '6', '9'} -- high, normal, low; Redis serves the smaller number first
 local PARTS = {false, 'pending', 'since', 'shards', 'sent', 'leases', 'tokens', 'attempts', 'results', 'trial', 'strikes', 'unable',
-  'quarantined', 'documents'}
+  'quarantined', 'documents', 'positions'}
 local FORGET_SECONDS = 7 * 86400 -- a run that nobody touches for so long is forgotten
 
 local function key(run, part) return prefix .. 'run:' .. run .. (part and ':' .. part or '') end
@@ -159,6 +160,11 @@ end
 
 local function holds(run, shard, lease) return redis.call('HGET', key(run, 'leases'), shard) == lease end
 
+local function is_there(run, shard)
+  return redis.call('HEXISTS', key(run, 'results'), shard) == 1 or redis.call('HEXISTS', key(run, 'sent'), shard) == 1
+    or redis.call('HEXISTS', key(run, 'leases'), shard) == 1 or redis.call('ZSCORE', key(run, 'pending'), shard)
+end
+
 local function live_workers(queue, now) return redis.call('ZCOUNT', prefix .. 'workers:' .. queue, '(' .. now, '+inf') end
 
 -- the live workers of a queue that said that they cannot read a run's folder: how many, and the last one's reason
@@ -241,22 +247,45 @@ function step.declare(run, ...)
   return 1
 end
 
--- the documents of a declared shard, unless it is recorded or waits or is at work already; answers
--- {the run's state, bytes of documents of all runs, of this one}
-function step.offer(run, shard, spec, documents)
-  local now = state(run)
-  local is_there = redis.call('HEXISTS', key(run, 'results'), shard) == 1 or redis.call('HEXISTS', key(run, 'sent'), shard) == 1
-    or redis.call('HEXISTS', key(run, 'leases'), shard) == 1 or redis.call('ZSCORE', key(run, 'pending'), shard)
-  if now ~= 'cancelled' and now ~= 'unknown' and not is_there then
+-- the documents of a shard, unless it is recorded or waits or is at work already. Shards of a stream are not declared before;
+-- they come with their place in the input and from the producer that holds the stream, while it is open. Answers {the run's
+-- state, or 'not held', or 'another' for other documents than those that are known, bytes of all runs, bytes of this one}
+function step.offer(run, shard, spec, documents, position, holder)
+  local answer = state(run)
+  local takes = answer ~= 'cancelled' and answer ~= 'unknown' and (holder == '' or answer == 'open')
+  local known = redis.call('HGET', key(run, 'shards'), shard)
+  local place = redis.call('HGET', key(run, 'positions'), shard)
+  if holder ~= '' and redis.call('GET', prefix .. 'stream:' .. run) ~= holder then answer = 'not held'
+  elseif takes and ((place or position) ~= position or (known or spec):match('^%d+ %d+') ~= spec:match('^%d+ %d+')) then
+    answer = 'another'
+  elseif takes and not is_there(run, shard) then
+    if not known then count(run, 'submitted', tonumber(spec:match('^%d+'))) end
     remove_documents(run, shard)
     redis.call('HSET', key(run, 'documents'), shard, documents)
     redis.call('ZINCRBY', prefix .. 'documents', #documents, run)
     redis.call('HSET', key(run, 'shards'), shard, spec)
+    if position ~= '' then redis.call('HSET', key(run, 'positions'), shard, position) end
     redis.call('HDEL', key(run, 'quarantined'), shard)
     wait(run, shard)
     expire(run, FORGET_SECONDS)
   end
-  return {now, held_bytes(run)}
+  return {answer, held_bytes(run)}
+end
+
+-- how far a shard of a stream by value reaches, for a server that lost it
+function step.place(run, shard, position) return redis.call('HSET', key(run, 'positions'), shard, position) end
+
+-- shards of a run by value, from one on, whose documents are in the run's folder: their specifications, up to the first that
+-- is not, 500 at most
+function step.durable(run, first)
+  local answer = {}
+  for number = tonumber(first), tonumber(first) + 499 do
+    local shard = string.format('%d', number)
+    local spec = redis.call('HGET', key(run, 'shards'), shard)
+    if not spec or redis.call('HEXISTS', key(run, 'documents'), shard) == 1 or not is_there(run, shard) then break end
+    answer[#answer + 1] = spec
+  end
+  return answer
 end
 
 -- bytes of documents in Redis: {of all runs, of this one}

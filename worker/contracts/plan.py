@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
@@ -104,12 +105,24 @@ class Plan:
         return self.details.get(BY_VALUE) is True
 
     @property
+    def is_stream(self) -> bool:
+        """Whether the documents came one by one, from an input that was not known before."""
+        return len(self.inputs) == 1 and not self.inputs[0].sha256
+
+    @property
     def is_followed_by_ledger(self) -> bool:
         """Whether the ledger alone tells how far the run is, since workers have not written all of it."""
         return self.by_value and self.is_open
 
     def write(self, run: RunFolder) -> None:
         run.write(PLAN_FILE, (plan_json(self, indent=1) + "\n").encode())
+
+    def closed(self, shards: Iterable[Shard]) -> Plan:
+        """The plan of a run that was open, with all its shards."""
+        closed = replace(self, shards=tuple(shards), is_open=False, cancelled=False)
+        if not self.is_stream:
+            return closed
+        return replace(closed, inputs=(replace(self.inputs[0], documents=closed.documents),))
 
     def cancel(self, run: RunFolder) -> Plan:
         """Marks the run cancelled, durably."""

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from nermill.worker.contracts.by_value import Documents
-from nermill.worker.contracts.errors import LeaseLostError, MessageError, UsageError
+from nermill.worker.contracts.errors import LeaseLostError, MessageError, UnreachableError, UsageError
 from nermill.worker.contracts.layout import PLAN_FILE, RunFolder
 from nermill.worker.contracts.plan import Plan, Shard, plan_json, read_plan
 from nermill.worker.contracts.records import Claim
@@ -73,7 +73,7 @@ def _check_plan(run: RunFolder, claim: Claim, shard: Shard) -> None:
         raise MessageError(f"{run.uri}: holds another run, which was not submitted by value")
     planned = {(planned.index, planned.first, planned.documents) for planned in plan.shards}
     if not plan.is_open and (shard.index, shard.first, shard.documents) not in planned:
-        raise MessageError(f"{run.uri}: its plan is closed and has no such shard {shard.index}")
+        raise MessageError(f"{run.uri}: its plan is closed and has no shard {shard.index}; name another --out")
 
 
 def _write_plan(run: RunFolder, claim: Claim, given: Plan | None) -> None:
@@ -85,6 +85,19 @@ def _write_plan(run: RunFolder, claim: Claim, given: Plan | None) -> None:
     run.write(PLAN_FILE, f"{plan_json(opened, indent=1)}\n".encode(), exclusive=True)
 
 
+def bring_plan(run: RunFolder, claim: Claim, documents: Documents, patiently: Patiently) -> None:
+    """Writes the plan of a stream by value that ended before its first document.
+
+    Raises:
+        UnreachableError: it is another run's plan that is missing.
+        MessageError: the ledger's entries do not fit.
+    """
+    plan: Plan | None = patiently(lambda: documents.plan(claim.run_id))
+    if plan is None or patiently(lambda: documents.shards(claim.run_id)):
+        raise UnreachableError(f"{run.path(PLAN_FILE)}: not there, as seen from this worker")
+    _write_plan(run, claim, plan)
+
+
 def close_plan(run: RunFolder, plan: Plan, documents: Documents, patiently: Patiently) -> Plan:
     """The plan of a run by value whose shards are all recorded; an open one is closed in the run's folder.
 
@@ -94,6 +107,6 @@ def close_plan(run: RunFolder, plan: Plan, documents: Documents, patiently: Pati
     """
     if plan.is_open:
         shards = patiently(lambda: documents.shards(plan.run_id))
-        plan = replace(plan, shards=shards, is_open=False, cancelled=False)
+        plan = plan.closed(shards)
         plan.write(run)
     return plan

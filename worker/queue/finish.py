@@ -10,7 +10,6 @@ from typing import Any
 
 from nermill.worker.contracts.by_value import Documents
 from nermill.worker.contracts.command import python_command
-from nermill.worker.contracts.errors import UnreachableError
 from nermill.worker.contracts.layout import PLAN_FILE, SUCCESS_FILE
 from nermill.worker.contracts.part import mark_complete, scores_of
 from nermill.worker.contracts.plan import read_plan
@@ -39,11 +38,11 @@ def finish(claim: Claim, leases: Leases, documents: Documents, metrics: Metrics)
     Raises:
         UnreachableError: the run's plan is not to be seen from here.
         StoreError: the store does not answer.
-        MessageError: the ledger's shards do not fit.
+        MessageError: the ledger's entries do not fit.
     """
     run = claim.folder
     if not run.exists(PLAN_FILE):
-        raise UnreachableError(f"{run.path(PLAN_FILE)}: not there, as seen from this worker")
+        by_value.bring_plan(run, claim, documents, leases.patiently)
     plan = read_plan(run)
     if plan.by_value:
         plan = by_value.close_plan(run, plan, documents, leases.patiently)

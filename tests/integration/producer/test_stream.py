@@ -20,10 +20,11 @@ import pytest
 from nermill.producer.client import Producer
 from nermill.producer.entities.show import read_rows
 from nermill.producer.runs import run as runs
+from nermill.producer.runs.base_stream import BACKLOG
 from nermill.producer.runs.queue import Queue
 from nermill.producer.runs.shards import ShardLimits
 from nermill.producer.runs.status import look
-from nermill.producer.runs.stream import BACKLOG, Stream
+from nermill.producer.runs.stream import Stream
 from nermill.worker.contracts.broker import redis_client
 from nermill.worker.contracts.document import Document
 from nermill.worker.contracts.errors import UsageError
@@ -251,7 +252,7 @@ def test_a_stream_without_workers_is_held_back(
 
 
 def test_a_producer_that_is_held_back_is_still_there(broker, tmp_path, monkeypatch):
-    monkeypatch.setattr("nermill.producer.runs.stream.HOLD_SECONDS", 0.3)
+    monkeypatch.setattr("nermill.producer.runs.base_stream.HOLD_SECONDS", 0.3)
     producer = Producer(str(tmp_path), broker=broker, limits=ShardLimits(documents=1), high_water=1)
 
     def send() -> None:
@@ -280,7 +281,7 @@ def test_resume_leaves_a_living_stream_open(broker, tmp_path):
 
 
 def test_a_server_that_lost_its_memory_is_told_again(broker, serving, tmp_path, monkeypatch):
-    monkeypatch.setattr("nermill.producer.runs.stream.HOLD_SECONDS", 0.3)
+    monkeypatch.setattr("nermill.producer.runs.base_stream.HOLD_SECONDS", 0.3)
     queue = Queue(broker)
     stream = Stream(str(tmp_path), queue, linger=0.01, limits=ShardLimits(documents=2))
     for n in range(4):
