@@ -163,12 +163,8 @@ def submit(
 
     request: Request = ctx.obj
     is_stream = follow or (request.inputs == ("-",) and request.read.format in (None, "jsonl"))
-    if by_value:
-        request = replace(request, by_value=True)
-        if new:
-            raise UsageError("--new looks at the runs below OUT, which --by-value does not see; leave one of them out")
-        if not is_stream:
-            return _by_value(request, Queue(broker), wait=wait, as_json=json)
+    if by_value and new:
+        raise UsageError("--new looks at the runs below OUT, which --by-value does not see; leave one of them out")
     if new and is_stream:
         raise UsageError("--new knows files by their content, a stream has none yet; leave it out")
     if resume and not is_stream:
@@ -177,6 +173,9 @@ def submit(
         raise UsageError("Missing option '--out'. See nermill --help.")
     if resume and out and absolute(resume).rpartition("/")[0] != absolute(out).rstrip("/"):
         raise UsageError(f"--resume {resume}: not below --out {out}; leave out --out")
+    request = replace(request, by_value=by_value)
+    if by_value and not is_stream:
+        return _by_value(request, Queue(broker), wait=wait, as_json=json)
     found = find_inputs(request) if new else None
     if found is not None:
         files = len(found)

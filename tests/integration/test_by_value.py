@@ -272,6 +272,8 @@ def test_records_that_cannot_be_read_are_told_when_they_are_sent(fleet: Harness)
         (["--priority", "urgent"], "--priority 'urgent': one of high, normal, low"),
         (["--new"], "--new looks at the runs below OUT"),
         (["--model", "no-such-model"], "no-such-model"),
+        (["--resume", "out/run=r"], "--resume goes on with a stream"),
+        (["--out", ""], "Missing option '--out'"),
     ],
 )
 def test_a_wrong_option_is_one_line(fleet: Harness, more: list[str], expected: str) -> None:

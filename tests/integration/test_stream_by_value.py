@@ -147,6 +147,7 @@ def told_of(fleet: Harness, run: str) -> tuple[int, dict[str, str], str]:
     return code, json.loads(out), err
 
 
+@pytest.mark.slow
 def test_a_stream_that_was_killed_before_a_worker_came_goes_on_with_what_it_sent(fleet: Harness, closed: Place) -> None:
     out, folder, environment = closed
     source = fleet.source(texts(100))
@@ -241,6 +242,7 @@ def test_a_stream_waits_while_too_much_lies_in_redis(fleet: Harness, monkeypatch
     assert_each_line_once(stream.run, 1_000)
 
 
+@pytest.mark.slow
 def test_an_abandoned_stream_is_closed_with_what_was_sent(fleet: Harness, closed: Place) -> None:
     out, folder, environment = closed
     source = fleet.source(texts(25))
@@ -271,6 +273,7 @@ def test_an_empty_stream_ends_complete(fleet: Harness, closed: Place) -> None:
     assert_each_line_once(run_below(folder), 0)
 
 
+@pytest.mark.slow
 def test_a_stream_that_is_cancelled_ends_and_goes_on_when_it_is_resumed(fleet: Harness, closed: Place) -> None:
     out, folder, environment = closed
     source = fleet.source(texts(30))

@@ -125,9 +125,9 @@ class Documents:
         """Declared shards whose documents must be offered: neither recorded nor pending, sent or leased."""
         client, key = self._ledger.client, self._ledger.key
         known: set[str] = set(client.hkeys(key(run_id, "shards")))
-        for part in ("results", "sent", "leases"):
-            known.difference_update(client.hkeys(key(run_id, part)))
         known.difference_update(client.zrange(key(run_id, "pending"), 0, -1))
+        for part in ("sent", "leases", "results"):  # as a shard goes: one that moves meanwhile is found later
+            known.difference_update(client.hkeys(key(run_id, part)))
         return set(map(int, known))
 
     def offer(
