@@ -41,6 +41,7 @@ class Fork:
     def __init__(
         self, module: str, arguments: Sequence[str], environment: Mapping[str, str], folder: Path, log: Path
     ) -> None:
+        log.touch()
         self._process = _server.Process(
             target=_run, args=(module, list(arguments), dict(environment), str(folder), str(log)), daemon=True
         )
