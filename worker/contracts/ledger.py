@@ -276,6 +276,8 @@ class Ledger:
 
     def progress(self, run_id: str) -> Progress:
         """A run's counters; all zero and state ``unknown`` for a run that this server does not know."""
+        # Read before the header, which has the reason.
+        quarantined = int(self.client.hlen(self.key(run_id, "quarantined")))
         header = self.client.hgetall(self.key(run_id))
         numbers = {
             name: int(header.get(name, 0))
@@ -290,7 +292,7 @@ class Ledger:
             pending=int(self.client.zcard(self.key(run_id, "pending"))),
             sent=int(self.client.hlen(self.key(run_id, "sent"))),
             leased=int(self.client.hlen(self.key(run_id, "leases"))),
-            quarantined=int(self.client.hlen(self.key(run_id, "quarantined"))),
+            quarantined=quarantined,
             done=int(self.client.hlen(self.key(run_id, "results"))),
             planned=int(self.client.hlen(self.key(run_id, "shards"))),
             started=int(header.get("started", 0)) / 1000,
