@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import IO
 
 from nermill.producer.runs.queue import Queue
-from nermill.worker.contracts.command import end_with_parent, python_command
+from nermill.worker.contracts.command import python_command, start_child
 from nermill.worker.contracts.errors import EngineError, UsageError
 
 STOP_SECONDS = 35.0  # longer than the grace period of a worker
@@ -33,7 +33,7 @@ class LocalWorker:
 
     def __init__(self, model: str, devices: str, broker: str, root: str) -> None:
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in stop
-        self._process = subprocess.Popen(
+        self._process = start_child(
             python_command("nermill.worker.process.launch", "--model", model, "--devices", devices, "--broker", broker),
             env={
                 **os.environ,
@@ -45,7 +45,6 @@ class LocalWorker:
             stdout=self._log,
             stderr=self._log,
             start_new_session=True,  # Ctrl-C reaches this process alone, which then stops it
-            preexec_fn=end_with_parent,
         )
 
     def check(self) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
+import subprocess
 import sys
+from collections.abc import Collection, Sequence
+from typing import Any
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -20,6 +24,18 @@ def python_command(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-c", _RUN.format(module), *arguments]
 
 
-def end_with_parent() -> None:
-    """Makes the kernel send SIGTERM to this process when its parent ends; for ``preexec_fn`` of a child (Linux)."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def start_child(command: Sequence[str], *, cores: Collection[int] = (), **options: Any) -> subprocess.Popen[bytes]:
+    """Starts a process that gets SIGTERM when this process ends, however it ends (Linux).
+
+    Args:
+        command: Its command line.
+        cores: CPU cores that it may use; all of this process's where none are named.
+        options: Those of ``subprocess.Popen``.
+    """
+
+    def prepare() -> None:  # runs in the child before the program
+        if cores:
+            os.sched_setaffinity(0, cores)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    return subprocess.Popen(command, preexec_fn=prepare, **options)

@@ -8,10 +8,9 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-from nermill.worker.contracts.command import end_with_parent, python_command
+from nermill.worker.contracts.command import python_command, start_child
 from nermill.worker.contracts.device import Device
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.process import health
@@ -70,12 +69,12 @@ class Supervised:
             **environment_of(device, index, settings),
             health.VARIABLE: str(self.heartbeat.writer),
         }
-        self.process = subprocess.Popen(
+        self.process = start_child(
             _command(device),
+            cores=cores,
             env=environment,
             # Logs go to standard error. Celery prints a line that is no JSON to standard output when it ends.
             stdout=subprocess.DEVNULL if settings.log_format == "json" else None,
-            preexec_fn=partial(_prepare_child, cores),
             pass_fds=[self.heartbeat.writer],
         )
         self.heartbeat.close_writer()
@@ -225,9 +224,3 @@ def _socket_of(core: int) -> int:
         return int(Path(f"/sys/devices/system/cpu/cpu{core}/topology/physical_package_id").read_text("ascii"))
     except (OSError, ValueError):
         return 0
-
-
-def _prepare_child(cores: frozenset[int]) -> None:
-    """Runs in the child before it executes the worker: sets its cores, and makes it end with its supervisor."""
-    os.sched_setaffinity(0, cores)
-    end_with_parent()
