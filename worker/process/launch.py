@@ -5,15 +5,18 @@ A process gets the environment variable that limits it to its device before it i
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from nermill.worker.contracts.broker import check_url
 from nermill.worker.contracts.command import python_command
+from nermill.worker.contracts.console import exit_code
 from nermill.worker.contracts.device import Device, parse_devices
 from nermill.worker.contracts.errors import NermillError
 from nermill.worker.contracts.manifest import Manifest, load_manifest, resolve_artifact
@@ -21,17 +24,10 @@ from nermill.worker.process import logs
 from nermill.worker.process.settings import Settings, read_settings
 from nermill.worker.process.supervisor import Supervisor, environment_of
 
-# Options that are passed to the processes as NERMILL_* environment variables.
+# Settings that have an option, in the order of ``launch``.
 SETTINGS = (
-    "broker_url",
-    "model",
-    "lease_seconds",
-    "allowed_roots",
-    "metrics_port",
-    "concurrency",
-    "threads",
-    "log_format",
-)
+    "model", "broker_url", "lease_seconds", "allowed_roots", "metrics_port", "concurrency", "threads", "log_format",
+)  # fmt: skip
 
 
 def visible_devices(manifest: Manifest) -> list[Device]:
@@ -48,43 +44,89 @@ def visible_devices(manifest: Manifest) -> list[Device]:
     return [Device("cpu")]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of ``nermill-worker``."""
-    options = _parser().parse_args(arguments)
-    logs.configure(options.log_format or os.environ.get("NERMILL_LOG_FORMAT", "text"))
+def launch(
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="ART", help="demo, or an artifact's folder; default: demo.")
+    ] = None,
+    devices: Annotated[
+        str,
+        typer.Option(
+            "--devices",
+            metavar="LIST",
+            envvar="NERMILL_DEVICES",
+            help="auto, or a list: cpu | cuda:0,cuda:1 | npu:0,npu:1.",
+        ),
+    ] = "auto",
+    broker: Annotated[str | None, typer.Option("--broker", metavar="URL", help="Broker URL.")] = None,
+    lease_seconds: Annotated[
+        float | None,
+        typer.Option("--lease-seconds", help="How long a worker that stopped keeps a shard; default: 60."),
+    ] = None,
+    allowed_roots: Annotated[
+        str | None,
+        typer.Option(
+            "--allowed-roots",
+            metavar="LIST",
+            help="Folders and URIs below which runs may lie, separated by commas; default: this folder.",
+        ),
+    ] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option("--metrics-port", help="First Prometheus port; device N listens on port + N.")
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option("--concurrency", help="Most shards in a process at once; default: 8.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", help="Compute threads on a CPU; default: one a core.")
+    ] = None,
+    log_format: Annotated[
+        str | None,
+        typer.Option("--log-format", metavar="FORMAT", help="text, or json: one object a line; default: text."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Load, warm every shape, tag one example, exit.")] = False,
+) -> int:
+    """Tag shards from the queue: one supervised Celery process for each device.
+
+    Every option but --dry-run can be set by an environment variable too: NERMILL_MODEL, NERMILL_BROKER_URL and so on.
+    """
+    flags = (model, broker, lease_seconds, allowed_roots, metrics_port, concurrency, threads, log_format)
+    os.environ.update(
+        {f"NERMILL_{name.upper()}": str(flag) for name, flag in zip(SETTINGS, flags, strict=True) if flag is not None}
+    )
+    logs.configure(os.environ.get("NERMILL_LOG_FORMAT", "text"))
     try:
-        sys.exit(run(options))
+        if "@" in (broker or ""):
+            _restart_without_flags(devices, dry_run)
+        return run(devices, dry_run)
     except NermillError as error:
         logs.report_error(error)
-        sys.exit(error.exit_code)
+        return error.exit_code
 
 
-def run(options: argparse.Namespace) -> int:
-    """Starts and supervises the processes until SIGTERM or SIGINT; returns the exit code.
+def run(names: str, dry_run: bool) -> int:
+    """Starts and supervises the processes until SIGTERM or SIGINT, as the environment says; returns the exit code.
+
+    Args:
+        names: Value of ``--devices``.
+        dry_run: Whether each device tags one example instead.
 
     Raises:
         UsageError: an option, setting or artifact is invalid.
     """
-    for name in SETTINGS:
-        if (value := getattr(options, name)) is not None:
-            os.environ[f"NERMILL_{name.upper()}"] = str(value)
-    if "@" in (options.broker_url or ""):
-        _restart_without_flags(options)
     settings = read_settings(os.environ)
     check_url(settings.broker_url)
     artifact = resolve_artifact(settings.model)
     manifest = load_manifest(artifact)
-    devices = parse_devices(options.devices) or visible_devices(manifest)
-    if options.dry_run:
+    devices = parse_devices(names) or visible_devices(manifest)
+    if dry_run:
         return _dry_run(artifact, devices, settings)
     return Supervisor(devices, settings).run()
 
 
-def _restart_without_flags(options: argparse.Namespace) -> None:
+def _restart_without_flags(devices: str, dry_run: bool) -> None:
     """Executes this program again without its flags, since every user may read a command line and a password in it."""
-    os.environ["NERMILL_DEVICES"] = options.devices  # all other options are in the environment already
-    dry_run = ["--dry-run"] if options.dry_run else []
-    os.execv(sys.executable, python_command("nermill.worker.process.launch", *dry_run))
+    os.environ["NERMILL_DEVICES"] = devices  # all other options are in the environment already
+    os.execv(sys.executable, python_command("nermill.worker.process.launch", *(["--dry-run"] if dry_run else [])))
 
 
 def _dry_run(artifact: Path, devices: list[Device], settings: Settings) -> int:
@@ -99,31 +141,20 @@ def _dry_run(artifact: Path, devices: list[Device], settings: Settings) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nermill-worker",
-        description="Tags shards from the queue: one supervised Celery process per device.",
-        epilog="example: nermill-worker --model bert-large-ner.npu --devices npu:0,npu:1 --broker redis://queue:6379/0",
-    )
-    parser.add_argument("--model", help="demo, or an artifact's folder (NERMILL_MODEL; default: demo)")
-    parser.add_argument(
-        "--devices",
-        default=os.environ.get("NERMILL_DEVICES", "auto"),
-        help="auto, or a list such as cpu | cuda:0,cuda:1 | npu:0 (NERMILL_DEVICES; default: auto)",
-    )
-    parser.add_argument("--broker", dest="broker_url", help="broker URL (NERMILL_BROKER_URL)")
-    parser.add_argument(
-        "--lease-seconds", type=float, help="how long a worker that stopped keeps a shard (default: 60)"
-    )
-    parser.add_argument(
-        "--allowed-roots", help="folders and URIs below which runs may lie, separated by commas (default: this folder)"
-    )
-    parser.add_argument("--metrics-port", type=int, help="first Prometheus port; device N listens on port + N")
-    parser.add_argument("--concurrency", type=int, help="most shards in a process at once (default: 8)")
-    parser.add_argument("--threads", type=int, help="compute threads on a CPU (default: one a core)")
-    parser.add_argument("--log-format", choices=logs.FORMATS, help="text, or one JSON object a line (default: text)")
-    parser.add_argument("--dry-run", action="store_true", help="load, warm every shape, tag one example, exit")
-    return parser
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command(
+    epilog="Example: nermill-worker --model bert-large-ner.npu --devices npu:0,npu:1 --broker redis://queue:6379/0"
+)(launch)
+
+
+def main() -> None:
+    """Entry point of ``nermill-worker``."""
+    sys.exit(exit_code("nermill-worker", partial(app, standalone_mode=False, prog_name="nermill-worker"), typer.Abort))
 
 
 if __name__ == "__main__":
