@@ -44,13 +44,13 @@ class Finding:
         name: What was checked, such as ``broker``.
         ok: Whether it works.
         detail: What was found.
-        mend: What to do where it does not work, else empty.
+        fix: What to do where it does not work, else empty.
     """
 
     name: str
     ok: bool
     detail: str
-    mend: str = ""
+    fix: str = ""
 
 
 def examine(broker: str, model: str, devices: str, out: str | None) -> Iterator[Finding]:

@@ -152,9 +152,7 @@ def rejects(
         queue = Queue(broker)
         counts = [retry_rejects(folder, plan, queue) for folder, plan in opened]
         again, hopeless = (sum(column) for column in zip(*counts, strict=True))
-        told = (
-            f"; {hopeless} are not, their fault lies in the document: mend the input and submit it" if hopeless else ""
-        )
+        told = f"; {hopeless} are not, their documents are at fault: correct and submit them" if hopeless else ""
         say(f"{again} rejects are tried again{told}")
         return 0
     row = None

@@ -136,8 +136,8 @@ def print_finding(finding: Finding) -> None:
     """Prints the result of one check of ``nermill doctor``."""
     mark, style = ("ok", "green") if finding.ok else ("FAILS", "bold red")
     _print_filled(f"{finding.name:<{LABEL_WIDTH}} ", finding.detail, f"{mark:<6}", style)
-    if finding.mend:
-        _print_filled(" " * (LABEL_WIDTH + 1), finding.mend, "mend: ", "bold")
+    if finding.fix:
+        _print_filled(" " * (LABEL_WIDTH + 1), finding.fix, "fix: ", "bold")
 
 
 def print_rows(table: list[tuple[str, str]]) -> None:

@@ -98,7 +98,7 @@ def without_tagged(out: str, found: Found) -> Found:
 def make_plan(
     request: Request, on_read: OnRead = ignore_progress, found: Found | None = None
 ) -> tuple[RunFolder, Plan]:
-    """Plans a run, or finds the one that the same request made before, and mends its shards.
+    """Plans a run, or finds the one that the same request made before, and repairs its shards.
 
     Args:
         request: What to plan.
@@ -120,7 +120,7 @@ def make_plan(
         finish_swap(run)
     reading = Reading(sources, [size for _, size in prints], request.read, on_read)
     if run.exists(PLAN_FILE):
-        plan = _mended(run, read_plan(run), reading, request.limits)
+        plan = _repaired(run, read_plan(run), reading, request.limits)
         if plan.priority != request.priority:
             plan = replace(plan, priority=request.priority)
             plan.write(run)
@@ -162,7 +162,7 @@ def details_of_input(found: Found, rejected: int) -> dict[str, Any]:
     return {name: value for name, value in details.items() if value}
 
 
-def _mended(run: RunFolder, plan: Plan, reading: Reading, limits: ShardLimits) -> Plan:
+def _repaired(run: RunFolder, plan: Plan, reading: Reading, limits: ShardLimits) -> Plan:
     """A run's plan; shards without a part whose documents are gone or damaged are written anew from the input."""
     committed = run.committed()
     broken = {shard.index for shard in plan.shards if shard.index not in committed and not _is_whole(run, shard)}

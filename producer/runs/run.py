@@ -131,7 +131,7 @@ def resume(run: RunFolder, plan: Plan, queue: Queue, high_water: int = HIGH_WATE
 def wait(
     run: RunFolder, plan: Plan, queue: Queue, on_status: OnStatus = ignore, send_again: SendAgain | None = None
 ) -> Status:
-    """Follows a run to its end, and mends what was lost on the way: shards that nobody knows are sent again.
+    """Follows a run to its end, and repairs what was lost on the way: shards that nobody knows are sent again.
 
     Args:
         run: The run's folder, which is not looked at where the ledger alone tells how far the run is.
@@ -202,7 +202,7 @@ def check_served(run: RunFolder, plan: Plan, progress: Progress) -> None:
     if refused and not progress.leased:
         is_sent_again = plan.is_followed_by_ledger and not plan.is_stream
         way = "submit the same input again" if is_sent_again else f"nermill resume {run.uri}"
-        raise StoreError(f"{run.uri}: the workers refuse it ({progress.last_error}); once mended: {way}")
+        raise StoreError(f"{run.uri}: the workers refuse it ({progress.last_error}); once that is corrected: {way}")
 
 
 def lost(run: RunFolder) -> BrokerError:

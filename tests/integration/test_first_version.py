@@ -33,7 +33,7 @@ def test_doctor_and_worker_say_that_the_first_version_is_here(fleet: Harness) ->
     (found,) = [one for one in json.loads(asked.stdout)["findings"] if one["name"] == "version"]
     assert not found["ok"]
     assert "1 runs, 1 workers" in found["detail"]
-    assert "stop its workers" in found["mend"]
+    assert "stop its workers" in found["fix"]
 
 
 def first_version_app(fleet: Harness) -> Celery:

@@ -185,7 +185,7 @@ def check_broker(url: str) -> Redis:
             server = client.info("server")
     except (RedisError, OSError) as error:
         raise BrokerError(
-            f"{redacted(url)}: the broker does not answer ({error}); start it, or mend --broker / NERMILL_BROKER_URL"
+            f"{redacted(url)}: the broker does not answer ({error}); start it, or correct --broker / NERMILL_BROKER_URL"
         ) from None
     version = str(server.get("redis_version", "0"))
     if "cluster" in (server.get("redis_mode"), server.get("server_mode")):

@@ -423,17 +423,17 @@ def test_the_shell_completes_commands_and_options(words, expected):
     assert told.split() == [expected]
 
 
-def test_doctor_names_what_fails_and_how_to_mend_it(nermill, broker, serving, corpus, tmp_path):
+def test_doctor_names_what_fails_and_how_to_fix_it(nermill, broker, serving, corpus, tmp_path):
     code, out, _ = nermill("doctor", "--broker", "redis://localhost:1", "--model", tmp_path / "nothing", "--json")
     findings = {f["name"]: f for f in json.loads(out)["findings"]}
     assert code == 1
     assert [name for name, f in findings.items() if not f["ok"]] == ["broker", "model"]
-    assert "valkey-server" in findings["broker"]["mend"]
+    assert "valkey-server" in findings["broker"]["fix"]
     code, out, _ = nermill(
         "doctor", "--broker", broker, "--devices", "cuda:77,gpu", "--out", corpus / "below", "--model", tmp_path
     )
     assert code == 1
-    assert re.search(r"workers +FAILS no worker listens.*\n +mend: +nermill-worker", out)
+    assert re.search(r"workers +FAILS no worker listens.*\n +fix: +nermill-worker", out)
     assert re.search(r"device +FAILS cuda:77 is not visible", out)
     assert re.search(r"device +FAILS 'gpu' is no device", out)
     assert re.search(r"output +FAILS .*cannot be a folder", out)
@@ -449,7 +449,7 @@ def test_doctor_knows_a_wrong_password_and_never_shows_it(nermill, broker):
         client.config_set("requirepass", "")
     finding = json.loads(out)["findings"][0]
     assert (code, finding["ok"]) == (1, False)
-    assert "right password" in finding["mend"]
+    assert "right password" in finding["fix"]
     assert "wrong@" not in out + err
 
 

@@ -59,7 +59,7 @@ def findings(broker: str, tmp_path) -> dict[str, Finding]:
 
 def test_an_old_server_is_refused(old_server, tmp_path):
     broker = findings(old_server, tmp_path)["broker"]
-    assert (broker.ok, broker.mend) == (False, "upgrade the server: Redis 6.2 or newer, or Valkey")
+    assert (broker.ok, broker.fix) == (False, "upgrade the server: Redis 6.2 or newer, or Valkey")
 
 
 def test_a_server_that_evicts_is_named(broker, tmp_path):
@@ -69,7 +69,7 @@ def test_a_server_that_evicts_is_named(broker, tmp_path):
         found = findings(broker, tmp_path)["broker"]
     finally:
         client.config_set("maxmemory-policy", "noeviction")
-    assert (found.ok, found.mend) == (False, "redis-cli config set maxmemory-policy noeviction")
+    assert (found.ok, found.fix) == (False, "redis-cli config set maxmemory-policy noeviction")
 
 
 def test_a_server_in_cluster_mode_is_refused(tmp_path):
@@ -81,7 +81,7 @@ def test_a_server_in_cluster_mode_is_refused(tmp_path):
             server.kill()
     assert not broker.ok
     assert "Redis Cluster cannot carry Celery's queues" in broker.detail
-    assert "cluster-enabled no" in broker.mend
+    assert "cluster-enabled no" in broker.fix
 
 
 def free_port() -> int:
@@ -98,14 +98,14 @@ def free_port() -> int:
 def test_workers_are_known_while_they_live_and_by_their_artifact(fleet, tmp_path):
     pytest.importorskip("onnxruntime")
     none = findings(fleet.server.url, tmp_path)["workers"]
-    assert (none.ok, none.mend) == (False, f"nermill-worker --model demo --broker {fleet.server.url}")
+    assert (none.ok, none.fix) == (False, f"nermill-worker --model demo --broker {fleet.server.url}")
 
     double = fleet.worker()
     double.await_ready()
     other = findings(fleet.server.url, tmp_path)["workers"]
     assert not other.ok
     assert re.search(r"none serves demo \(\w{12}\); 1 on cpu: double \(\w{12}\)", other.detail)
-    assert other.mend.startswith("nermill-worker --model demo")
+    assert other.fix.startswith("nermill-worker --model demo")
 
     real = fleet.worker(REAL)
     real.await_ready()
@@ -140,7 +140,7 @@ def test_a_device_that_is_not_visible_is_named(broker, tmp_path, devices):
     found = [f for f in examine(broker, "demo", devices, str(tmp_path)) if f.name == "device"]
     assert not found[-1].ok
     assert "77 is not visible (/dev/" in found[-1].detail
-    assert re.match("npu-smi info|nvidia-smi", found[-1].mend)
+    assert re.match("npu-smi info|nvidia-smi", found[-1].fix)
 
 
 def test_auto_looks_for_the_device_that_the_artifact_needs(broker, tmp_path):
@@ -149,7 +149,7 @@ def test_auto_looks_for_the_device_that_the_artifact_needs(broker, tmp_path):
     manifest.write_text(manifest.read_text().replace('"backend": "onnx"', '"backend": "aie"'))
     found = {f.name: f for f in examine(broker, str(tmp_path / "aie"), "auto", str(tmp_path))}
     assert "npu:0 is not visible" in found["device"].detail
-    assert "mindietorch" in found["runtime"].mend
+    assert "mindietorch" in found["runtime"].fix
 
 
 def test_the_two_wheels_and_the_compiler_of_offline_models(broker, tmp_path, monkeypatch):
@@ -161,13 +161,13 @@ def test_the_two_wheels_and_the_compiler_of_offline_models(broker, tmp_path, mon
     def found():
         return {f.name: f for f in examine(broker, str(tmp_path / "om"), "auto", str(tmp_path))}
 
-    assert "the wheels ais_bench and aclruntime" in found()["runtime"].mend
+    assert "the wheels ais_bench and aclruntime" in found()["runtime"].fix
     assert found()["atc"].detail == "not here; only building with om needs it"
     assert "npu:0 is not visible" in found()["device"].detail
     (tmp_path / "wheels" / "ais_bench").mkdir(parents=True)
     (tmp_path / "wheels" / "ais_bench" / "__init__.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path / "wheels"))
-    assert "install the aclruntime wheel for Python 3" in found()["runtime"].mend
+    assert "install the aclruntime wheel for Python 3" in found()["runtime"].fix
     (tmp_path / "wheels" / "aclruntime.py").touch()
     (tmp_path / "wheels" / "atc").touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path / "wheels"))
@@ -177,6 +177,6 @@ def test_the_two_wheels_and_the_compiler_of_offline_models(broker, tmp_path, mon
 
 def test_no_write_access_is_named_before_anything_is_made(broker, tmp_path):
     output = {f.name: f for f in examine(broker, "demo", "cpu", "/proc/tagged")}["output"]
-    assert (output.ok, output.mend) == (False, "name a folder or URI that you may write with --out")
+    assert (output.ok, output.fix) == (False, "name a folder or URI that you may write with --out")
     assert {f.name: f for f in examine(broker, "demo", "cpu", str(tmp_path / "a" / "b"))}["output"].ok
     assert list(tmp_path.iterdir()) == []
