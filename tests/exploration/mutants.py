@@ -264,7 +264,7 @@ MUTANTS = (
     Mutant(
         "the producer does not send again what a broker lost",
         RUN,
-        "if idle and lost and answered == began:",
+        "if is_idle and was_idle and answered == began:",
         "if False:",
     ),
     Mutant("a run is sent again whole", RUN, "if shard.index not in committed]", "]"),
