@@ -38,6 +38,7 @@ from nermill.worker.process.settings import Settings
 from nermill.worker.queue import capacity, finish, leases, poison, shards, watchdog
 from nermill.worker.queue.shards import ShardWorker
 from nermill.worker.tagging import parts
+from nermill.worker.tagging.clock import DeviceClock
 from nermill.worker.tagging.pipeline import Annotated, Stats
 from tests.exploration import world as simulated
 from tests.exploration.invariants import Watch
@@ -216,15 +217,13 @@ class _Pipeline:
 
     manifest = SimpleNamespace(name="model", sha256=ARTIFACT)
     broken = None
+    clock = DeviceClock()
 
     def __init__(self, world: World, scenario: Scenario, process: Process) -> None:
         self._world, self._scenario, self._process = world, scenario, process
 
     def await_spare_capacity(self, timeout: float) -> bool:
         return True
-
-    def busy_seconds(self) -> float:
-        return 0.0
 
     def annotate(
         self, table: pa.Table, options: Options, first: int = 0, on_fed: Callable[[Any], object] = lambda job: None

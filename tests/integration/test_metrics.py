@@ -29,6 +29,7 @@ from nermill.worker.contracts.errors import EngineError
 from nermill.worker.contracts.message import KEY_PREFIX
 from nermill.worker.engine import Batch
 from nermill.worker.process.metrics import FILL_BUCKETS, MeteredEngine
+from nermill.worker.tagging.clock import DeviceClock
 from tests.doubles.engine import HashEngine, manifest
 from tests.harness import Harness, free_port, texts
 
@@ -104,24 +105,28 @@ def test_what_is_scraped_adds_up_to_what_the_run_says(fleet: Harness) -> None:
 
 def test_a_device_with_two_calls_under_way_is_busy_once() -> None:
     fill = Histogram("fill", "…", buckets=FILL_BUCKETS, registry=None)
-    engine = MeteredEngine(SlowEngine(manifest()), fill)
+    engine, clock = MeteredEngine(SlowEngine(manifest()), fill), DeviceClock()
+
+    def run(batch: Batch) -> None:
+        clock.measure(lambda: engine.run(batch))
+
     window = np.array([[1, 1, 1, 0]])
     batch = Batch(window, window, window)
     begun = time.monotonic()
-    threads = [threading.Thread(target=engine.run, args=(batch,)) for _ in range(4)]
+    threads = [threading.Thread(target=run, args=(batch,)) for _ in range(4)]
     for thread in threads:
         thread.start()
     time.sleep(SlowEngine.seconds / 2)
-    assert 0 < engine.busy_seconds() <= time.monotonic() - begun
+    assert 0 < clock.busy_seconds() <= time.monotonic() - begun
     for thread in threads:
         thread.join()
     took = time.monotonic() - begun
-    assert SlowEngine.seconds <= engine.busy_seconds() <= took
+    assert SlowEngine.seconds <= clock.busy_seconds() <= took
     with pytest.raises(EngineError):
-        engine.run(Batch(window * 9, window, window))
-    after = engine.busy_seconds()
+        run(Batch(window * 9, window, window))
+    after = clock.busy_seconds()
     time.sleep(0.02)
-    assert engine.busy_seconds() == after, "idle since the call that failed"
+    assert clock.busy_seconds() == after, "idle since the call that failed"
     (family,) = fill.collect()
     sums = {sample.name: sample.value for sample in family.samples}
     assert (sums["fill_count"], sums["fill_sum"]) == (5, 3.75)

@@ -192,7 +192,7 @@ def test_calls_that_end_together_count_the_devices_time_once(
             return float(self) - other
 
     clock = SimpleNamespace(monotonic=lambda: Moment(time.monotonic()))
-    monkeypatch.setattr("nermill.worker.tagging.pipeline.time", clock)
+    monkeypatch.setattr("nermill.worker.tagging.clock.time", clock)
     with tagger(tokenizer, Pair(manifest(token_budget=32))) as made:
         table = shard_table([Document(str(n), text="London and Paris and Rome and Turin " * 3) for n in range(4)])
         seconds = made.pipeline.annotate(table, Options()).stats.compute_seconds

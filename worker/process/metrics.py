@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import distributions
 from socketserver import ThreadingMixIn
@@ -19,6 +18,7 @@ from prometheus_client.registry import Collector
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.message import FINISH_RUN, TAG_DOCUMENTS, TAG_SHARD
 from nermill.worker.engine import Batch, Engine
+from nermill.worker.tagging.clock import DeviceClock
 from nermill.worker.tagging.pipeline import Annotated, Pipeline
 
 if TYPE_CHECKING:
@@ -154,10 +154,8 @@ class Metrics:
         self._lost.inc()
 
     def meter(self, engine: Engine) -> Engine:
-        """Wraps an engine so that its batches are measured; for ``load_pipeline(wrap=...)``."""
-        metered = MeteredEngine(engine, self._fill)
-        self.registry.register(_BusySeconds(metered))
-        return metered
+        """Wraps an engine so that the fill of its batches is measured; for ``load_pipeline(wrap=...)``."""
+        return MeteredEngine(engine, self._fill)
 
     def observe(
         self, pipeline: Pipeline, held: Callable[[], int], problem: Callable[[], str | None], device: str
@@ -173,10 +171,11 @@ class Metrics:
         for name, text, read in (
             ("pool_tokens", "Tokens that wait for the device", pipeline.waiting_tokens),
             ("leased_shards", "Shards that this process holds", held),
-            ("device_call_seconds", "How long the call of the device under way has taken", pipeline.busy_seconds),
+            ("device_call_seconds", "How long the call of the device under way has taken", pipeline.clock.call_seconds),
             ("healthy", "1 while /healthz says ok", lambda: float(problem() is None)),
         ):
             self._gauge(name, text).set_function(read)
+        self.registry.register(_BusySeconds(pipeline.clock))
         manifest = pipeline.manifest
         version = next((found.version for found in distributions(name="nermill")), "not installed")
         about = {"version": version, "artifact": manifest.sha256, "model": manifest.name, "device": device}
@@ -184,7 +183,7 @@ class Metrics:
 
 
 class MeteredEngine:
-    """An engine that measures how full its batches are, and the seconds in which any call was under way.
+    """An engine that measures how full its batches are.
 
     Args:
         engine: The engine that computes.
@@ -195,45 +194,24 @@ class MeteredEngine:
         self.manifest, self.device, self.in_flight = engine.manifest, engine.device, engine.in_flight
         self._engine = engine
         self._fill = fill
-        self._lock = threading.Lock()
-        self._under_way = 0
-        self._since = 0.0
-        self._busy = 0.0
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """The engine's logits."""
         self._fill.observe(np.count_nonzero(batch.segments) / batch.segments.size)
-        self._change(1)
-        try:
-            return self._engine.run(batch)
-        finally:
-            self._change(-1)
-
-    def busy_seconds(self) -> float:
-        """Seconds in which at least one call was under way."""
-        self._change(0)
-        return self._busy
+        return self._engine.run(batch)
 
     def close(self) -> None:
         """Closes the wrapped engine."""
         self._engine.close()
 
-    def _change(self, calls: int) -> None:
-        with self._lock:
-            now = time.monotonic()
-            if self._under_way:
-                self._busy += now - self._since
-            self._since = now
-            self._under_way += calls
-
 
 class _BusySeconds(Collector):
-    def __init__(self, engine: MeteredEngine) -> None:
-        self._engine = engine
+    def __init__(self, clock: DeviceClock) -> None:
+        self._clock = clock
 
     def collect(self) -> Iterator[CounterMetricFamily]:
         text = "Seconds in which the device computed"
-        yield CounterMetricFamily("nermill_device_busy_seconds", text, value=self._engine.busy_seconds())
+        yield CounterMetricFamily("nermill_device_busy_seconds", text, value=self._clock.busy_seconds())
 
 
 def serve(metrics: Metrics, port: int, problem: Callable[[], str | None]) -> None:

@@ -43,7 +43,7 @@ class Watchdog:
         """What is wrong with this process, for its health check; a busy device is not wrong."""
         if self._pipeline.broken:
             return str(self._pipeline.broken)
-        hung = self._pipeline.busy_seconds()
+        hung = self._pipeline.clock.call_seconds()
         if hung > self._hang_seconds:
             return f"the device has not answered for {hung:.0f} s"
         return None

@@ -28,6 +28,7 @@ from nermill.worker.contracts.shard import shard_table
 from nermill.worker.engine import Batch, Engine, load_engine
 from nermill.worker.engine.warmup import blank_batch, token_budget
 from nermill.worker.tagging import decode
+from nermill.worker.tagging.clock import DeviceClock
 from nermill.worker.tagging.pool import Job, Pool, Work, build_batch, distribute_logits, mark_failed, split_work
 from nermill.worker.tagging.table import (
     Prediction,
@@ -98,6 +99,7 @@ class Pipeline:
 
     Attributes:
         broken: Set when the device failed for good; nothing is tagged from then on.
+        clock: Measures the calls of the engine.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, manifest: Manifest | None = None) -> None:
@@ -106,9 +108,7 @@ class Pipeline:
         self.labels = decode.ModelLabels(self.manifest.labels)
         self._tokenizer = CachedTokenizer(tokenizer)
         self._pool = Pool(self.manifest)
-        self._busy_since: dict[int, float] = {}
-        self._last_done = 0.0  # time.monotonic() when a call of the engine last ended
-        self._clock = threading.Lock()  # guards the line above
+        self.clock = DeviceClock()
         self.broken: EngineError | None = None
         self._device = threading.Semaphore(engine.in_flight)
         self._threads = [  # one more than calls may be under way: it prepares the next batch
@@ -133,14 +133,9 @@ class Pipeline:
         """
         for shape in self.manifest.shapes or ((WARM_ROWS, min(64, self.manifest.window)),):
             batch = blank_batch(shape, self.manifest)
-            self.engine.run(batch)
-            started = time.monotonic()
-            self.engine.run(batch)
-            self._pool.record_duration(shape, shape[0] * shape[1], time.monotonic() - started)
-
-    def busy_seconds(self) -> float:
-        """Seconds for which the oldest call of the engine has been under way; 0.0 where there is none."""
-        return max((time.monotonic() - since for since in list(self._busy_since.values())), default=0.0)
+            for _ in range(2):
+                _, seconds = self._call(batch)
+            self._pool.record_duration(shape, shape[0] * shape[1], seconds)
 
     def waiting_tokens(self) -> int:
         """Number of tokens that wait for the device."""
@@ -251,27 +246,23 @@ class Pipeline:
         except Exception as error:
             self._fail(EngineError(f"{type(error).__name__}: {error}"))
 
+    def _call(self, batch: Batch) -> tuple[NDArray[np.float32], float]:
+        """Logits of a batch, and the seconds of the device."""
+        return self.clock.measure(lambda: self.engine.run(batch))
+
     def _run(self, work: Work, batch: Batch) -> tuple[NDArray[np.float32], float] | None:
         """Runs a batch.
 
         Returns:
             Logits and seconds of the device; None where the batch failed and was run again in parts.
         """
-        me = threading.get_ident()
-        started = self._busy_since[me] = time.monotonic()
         try:
-            logits = self.engine.run(batch)
-            with self._clock:
-                done = time.monotonic()
-                seconds = max(0.0, done - max(started, self._last_done))  # not the time behind the batch before it
-                self._last_done = done
-            self._pool.record_duration(batch.input_ids.shape, work.placement.tokens, seconds)
-            return logits, seconds
+            logits, seconds = self._call(batch)
         except EngineError as error:
             self._retry_in_halves(work, error)
             return None
-        finally:
-            del self._busy_since[me]
+        self._pool.record_duration(batch.input_ids.shape, work.placement.tokens, seconds)
+        return logits, seconds
 
     def _retry_in_halves(self, work: Work, error: EngineError) -> None:
         """Runs a failed batch again, and what fails again in halves, down to single windows.
@@ -287,9 +278,9 @@ class Pipeline:
         pending = [work]
         while pending:
             part = pending.pop()
-            started = self._busy_since[threading.get_ident()] = time.monotonic()
+            batch = build_batch(part, self.manifest)
             try:
-                distribute_logits(part, self.engine.run(build_batch(part, self.manifest)), time.monotonic() - started)
+                distribute_logits(part, *self._call(batch))
             except EngineError as reason:
                 if len(part.windows) > 1:
                     pending += split_work(part, self.manifest)
