@@ -44,7 +44,7 @@ def nermill(fleet: Harness, *arguments: str, stdin: IO[str] | int | None = None)
             process.kill()
 
 
-def told(fleet: Harness, *arguments: str, stdin: IO[str] | None = None, timeout: float = 90) -> tuple[int, str, str]:
+def told(fleet: Harness, *arguments: str, stdin: IO[str] | None = None, timeout: float = 240) -> tuple[int, str, str]:
     """Exit code and outputs of such a command."""
     with nermill(fleet, *arguments, stdin=stdin) as process:
         out, err = process.communicate(timeout=timeout)

@@ -32,6 +32,7 @@ from tests.unseen import closed_place, documents_in_redis, nermill, run_below, t
 pytestmark = pytest.mark.timeout(400)
 Place = tuple[str, Path, dict[str, str]]
 KILLS = 3
+PATIENCE = 240  # seconds for a command on a slow machine
 LINES, SHARD = 4_000, 50
 
 
@@ -79,6 +80,11 @@ def end_hold(fleet: Harness) -> None:
         client.delete(f"{KEY_PREFIX}stream:{only_run(fleet)}")
 
 
+def is_held(fleet: Harness) -> bool:
+    with fleet.server.client() as client:
+        return bool(client.exists(f"{KEY_PREFIX}stream:{only_run(fleet)}"))
+
+
 def sent(fleet: Harness) -> int:
     """Shards whose documents came to the broker, of all runs."""
     with fleet.server.client() as client:
@@ -119,7 +125,7 @@ def test_each_line_is_once_in_the_table_whatever_kills_the_producer(
                     told.append(acknowledgement(process))
                 if follow:
                     process.send_signal(signal.SIGINT)
-                _, err = process.communicate(timeout=90)
+                _, err = process.communicate(timeout=PATIENCE)
                 assert process.returncode == 0, err
             else:
                 process.kill()
@@ -161,9 +167,10 @@ def test_a_stream_that_was_killed_before_a_worker_came_goes_on_with_what_it_sent
     run = f"{out}/run={only_run(fleet)}"
     with source.open("a") as more:
         more.write(json.dumps({"id": "d100", "text": "Ada"}) + "\n")
-    fleet.worker(**environment)
     with submitting(fleet, out, source, *options, 40, "--resume", run, "--wait", "--json") as process:
-        answer, err = process.communicate(timeout=90)
+        fleet.until(lambda: is_held(fleet))  # it has looked what is durable
+        fleet.worker(**environment)
+        answer, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err + fleet.logs()
     acks = [json.loads(line) for line in answer.splitlines()]
     assert [ack["documents"] for ack in acks[:-1]] == [30, 30, 30, 10, 1], "cut where it was cut before"
@@ -258,7 +265,7 @@ def test_an_abandoned_stream_is_closed_with_what_was_sent(fleet: Harness, closed
     assert json.loads(answer)["documents"] == {"total": 20, "ok": 20, "rejected": 0}
     assert_each_line_once(run_below(folder), 20)
     with submitting(fleet, out, source, "--shard-documents", 10, follow=True) as process:
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2
     assert err.splitlines()[-1].endswith("a stream by value does not go on after its end; name another --out")
 
@@ -267,7 +274,7 @@ def test_an_empty_stream_ends_complete(fleet: Harness, closed: Place) -> None:
     out, folder, environment = closed
     fleet.worker(**environment)
     with submitting(fleet, out, fleet.source([]), "--wait", "--json") as process:
-        answer, err = process.communicate(timeout=90)
+        answer, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err + fleet.logs()
     assert json.loads(answer)["documents"] == {"total": 0, "ok": 0, "rejected": 0}
     assert_each_line_once(run_below(folder), 0)
@@ -281,7 +288,7 @@ def test_a_stream_that_is_cancelled_ends_and_goes_on_when_it_is_resumed(fleet: H
         fleet.until(lambda: sent(fleet) == 3)
         run = f"{out}/run={only_run(fleet)}"
         assert told(fleet, "cancel", run)[0] == 0
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert "the stream is cancelled" in err.splitlines()[-1]
     assert f"nermill submit - --by-value --resume {run} < THE SAME INPUT" in err
@@ -292,7 +299,7 @@ def test_a_stream_that_is_cancelled_ends_and_goes_on_when_it_is_resumed(fleet: H
     assert f"give the same input again: nermill submit - --by-value --resume {run}" in err
     fleet.worker(**environment)
     with submitting(fleet, out, source, "--shard-documents", 10, "--resume", run, "--wait", "--json") as process:
-        _, err = process.communicate(timeout=90)
+        _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     assert_each_line_once(run_below(folder), 30)
 
@@ -317,7 +324,7 @@ def test_what_cannot_be_tagged_is_rejected(fleet: Harness) -> None:
     source.write_text("\n".join('{"id": ' if record is None else json.dumps(record) for record in records))
     fleet.worker()
     with submitting(fleet, str(fleet.out), source, "--keep-fields") as process:
-        answer, err = process.communicate(timeout=90)
+        answer, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 3, err
     assert "2 documents rejected as unreadable" in err
     lines = [json.loads(line)["line"] for line in answer.splitlines() if line.startswith("{")]
@@ -336,7 +343,7 @@ def test_a_second_producer_is_refused(fleet: Harness, closed: Place) -> None:
     with submitting(fleet, out, source, follow=True) as first:
         fleet.until(lambda: sent(fleet) == 1)
         with submitting(fleet, out, source, follow=True) as second:
-            _, err = second.communicate(timeout=60)
+            _, err = second.communicate(timeout=PATIENCE)
         assert first.poll() is None
     assert (second.returncode, len(err.splitlines())) == (2, 1)
     assert "another producer fills this stream" in err
@@ -387,7 +394,7 @@ def test_wrong_input_is_one_line_and_nothing_is_sent(fleet: Harness, killed: tup
         before = {key: client.hgetall(key) for key in client.keys(f"{KEY_PREFIX}run:*:documents")}
         out = run.rpartition("/")[0]
         with submitting(fleet, out, source, "--shard-documents", 10, "--resume", run, *more) as process:
-            answer, err = process.communicate(timeout=60)
+            answer, err = process.communicate(timeout=PATIENCE)
         assert (process.returncode, answer) == (2, ""), err
         assert message in err.splitlines()[-1]
         assert "Traceback" not in err
@@ -398,7 +405,7 @@ def test_a_place_outside_the_roots_ends_the_stream(fleet: Harness) -> None:
     fleet.worker()
     elsewhere = fleet.folder / "elsewhere"
     with submitting(fleet, str(elsewhere), fleet.source(texts(3))) as process:
-        _, err = process.communicate(timeout=90)
+        _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert "outside the allowed roots; allow it with NERMILL_ALLOWED_ROOTS" in err.splitlines()[-1]
     assert not elsewhere.exists()
