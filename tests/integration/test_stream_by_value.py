@@ -342,9 +342,12 @@ def test_a_second_producer_is_refused(fleet: Harness, closed: Place) -> None:
     source = fleet.source(texts(10))
     with submitting(fleet, out, source, follow=True) as first:
         fleet.until(lambda: sent(fleet) == 1)
-        with submitting(fleet, out, source, follow=True) as second:
-            _, err = second.communicate(timeout=PATIENCE)
-        assert first.poll() is None
+        first.kill()
+        first.wait()
+    with fleet.server.client() as client:
+        client.set(f"{KEY_PREFIX}stream:{only_run(fleet)}", "one that never lets go")
+    with submitting(fleet, out, source, follow=True) as second:
+        _, err = second.communicate(timeout=PATIENCE)
     assert (second.returncode, len(err.splitlines())) == (2, 1)
     assert "another producer fills this stream" in err
 
