@@ -118,6 +118,40 @@ def disturbed(chaos: Chaos, seed: int) -> Outcome:
     )
 
 
+def one_of_two(kills: int, lease_seconds: float) -> list[float]:
+    """Kills one of two workers that both hold shards, again and again, each time when all was begun again.
+
+    Returns:
+        Seconds from a SIGKILL to the next start of each shard that the process held.
+    """
+    found: list[float] = []
+    with TemporaryDirectory(prefix="nm-") as folder, harness(Path(folder), lease_seconds=lease_seconds) as fleet:
+        _, plan = fleet.submit(texts(20_000))  # more than the two tag meanwhile
+        trace = fleet.folder / "trace"
+        trace.touch()
+        workers = [fleet.worker(FAULT_BATCH_SECONDS="2", FAULT_TRACE=str(trace)) for _ in range(2)]
+
+        def holds(worker: Worker) -> set[str]:
+            return _held(worker.process.pid, _events(trace.read_text("utf-8")))
+
+        with fleet.queue().ledger() as ledger:
+            for number in range(kills):
+                victim = workers[number % 2]
+                fleet.until(lambda: all(map(holds, workers)))
+                pid, when = victim.process.pid, time.time()
+                victim.kill()
+                lost = holds(victim)
+                victim.start()
+
+                def again(pid: int = pid, when: float = when, lost: set[str] = lost) -> bool:
+                    recorded = lost & {str(shard) for shard in ledger.done(plan.run_id)}
+                    return _restarts(pid, when, trace.read_text("utf-8")).keys() | recorded >= lost
+
+                fleet.until(again)
+                found += _restarts(pid, when, trace.read_text("utf-8")).values()
+    return found
+
+
 def seconds_to_restart(trace: str, kills: dict[int, float]) -> list[float]:
     """Seconds from a SIGKILL to the next start of each shard that the process held; recorded shards have none.
 
@@ -125,18 +159,29 @@ def seconds_to_restart(trace: str, kills: dict[int, float]) -> list[float]:
         trace: What the workers wrote into ``FAULT_TRACE``.
         kills: When each killed process was killed, by its id; Unix seconds.
     """
-    lines = [line.split() for line in trace.splitlines()]
-    events = [(float(at), deed, int(pid), shard) for at, deed, pid, shard in (line for line in lines if len(line) == 4)]
-    found = []
-    for killed, when in kills.items():
-        held: set[str] = set()
-        for _, deed, pid, shard in events:
-            if pid == killed:
-                (held.add if deed == "holds" else held.discard)(shard)
-        for lost in held:
-            starts = [at for at, deed, _, shard in events if (deed, shard) == ("holds", lost) and at > when]
-            found += [min(starts) - when] if starts else []
+    return [seconds for pid, when in kills.items() for seconds in _restarts(pid, when, trace).values()]
+
+
+def _restarts(killed: int, when: float, trace: str) -> dict[str, float]:
+    events = _events(trace)
+    lost, found = _held(killed, events), dict[str, float]()
+    for at, deed, _, shard in events:
+        if deed == "holds" and at > when and shard in lost:
+            found.setdefault(shard, at - when)
     return found
+
+
+def _events(trace: str) -> list[tuple[float, str, int, str]]:
+    lines = [line.split() for line in trace.splitlines()]
+    return [(float(at), deed, int(pid), shard) for at, deed, pid, shard in (line for line in lines if len(line) == 4)]
+
+
+def _held(process: int, events: list[tuple[float, str, int, str]]) -> set[str]:
+    held: set[str] = set()
+    for _, deed, pid, shard in events:
+        if pid == process:
+            (held.add if deed == "holds" else held.discard)(shard)
+    return held
 
 
 class Thief:

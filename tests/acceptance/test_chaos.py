@@ -6,7 +6,7 @@ from statistics import median
 
 import pytest
 
-from tests.chaos import LONG, disturbed, undisturbed
+from tests.chaos import LONG, disturbed, one_of_two, undisturbed
 
 
 @pytest.fixture(scope="module")
@@ -29,3 +29,14 @@ def test_a_run_comes_out_the_same_whatever_dies(expected: list[dict[str, object]
     assert outcome.harmed_to_the_end, "the run was over before the adversary was"
     assert (outcome.stolen, outcome.repeated) == (16, 16), "5 % of 313 messages each"
     assert outcome.table == expected
+
+
+@pytest.mark.timeout(1200)
+def test_what_a_killed_worker_held_is_begun_again_by_the_other() -> None:
+    lease = 10.0
+    restarts = one_of_two(kills=8, lease_seconds=lease)
+    print(
+        f"lease {lease:.0f} s, from a SIGKILL of one of two workers to the next start of a shard that it held: "
+        f"median {median(restarts):.1f} s, worst {max(restarts):.1f} s of {len(restarts)}"
+    )
+    assert restarts
