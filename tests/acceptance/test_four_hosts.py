@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -36,12 +37,15 @@ def test_a_run_over_four_hosts_comes_out_the_same_whoever_is_cut_off(expected: l
 
 @pytest.mark.timeout(900)
 def test_distance_costs_less_than_a_twentieth(expected: list[dict[str, Any]]) -> None:
-    speeds: dict[float, list[float]] = {0.0: [], SWIFT.latency: []}
-    for _ in range(3):
-        for latency, found in speeds.items():
-            outcome = over_four_hosts(replace(SWIFT, latency=latency))
-            assert outcome.table == expected
-            found.append(outcome.report["documents_per_second"])
-    near, far = (median(found) for found in speeds.values())
-    print(f"{near:,.0f} documents/s without latency, {far:,.0f} with {SWIFT.latency * 1000:.0f} ms on every wire")
-    assert far > 0.95 * near
+    """Near and far run side by side, so that whatever else the machine does slows both."""
+
+    def speed(latency: float) -> float:
+        outcome = over_four_hosts(replace(SWIFT, latency=latency))
+        assert outcome.table == expected
+        return float(outcome.report["documents_per_second"])
+
+    with ThreadPoolExecutor(2) as pool:
+        pairs = [tuple(pool.map(speed, (0.0, SWIFT.latency))) for _ in range(5)]
+    for near, far in pairs:
+        print(f"{near:,.0f} documents/s without latency, {far:,.0f} with {SWIFT.latency * 1000:.0f} ms on every wire")
+    assert median(far / near for near, far in pairs) > 0.95
