@@ -46,7 +46,7 @@ def main() -> None:
         print(f"import torch, load the weights     {median(torch):.2f} s")
         print(f"cold worker to its first part      {median(cold):.2f} s = {median(cold) / median(torch):.2f} x")
         print(f"nermill --help                     {median(usage):.2f} s")
-        tagged, trip = _tagged(), _round_trip(mill, stack)
+        tagged, trip = engine_alone(), round_trip(mill, stack)
         mill.worker(REAL, OMP_NUM_THREADS=str(os.cpu_count())).await_ready()
         lone = _lone(mill)
         print(f"one document, the engine alone     {1000 * tagged:.1f} ms")
@@ -71,7 +71,7 @@ def _cold(mill: Harness, number: int) -> float:
     return seconds
 
 
-def _round_trip(mill: Harness, stack: ExitStack) -> float:
+def round_trip(mill: Harness, stack: ExitStack) -> float:
     """Median seconds of a Celery task that does nothing, from sending it to its answer."""
     os.environ["BENCH_BROKER"] = str(mill.server.socket)
     from tests.benchmarks.echo import app, echo
@@ -117,7 +117,8 @@ def time_when_idle(call: Callable[..., object], *arguments: object) -> float:
     return time.perf_counter() - begun
 
 
-def _tagged() -> float:
+def engine_alone() -> float:
+    """Median seconds of one document without a queue."""
     with Tagger.load("demo") as tagger:
         tagger.tag([TEXT])
         return median(time_when_idle(tagger.tag, [TEXT]) for _ in range(LONE_DOCUMENTS))
