@@ -10,7 +10,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -137,7 +137,7 @@ class ShardWorker:
             EngineError: the device failed; the process is about to end.
         """
         began = time.monotonic()
-        with self.capacity.tagging(task_id) as on_fed:
+        with self.capacity.tagging(task_id) as fed:
             with self.refusals():
                 check_run(run_id, folder)
                 check_shard(shard)
@@ -146,9 +146,10 @@ class ShardWorker:
                 result = self._not_leased(claim, run_id, shard)
             else:
                 self.metrics.leased(claim.attempts)
-                self.leases.promote()
-                with about(run=run_id, shard=shard, attempt=claim.attempts):
-                    result = self._serve(claim, on_fed)
+                with about(run=run_id, shard=shard, attempt=claim.attempts), ExitStack() as due:
+                    due.callback(self.leases.promote)  # once the device has work, or where there is none
+                    due.callback(fed)
+                    result = self._serve(claim, due.close)
         return {**result, "seconds": round(time.monotonic() - began, 3)}
 
     def finish_run(self, run_id: Any, folder: Any) -> Outcome:
@@ -304,13 +305,15 @@ class ShardWorker:
         if claim.attempts <= MAX_ATTEMPTS:
             with self.isolation.shared():
                 return self.pipeline.annotate(table, claim.options, shard.first, note)
+        self.leases.promote()  # not after trials, which take long
         with self.isolation.exclusive():
             return annotate_in_trials(self.pipeline, self._ledger, claim, shard, table)
 
     def _record(self, claim: Claim, committed: parts.Committed) -> Outcome:
         counts = asdict(committed)
-        self.leases.patiently(lambda: self._ledger.complete(claim, self._settings.worker_name, **counts))
-        self.leases.promote()
+        completion = self.leases.patiently(lambda: self._ledger.complete(claim, self._settings.worker_name, **counts))
+        if completion.last:
+            self.leases.promote()
         return outcome(
             "committed",
             documents=committed.ok + committed.rejected,
