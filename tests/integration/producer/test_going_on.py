@@ -119,7 +119,7 @@ def test_a_stream_that_was_ended_and_completed_goes_on_too(broker, serving, tmp_
     for lines in (3, 5):
         process, _ = follow(broker, tmp_path / "out", source, lines)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=100)
         assert process.returncode == 0, err
         run = the_run(tmp_path / "out")
         with serving():
@@ -162,7 +162,7 @@ def test_a_file_that_is_rotated_while_it_is_followed_is_an_error(broker, tmp_pat
             late.write('{"id": "late", "text": "Ada"}\n')
         if harm == "rotated":
             write_lines(source, 1)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=100)
     assert process.returncode == 2, err
     happened = "truncated to 10" if harm == "truncated" else "moved, removed"
     assert err.splitlines()[-1].startswith(f"nermill: {source}: was {happened}")
@@ -176,7 +176,7 @@ def test_another_file_in_the_place_of_a_followed_one_is_an_error(broker, tmp_pat
     write_lines(source, 4)
     process, _ = follow(broker, tmp_path / "out", source, 4)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
+    process.communicate(timeout=100)
     content = source.read_text()
     source.write_text(content[:20] if harm == "shorter" else content.replace("Ada", "Bob") + "{}\n")
     run = the_run(tmp_path / "out")
