@@ -9,8 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
@@ -50,7 +50,7 @@ class Launcher:
         listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         return int(listed[0]) if listed else 0
 
-    def until(self, condition: Callable[[], bool], seconds: float = 40.0) -> float:
+    def until(self, condition: Callable[[], object], seconds: float = 40.0) -> float:
         """Waits for something; returns how long it took."""
         begun = time.monotonic()
         while not condition():
@@ -60,7 +60,9 @@ class Launcher:
 
 
 @contextmanager
-def launcher(fleet: Harness, port: int = 0, *, ready: bool = True, **environment: str) -> Iterator[Launcher]:
+def launcher(
+    fleet: Harness, port: int = 0, *, ready: bool = True, environment: Mapping[str, str] | None = None
+) -> Iterator[Launcher]:
     """Starts one; waits until it is ready, unless told otherwise."""
     port, log = port or free_port(), fleet.folder / "launcher.log"
     settings = {
@@ -70,11 +72,12 @@ def launcher(fleet: Harness, port: int = 0, *, ready: bool = True, **environment
         "NERMILL_HANG_SECONDS": str(HANG_SECONDS),
         "NERMILL_LEASE_SECONDS": "3",
         "OMP_NUM_THREADS": "1",
+        **(environment or {}),
     }
     command = [sys.executable, "-m", "tests.doubles.launch", "--devices", "cpu"]
     with (
         log.open("wb") as file,
-        subprocess.Popen(command, env={**os.environ, **settings, **environment}, stdout=file, stderr=file) as process,
+        subprocess.Popen(command, env={**os.environ, **settings}, stdout=file, stderr=file) as process,
     ):
         made = Launcher(process, port, log)
         try:
@@ -89,7 +92,7 @@ def launcher(fleet: Harness, port: int = 0, *, ready: bool = True, **environment
 @pytest.mark.slow
 def test_a_worker_whose_engine_hangs_says_so_and_is_replaced(fleet: Harness) -> None:
     once = {"FAULT_HANG_WORD": "poison", "FAULT_ONCE_FILE": str(fleet.folder / "hung")}
-    with launcher(fleet, **once) as made:
+    with launcher(fleet, environment=once) as made:
         first = made.worker()
         run, plan = fleet.submit(["A poison comes to London.", *texts(63)])
         made.until(lambda: (fleet.folder / "hung").exists())
@@ -126,7 +129,7 @@ def test_a_worker_is_unhealthy_while_a_call_of_the_device_is_overdue() -> None:
 )
 @pytest.mark.slow
 def test_a_busy_worker_stays_healthy(fleet: Harness, faults: dict[str, str], documents: list[str]) -> None:
-    with launcher(fleet, **faults) as made:
+    with launcher(fleet, environment=faults) as made:
         first = made.worker()
         run, plan = fleet.submit(documents)
         health = set()
@@ -162,30 +165,29 @@ def test_a_process_that_stands_still_is_killed_and_replaced_and_systemd_is_not_t
         systemd.setblocking(False)
         told: list[tuple[float, str]] = []
 
-        def listen() -> None:
-            try:
+        def heard() -> list[tuple[float, str]]:
+            with suppress(BlockingIOError):
                 while True:
                     told.append((time.monotonic(), systemd.recv(256).decode()))
-            except BlockingIOError:
-                return
+            return told
 
         variables = {"NOTIFY_SOCKET": str(fleet.folder / "notify"), "WATCHDOG_USEC": "400000"}
-        made = stack.enter_context(launcher(fleet, **variables))
-        made.until(lambda: listen() or "READY=1" in [state for _, state in told])
+        made = stack.enter_context(launcher(fleet, environment=variables))
+        made.until(lambda: "READY=1" in [state for _, state in heard()])
         first = made.worker()
         os.kill(first, signal.SIGSTOP)
         stopped = time.monotonic()
-        made.until(lambda: listen() or made.worker() != first)
+        made.until(lambda: heard() and made.worker() != first)
         killed = time.monotonic()
         assert killed - stopped < HANG_SECONDS + SILENT_SECONDS + 3
         assert f"no heartbeat from the worker for {HANG_SECONDS + SILENT_SECONDS:.0f} s" in made.log.read_text()
         fed = [moment for moment, state in told if state == "WATCHDOG=1"]
         assert any(moment < stopped for moment in fed)
         assert not [moment for moment in fed if stopped + SILENT_SECONDS + 0.5 < moment < killed - 0.2]
-        made.until(lambda: listen() or (made.health() == 200 and told[-1][0] > killed))
+        made.until(lambda: heard()[-1][0] > killed and made.health() == 200)
         made.process.terminate()
         made.process.wait(40)
-        listen()
+        heard()
         assert [state for _, state in told].count("READY=1") == 1
         assert {state for _, state in told} == {"READY=1", "WATCHDOG=1", "STOPPING=1"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -608,7 +609,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.waiting.clear()
 
     def _held(self, claim: Claim) -> bool:
-        return self.leased.get(index_of(claim), (None, 0))[0] == claim  # type: ignore[call-overload, no-any-return]
+        return self.leased.get(index_of(claim), (None, 0))[0] == claim  # type: ignore[call-overload, arg-type, no-any-return]
 
     @invariant()
     def counters_agree(self) -> None:
@@ -794,7 +795,7 @@ def test_a_run_that_was_forgotten_leaves_the_index_of_documents(ledger: Ledger, 
     "entries", [{"0": "x"}, {"1": f"10 0 {SHA}"}, {"0": f"10 0 {SHA}", "1": f"10 11 {SHA}"}, {"x": ""}]
 )
 def test_shards_that_do_not_follow_one_another_close_no_plan(
-    ledger: Ledger, client: Redis, entries: dict[str, str]
+    ledger: Ledger, client: Redis, entries: dict[Any, str]
 ) -> None:
     client.hset(ledger.key("r", "shards"), mapping=entries)
     with pytest.raises(MessageError, match="the ledger's shards do not fit"):

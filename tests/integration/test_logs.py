@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def test_a_refusal_is_json_where_logs_are(fleet: Harness) -> None:
 
 def test_a_traceback_is_a_member_of_its_object(capsys: pytest.CaptureFixture[str]) -> None:
     formatter = logs.JsonFormatter(device="npu:3")
-    log = logs.logging.getLogger("nermill.test")
+    log = logging.getLogger("nermill.test")
     try:
         raise ValueError("zwölf\nlines")
     except ValueError as error:

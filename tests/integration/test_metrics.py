@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,9 +42,9 @@ def scrape(port: int) -> str:
         return str(answer.read().decode())
 
 
-def totals(*scraped: str) -> Counter[str]:
+def totals(*scraped: str) -> dict[str, float]:
     """Sums over workers; a sample's key is its name and labels."""
-    sums: Counter[str] = Counter()
+    sums: defaultdict[str, float] = defaultdict(float)
     for text in scraped:
         for family in text_string_to_metric_families(text):
             for sample in family.samples:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -28,6 +29,10 @@ def flower_tasks() -> dict[str, dict[str, str]]:
             return dict(json.load(answer))
     except OSError:
         return {}
+
+
+def has_succeeded(task_id: str) -> bool:
+    return flower_tasks().get(task_id, {}).get("state") == "SUCCESS"
 
 
 @pytest.mark.timeout(400)
@@ -54,7 +59,7 @@ def test_everything_that_the_page_shows_runs(fleet: Harness) -> None:
                 fleet.until(lambda: worker_is_seen(), 60)
                 asked = fleet.app().send_task("nermill.tag_documents", [["Ada met Charles."]], queue="nermill")
                 asked.get(timeout=60)
-                fleet.until(lambda number=asked.id: flower_tasks().get(number, {}).get("state") == "SUCCESS", 60)
+                fleet.until(partial(has_succeeded, asked.id), 60)
                 assert flower_tasks()[asked.id]["name"] == "nermill.tag_documents"
                 continue
             done = subprocess.run(

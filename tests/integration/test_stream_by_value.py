@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -109,7 +110,7 @@ def test_each_line_is_once_in_the_table_whatever_kills_the_producer(
     fleet.worker(**environment, FAULT_BATCH_SECONDS="0.05", NERMILL_CONCURRENCY="2")
     source, chance = fleet.source(texts(LINES)), random.Random(20)
     lines = source.read_text().splitlines(keepends=True)
-    acknowledged: list[dict[str, int]] = []
+    acknowledged: list[dict[str, Any]] = []
     for kill in range(KILLS + 1):
         is_last = kill == KILLS
         known = LINES if is_last else (kill + 1) * LINES // (KILLS + 1) + chance.randint(0, 200)

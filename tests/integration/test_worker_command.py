@@ -149,7 +149,7 @@ def test_a_run_outside_the_allowed_roots_is_refused_and_untouched(fleet: Harness
 def messages_that_are_refused(folder: Path) -> dict[str, bytes]:
     """Each kind of foreign message, by the words of its refusal."""
     documents = message(TAG_DOCUMENTS, ["Ada met Charles."])
-    follow = {"task": TAG_DOCUMENTS, "args": [["x"]], "kwargs": {}, "options": {}, "subtask_type": None}
+    follow: dict[str, Any] = {"task": TAG_DOCUMENTS, "args": [["x"]], "kwargs": {}, "options": {}, "subtask_type": None}
 
     def headers(**more: Any) -> dict[str, Any]:
         return {**documents, "headers": {**documents["headers"], **more}}

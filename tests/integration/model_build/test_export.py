@@ -44,11 +44,11 @@ def build(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
 
 def arrays(layout: str, ids: tuple[int, ...], dtype: type, length: int, offset: int = 0) -> list[np.ndarray[Any, Any]]:
     """One window in a row of ``length`` tokens, in the stated order of the inputs."""
-    padded = np.zeros((1, length), dtype)
+    padded: np.ndarray[Any, Any] = np.zeros((1, length), dtype)
     padded[0, : len(ids)] = ids
-    seen = np.zeros((1, length), dtype)
+    seen: np.ndarray[Any, Any] = np.zeros((1, length), dtype)
     seen[0, : len(ids)] = 1
-    third = np.zeros((1, length), dtype)
+    third: np.ndarray[Any, Any] = np.zeros((1, length), dtype)
     if layout == "packed":
         third[0, : len(ids)] = np.arange(len(ids)) + offset
     return [padded, seen, third]

@@ -187,7 +187,7 @@ def test_list_tells_the_runs_below_a_folder(nermill, broker, finished, two_runs,
     (old / "plan.json").write_text("{}")
     code, out, err = nermill("list", tmp_path, "--broker", broker, "--json")
     found = {entry["run"]: entry for entry in map(json.loads, out.splitlines())}
-    assert (code, found.keys()) == (0, {finished, *two_runs, waiting, str(old)})
+    assert (code, set(found)) == (0, {finished, *two_runs, waiting, str(old)})
     assert [found[run]["state"] for run in (finished, waiting, str(old))] == ["complete", "running", "unreadable"]
     assert (found[finished]["documents"], found[finished]["f1"]) == ({"total": 3, "finished": 3}, None)
     assert (found[waiting]["documents"], found[waiting]["model"]) == ({"total": 3, "finished": 0}, "demo")

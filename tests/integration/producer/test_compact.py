@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -154,6 +155,7 @@ def test_a_lease_that_is_left_over_does_not_come_back(planned_run, broker, servi
     runs.send(run, plan, queue)
     ledger = Dying(redis_client(broker))
     left_over = next_claim(ledger, ARTIFACT)
+    assert left_over is not None
     tag(left_over, ledger)
     with serving() as server:
         while len(server.done(plan.run_id)) < len(plan.shards) - 1:
@@ -164,6 +166,7 @@ def test_a_lease_that_is_left_over_does_not_come_back(planned_run, broker, servi
     after = ledger.progress(plan.run_id)
     assert (after.waiting, after.leased, after.done) == (1, 0, 0)
     claim = next_claim(ledger, ARTIFACT)
+    assert claim is not None
     assert runs.send(run, compacted, queue) == 0  # what is at work now is left alone
     assert ledger.release(claim)
     with serving():
@@ -177,7 +180,7 @@ def test_an_unfinished_run_is_left_alone(complete):
         compact(run, plan)
 
 
-def column(run: RunFolder, name: str, wanted: str) -> list[int]:
+def column(run: RunFolder, name: str, wanted: str) -> list[Any]:
     with pq.ParquetFile(pa.BufferReader(run.read(name))) as part:
         return part.read([wanted], use_threads=False)[wanted].to_pylist()
 
@@ -193,7 +196,7 @@ def listed(run: RunFolder) -> list[int] | None:
         return None
 
 
-def planned(run: RunFolder) -> list[int] | None:
+def planned(run: RunFolder) -> list[Any] | None:
     """What a reader sees that goes by the plan."""
     try:
         plan = read_plan(run)
@@ -286,7 +289,7 @@ def test_of_two_compactions_that_overlap_none_loses_anything(complete, monkeypat
     run, plan = complete
     before, original, calls = table_of(run, plan), getattr(compacting, step), itertools.count(1)
 
-    def overlapped(*arguments: object) -> object:
+    def overlapped(*arguments: Any) -> object:
         if next(calls) == call:
             compact(run, read_plan(run))
         return original(*arguments)
@@ -308,7 +311,7 @@ def test_a_second_compaction_takes_nothing_from_the_first(complete, monkeypatch)
     before, size = table_of(run, plan), max(len(run.read(part_name(shard.index))) for shard in plan.shards)
     original, calls = compacting._join, itertools.count(1)
 
-    def overlapped(*arguments: object) -> object:
+    def overlapped(*arguments: Any) -> object:
         call = next(calls)
         if call == 2:
             with pytest.raises(KeyboardInterrupt):

@@ -65,7 +65,7 @@ def test_texts_as_conll_are_an_input_with_gold_tags(nermill, tmp_path):
     options = ReadOptions(unit="document")
     (source,) = open_sources([str(path)], options).sources
     assert source.format == "conll"
-    read = [list(zip(d.words, d.gold_tags, strict=True)) for d in source.documents(options)]
+    read = [list(zip(d.words or (), d.gold_tags or (), strict=True)) for d in source.documents(options)]
     assert read == [
         [
             ("Ada", "B-PER"), ("Lovelace", "I-PER"), (",", "O"), ("of", "O"), ("Rene\u0301", "B-PER"), ("'", "O"),

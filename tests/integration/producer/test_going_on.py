@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,8 +48,9 @@ def the_run(out: Path) -> RunFolder:
     return RunFolder(str(folder))
 
 
-def kill_after(process: subprocess.Popen[str], shards: int, pause: float) -> list[dict[str, int]]:
+def kill_after(process: subprocess.Popen[str], shards: int, pause: float) -> list[dict[str, Any]]:
     """Reads so many acknowledgements, and kills the process a moment later; answers all it ever printed."""
+    assert process.stdout is not None
     told = [json.loads(process.stdout.readline()) for _ in range(shards)]
     time.sleep(pause)
     process.kill()
@@ -63,7 +65,7 @@ def test_each_line_is_once_in_the_table_whatever_kills_the_producer(fleet: Harne
     source, chance = fleet.folder / "log.jsonl", random.Random(19)
     write_lines(source, LINES)
     options = ("--out", fleet.out, "--shard-documents", 100)
-    acknowledged: list[dict[str, int]] = []
+    acknowledged: list[dict[str, Any]] = []
     for kill in range(KILLS + 1):
         goes_on = ("--resume", the_run(fleet.out).uri) if kill and how == "stdin" else ()
         given = (source, "--follow") if how == "follow" else ("-", *goes_on)
@@ -73,6 +75,7 @@ def test_each_line_is_once_in_the_table_whatever_kills_the_producer(fleet: Harne
                 command(fleet.server.url, *given, *options), stdin=lines, stdout=subprocess.PIPE, text=True
             ) as process,
         ):
+            assert process.stdout is not None
             if kill < KILLS:
                 told = kill_after(process, chance.randint(15, 40), chance.random() / 20)
                 assert process.wait() == -signal.SIGKILL
@@ -106,6 +109,8 @@ def follow(url: str, out: Path, source: Path, lines: int) -> tuple[subprocess.Po
     process = subprocess.Popen(
         command(url, source, "--follow", "--out", out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+    assert process.stdout is not None
+    assert process.stderr is not None
     told = ""
     while not told or json.loads(told)["line"] < lines:
         told = process.stdout.readline()

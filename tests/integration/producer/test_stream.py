@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,6 +61,7 @@ def submit(broker: str, tmp_path: Path) -> Iterator[object]:
 
 
 def feed(process: subprocess.Popen[str], *texts: str) -> None:
+    assert process.stdin is not None
     for text in texts:
         process.stdin.write(json.dumps({"id": text, "text": text}) + "\n")
     process.stdin.flush()
@@ -172,11 +174,13 @@ def test_a_stream_that_is_killed_and_started_again_misses_nothing_acknowledged(f
     command = [sys.executable, "-m", "nermill.producer.cli", "submit", "-", "--ack", "--linger", "0.05"]
     command += ["--shard-documents", "7", "--out", str(fleet.out), "--broker", fleet.server.url]
 
-    def start(**streams: object) -> subprocess.Popen[str]:
+    def start(**streams: Any) -> subprocess.Popen[str]:
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **streams)
 
     acknowledged = 0
     with start() as first:
+        assert first.stdin is not None
+        assert first.stdout is not None
         for number, document in enumerate(documents):
             first.stdin.write(document)
             first.stdin.flush()
@@ -335,7 +339,7 @@ def test_a_stream_that_waits_does_not_poll(broker, tmp_path):
 
     def wakeups() -> int:
         status = [Path(f"/proc/self/task/{thread}/status").read_text() for thread in own]
-        return sum(int(re.search(r"^voluntary_ctxt_switches:\s+(\d+)", text, re.MULTILINE)[1]) for text in status)
+        return sum(int(re.findall(r"^voluntary_ctxt_switches:\s+(\d+)", text, re.MULTILINE)[0]) for text in status)
 
     began = wakeups()
     time.sleep(3.0)

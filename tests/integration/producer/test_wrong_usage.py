@@ -65,7 +65,8 @@ NEED_NO_PLACE = {"doctor", "tag"}
 NOWHERE = dict.fromkeys(("run", "plan", "submit", "list"), "no such f")
 NOWHERE["restore"] = "its name shows no format"
 HELPFUL = {"help", "install_completion", "show_completion"}
-COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands
+GROUP: Any = typer.main.get_command(cli.app)
+COMMANDS: dict[str, Any] = GROUP.commands
 
 
 def options() -> Iterator[tuple[str, str, str]]:
