@@ -115,7 +115,7 @@ class Batches:
 
 
 def batches(lengths: Int, costs: Costs, manifest: Manifest, waiting: int = LOOK_AHEAD) -> Batches:
-    """The batches that a worker makes of a corpus, ``waiting`` windows of the stream in view at a time.
+    """The batches that a worker makes of a corpus, once it has measured each shape, from ``waiting`` windows at a time.
 
     Args:
         lengths: Tokens of every window, int64, shape (windows,).
@@ -126,7 +126,7 @@ def batches(lengths: Int, costs: Costs, manifest: Manifest, waiting: int = LOOK_
     calls = dict.fromkeys(manifest.shapes, 0)
     pool, rest = lengths[:waiting], lengths[waiting:]
     while len(pool):
-        placement = place(pool, manifest)
+        placement = place(pool, manifest, costs.seconds.__getitem__)
         calls[(placement.rows, placement.length)] += 1
         taken = len(placement.window)
         pool, rest = np.concatenate([np.delete(pool, placement.window), rest[:taken]]), rest[taken:]
