@@ -19,6 +19,8 @@ from textwrap import shorten
 from typing import Any
 
 from nermill.model_build.export import TRACED_OPSET
+from nermill.worker.contracts import cann
+from nermill.worker.contracts.cann import SET_ENV
 from nermill.worker.contracts.errors import ArtifactError, EngineError, UsageError
 from nermill.worker.contracts.manifest import Manifest, file_sha256
 from nermill.worker.engine.golden import golden_difference, load_golden
@@ -33,8 +35,6 @@ MAGIC = b"IMOD"  # an offline model's first bytes: MODEL_FILE_MAGIC_NUM of CANN'
 MAX_GEARS = 100
 OLD_CANN = 6  # its pages allow four dynamic dimensions a gear
 OLD_CANN_DIMENSIONS = 4
-SET_ENV = "/usr/local/Ascend/ascend-toolkit/set_env.sh"
-_HOMES = ("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH")
 _SOC = re.compile(r"Ascend\d{3}[0-9A-Za-z_]*")
 _WORK = "atc"  # folder in which atc runs: it leaves files of its own where it is started
 
@@ -116,15 +116,13 @@ def find_atc() -> str:
     Raises:
         UsageError: there is none, or CANN's environment is not loaded.
     """
-    homes = [Path(home) for name in _HOMES if (home := os.environ.get(name))]
-    places = [home / place for home in homes for place in ("bin/atc", "compiler/bin/atc")]
-    found = shutil.which("atc") or next((str(path) for path in places if os.access(path, os.X_OK)), None)
+    found = cann.atc()
     if found is None:
         raise UsageError(
             f"--backend om needs atc, which comes with CANN and is not on the PATH; source {SET_ENV}, or write the "
             "graph and its command for a machine with CANN: --no-atc"
         )
-    if not homes and "ASCEND_OPP_PATH" not in os.environ:
+    if not cann.is_loaded():
         raise UsageError(
             f"{found}: CANN's environment is not loaded (ASCEND_TOOLKIT_HOME is not set); source {SET_ENV}"
         )
@@ -133,8 +131,8 @@ def find_atc() -> str:
 
 def cann_version() -> str:
     """Version of the CANN toolkit whose environment is loaded, or ``unknown``."""
-    for name in _HOMES:
-        info = Path(os.environ.get(name, "/nowhere")) / f"{platform.machine()}-linux" / "ascend_toolkit_install.info"
+    for home in cann.toolkits():
+        info = home / f"{platform.machine()}-linux" / "ascend_toolkit_install.info"
         try:
             if match := re.search(r"^version=(\S+)", info.read_text("utf-8"), re.MULTILINE):
                 return match[1]
@@ -278,8 +276,8 @@ def _reason(log: str) -> str:
 
 def _known_socs() -> list[str]:
     """Chips that the loaded CANN has a configuration of; empty where it is not found."""
-    for name in _HOMES:
-        home = Path(os.environ.get(name, "/nowhere")) / f"{platform.machine()}-linux"
-        if found := sorted(path.stem for path in home.glob("data/platform_config/Ascend*.ini")):
+    for home in cann.toolkits():
+        machine = home / f"{platform.machine()}-linux"
+        if found := sorted(path.stem for path in machine.glob("data/platform_config/Ascend*.ini")):
             return found
     return []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,6 +13,7 @@ from importlib.util import find_spec
 from nermill.producer.runs.planning import check_writable, normalised
 from nermill.producer.runs.queue import Queue
 from nermill.producer.sources.files import is_remote
+from nermill.worker.contracts import cann
 from nermill.worker.contracts.broker import redacted
 from nermill.worker.contracts.device import find_device
 from nermill.worker.contracts.errors import BrokerError, NermillError
@@ -181,9 +181,11 @@ def _runtime(manifest: Manifest) -> Finding:
 
 def _compiler() -> Finding:
     """Where CANN's compiler atc is; it is needed to build artifacts, not to run them."""
-    home = os.environ.get("ASCEND_TOOLKIT_HOME")
-    atc = shutil.which("atc") or (home and shutil.which("atc", path=os.path.join(home, "bin")))
-    return Finding("atc", True, f"{atc} builds for backend om" if atc else "not here; only building with om needs it")
+    atc = cann.atc()
+    if atc is None:
+        return Finding("atc", True, "not here; only building with om needs it")
+    rest = "" if cann.is_loaded() else f" once CANN's environment is loaded: source {cann.SET_ENV}"
+    return Finding("atc", True, f"{atc} builds for backend om{rest}")
 
 
 def _device(name: str) -> Finding:

@@ -172,7 +172,17 @@ def test_the_two_wheels_and_the_compiler_of_offline_models(broker, tmp_path, mon
     (tmp_path / "wheels" / "atc").touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path / "wheels"))
     assert found()["runtime"].ok
-    assert found()["atc"].detail.endswith("/wheels/atc builds for backend om")
+    assert found()["atc"].detail.endswith(
+        "/wheels/atc builds for backend om once CANN's environment is loaded: source "
+        "/usr/local/Ascend/ascend-toolkit/set_env.sh"
+    )
+    for place in ("bin", "compiler/bin"):
+        toolkit = tmp_path / place.replace("/", "-")
+        (toolkit / place).mkdir(parents=True)
+        (toolkit / place / "atc").touch(mode=0o755)
+        monkeypatch.setenv("PATH", "/nowhere")
+        monkeypatch.setenv("ASCEND_HOME_PATH", str(toolkit))
+        assert found()["atc"].detail == f"{toolkit}/{place}/atc builds for backend om"
 
 
 def test_no_write_access_is_named_before_anything_is_made(broker, tmp_path):
