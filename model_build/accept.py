@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nermill.worker.contracts.command import python_command
+from nermill.worker.contracts.costs import WAYS
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.processor import processor_flags, processor_name
 
@@ -43,10 +44,13 @@ CANDIDATES = {
     "cuda": (("torch", "fp32"), ("torch", "fp16"), ("torch", "bf16"), ("onnx", "fp32"), ("onnx", "fp16")),
     "npu": (("om", "fp16"), ("aie", "fp16"), ("onnx", "fp16"), ("torch", "fp16")),
 }
+# words of the refusals that say that a backend is not installed, or that this processor does not have what it takes
+ABSENT = ("not installed", "this onnxruntime has no ", "needs atc, which", "computes no bf16", "has no token types")
 PACKAGES = ("torch", "torch-npu", "onnxruntime", "onnxruntime-gpu", "onnxruntime-cann", "openvino", "mindietorch")
 TOOLS = {"npu": ("npu-smi", "info"), "cuda": ("nvidia-smi",)}
 STEP_SECONDS = 3600.0
-HANG_SECONDS = 3.0
+HANG_SECONDS = 10.0  # of a call, after which a worker replaces its process; longer where the device is slower:
+HANG_CALLS = 20  # as long as so many calls of the slowest shape
 MOST_TOKENS = {"cpu": 1 << 15}  # of one batch, where memory is not asked for more
 COPIES = 12  # of the bundled sample's documents, in the run from end to end
 
@@ -94,20 +98,31 @@ def accept(checkpoint: str, device: str, on_step: Callable[[Step], None]) -> dic
     done(_runtime(kind))
     with tempfile.TemporaryDirectory(prefix="nermill-accept-") as name:
         folder = Path(name)
-        fastest: tuple[float, Path] | None = None
-        for backend, precision in CANDIDATES[kind]:
-            artifact = folder / f"{backend}-{precision}"
-            if done(_compile(checkpoint, artifact, backend, precision)).state != "passed":
-                continue
+
+        def tried(backend: str, precision: str, layout: str = "packed") -> tuple[dict[str, Any], Path]:
+            """What ``bench`` says of an artifact that was compiled and verified; empty where it does not serve."""
+            artifact = folder / "-".join([backend, precision, *([] if layout == "packed" else [layout])])
+            if done(_compile(checkpoint, artifact, backend, precision, layout)).state != "passed":
+                return {}, artifact
             verified = done(_verify(artifact, device))
-            speed = done(_bench(artifact, device)).figures.get("tokens_per_second", 0.0)
-            if verified.state == "passed" and speed > (fastest[0] if fastest else 0.0):
-                fastest = (speed, artifact)
-        if fastest is None:
+            if not verified.figures:  # it does not load, and bench would say the same
+                return {}, artifact
+            measured = done(_bench(artifact, device)).figures
+            return (measured if verified.state == "passed" else {}), artifact
+
+        serving = [
+            made for made in (tried(*candidate) for candidate in CANDIDATES[kind]) if "tokens_per_second" in made[0]
+        ]
+        if not serving:
             done(Step("run", "failed", 0.0, "no backend serves this device"))
         else:
-            done(_memory(fastest[1], device))
-            for step in _runs(fastest[1], device, folder):
+            packed, artifact = max(serving, key=lambda made: float(made[0]["tokens_per_second"]))
+            plain, _ = tried(packed["backend"], packed["precision"], "plain")
+            if "tokens_per_second" in plain:
+                done(_layouts(packed, plain))
+            done(_memory(artifact, device))
+            slowest = max(shape["seconds"] for shape in packed["shapes"] if "seconds" in shape)
+            for step in _runs(artifact, device, folder, max(HANG_SECONDS, HANG_CALLS * slowest)):
                 done(step)
     return {
         "passed": all(step.state != "failed" for step in steps),
@@ -157,23 +172,19 @@ def _runtime(kind: str) -> Step:
     return Step("runtime", "passed", time.monotonic() - begun, told, figures)
 
 
-def _compile(checkpoint: str, artifact: Path, backend: str, precision: str) -> Step:
-    name = f"compile {backend} {precision}"
-    options = ("--backend", backend, "--precision", precision, "--out", str(artifact), "--json")
-    answer = _call(python_command("nermill.model_build.cli", "compile", checkpoint, *options), STEP_SECONDS)
+def _compile(checkpoint: str, artifact: Path, backend: str, precision: str, layout: str) -> Step:
+    options = ("--backend", backend, "--precision", precision, "--layout", layout, "--out", str(artifact))
+    name, answer = _ask("compile", artifact, checkpoint, *options)
     if answer.code == 0:
         size = answer.body["bytes"]
         return Step(name, "passed", answer.seconds, f"{size / 1e6:,.1f} MB", {"bytes": size})
-    absent = any(words in answer.last_line for words in ("not installed", "no atc", "computes no bf16"))
-    return Step(name, "skipped" if absent else "failed", answer.seconds, answer.last_line)
+    return _refused(name, answer)
 
 
 def _verify(artifact: Path, device: str) -> Step:
-    name = f"verify {artifact.name.replace('-', ' ')}"
-    command = ("verify", str(artifact), "--device", device, "--json")
-    answer = _call(python_command("nermill.model_build.cli", *command), STEP_SECONDS)
+    name, answer = _ask("verify", artifact, str(artifact), "--device", device)
     if not answer.body:
-        return Step(name, "failed", answer.seconds, answer.last_line)
+        return _refused(name, answer)
     checks = answer.body["checks"]
     wrong = [check["name"] for check in checks if not check["passed"]]
     detail = f"beyond tolerance: {', '.join(wrong)}" if wrong else f"{len(checks)} checks"
@@ -181,11 +192,9 @@ def _verify(artifact: Path, device: str) -> Step:
 
 
 def _bench(artifact: Path, device: str) -> Step:
-    name = f"bench {artifact.name.replace('-', ' ')}"
-    command = ("bench", str(artifact), "--device", device, "--json")
-    answer = _call(python_command("nermill.model_build.cli", *command), STEP_SECONDS)
+    name, answer = _ask("bench", artifact, str(artifact), "--device", device)
     if not answer.body:
-        return Step(name, "failed", answer.seconds, answer.last_line)
+        return _refused(name, answer)
     measured = [shape for shape in answer.body["shapes"] if "seconds" in shape]
     if not measured:
         return Step(name, "failed", answer.seconds, "the device refuses every shape", answer.body)
@@ -197,13 +206,28 @@ def _bench(artifact: Path, device: str) -> Step:
     )
     refused = [f"{shape['rows']}x{shape['length']}" for shape in answer.body["shapes"] if "refused" in shape]
     detail += f"; refused: {', '.join(refused)}" if refused else ""
-    return Step(
-        name,
-        "failed" if refused else "passed",
-        answer.seconds,
-        detail,
-        {**answer.body, "tokens_per_second": best["tokens_per_second"]},
-    )
+    figures = {**answer.body, "tokens_per_second": best["tokens_per_second"]}
+    return Step(name, "failed" if refused else "passed", answer.seconds, detail, figures)
+
+
+def _ask(command: str, artifact: Path, *arguments: str) -> tuple[str, _Answer]:
+    """What the step is called, and what ``nermill-build COMMAND ARGUMENTS --json`` answers."""
+    line = python_command("nermill.model_build.cli", command, *arguments, "--json")
+    return f"{command} {artifact.name.replace('-', ' ')}", _call(line, STEP_SECONDS)
+
+
+def _refused(name: str, answer: _Answer) -> Step:
+    absent = any(words in answer.last_line for words in ABSENT)
+    return Step(name, "skipped" if absent else "failed", answer.seconds, answer.last_line)
+
+
+def _layouts(packed: dict[str, Any], plain: dict[str, Any]) -> Step:
+    """The sample in the three ways, by what was measured of each layout's graph."""
+    ways = {way: (packed if way == "packed" else plain)["ways"][way] for way in WAYS}
+    told = ", ".join(f"{way} {about['documents_per_second']:,.1f}" for way, about in ways.items())
+    best = "plain" if ways["bucketed"]["device_seconds"] < ways["packed"]["device_seconds"] else "packed"
+    detail = f"{packed['documents']} documents, computed from these times, in a second: {told}; build --layout {best}"
+    return Step("layouts", "passed", 0.0, detail, {"compared": ways})
 
 
 def _memory(artifact: Path, device: str) -> Step:
@@ -247,7 +271,7 @@ def exhaust(artifact: Path, device: str) -> dict[str, Any]:
     }
 
 
-def _runs(artifact: Path, device: str, folder: Path) -> list[Step]:
+def _runs(artifact: Path, device: str, folder: Path, hang_seconds: float) -> list[Step]:
     """The whole worker: undisturbed, with its process killed, and with its process stopped as by a device that hangs.
 
     All three give the same table.
@@ -264,7 +288,7 @@ def _runs(artifact: Path, device: str, folder: Path) -> list[Step]:
         command = python_command("nermill.producer.cli", "run", str(corpus), *options, "--json")
         hits: list[int] = []
         watch = partial(_disturb, out=out, signal_=signal_, hits=hits)
-        answer = _call(command, STEP_SECONDS, watch)
+        answer = _call(command, STEP_SECONDS, watch, hang_seconds)
         if answer.code or answer.body.get("state") != "complete":
             steps.append(Step(name, "failed", answer.seconds, answer.last_line))
             continue
@@ -323,10 +347,15 @@ class _Answer:
     last_line: str
 
 
-def _call(command: Sequence[str], limit: float, watch: Callable[[int], None] | None = None) -> _Answer:
+def _call(
+    command: Sequence[str],
+    limit: float,
+    watch: Callable[[int], None] | None = None,
+    hang_seconds: float = HANG_SECONDS,
+) -> _Answer:
     """Runs a command for at most ``limit`` seconds; ``watch`` is called with its process id now and then."""
     begun = time.monotonic()
-    environment = {**os.environ, "NERMILL_HANG_SECONDS": str(HANG_SECONDS), "NERMILL_LEASE_SECONDS": "5"}
+    environment = {**os.environ, "NERMILL_HANG_SECONDS": str(hang_seconds), "NERMILL_LEASE_SECONDS": "5"}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         with subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment, start_new_session=True

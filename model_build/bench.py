@@ -200,8 +200,8 @@ def _torch_product(engine: Engine, shape: tuple[int, int, int]) -> Callable[[], 
     device = torch.device(engine.device)
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
     dtype = dtypes[engine.manifest.precision]
-    x = torch.ones(rows, inner, dtype=dtype, device=device)
-    weight = torch.ones(inner, columns, dtype=dtype, device=device)
+    x = torch.ones(rows, inner, dtype=dtype).to(device)
+    weight = torch.ones(inner, columns, dtype=dtype).to(device)
 
     def product() -> object:
         return torch._int_mm(x, weight) if dtype == torch.int8 else model(x)

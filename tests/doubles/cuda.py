@@ -35,6 +35,13 @@ class RecordedGraph(TorchDispatchMode):
                     there.copy_(new)
 
 
+class Stream:
+    """A stream of a device; a class, since libraries name it in their annotations."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+
 def simulate(patch: pytest.MonkeyPatch) -> None:
     """Puts recordings on the CPU in the place of torch's streams, graphs and pinned memory."""
 
@@ -52,7 +59,7 @@ def simulate(patch: pytest.MonkeyPatch) -> None:
         yield
         current.pop()
 
-    patch.setattr(torch.cuda, "Stream", lambda device: object())
+    patch.setattr(torch.cuda, "Stream", Stream)
     patch.setattr(torch.cuda, "stream", on)
     patch.setattr(torch.cuda, "current_stream", lambda: current[-1] if current else None)
     patch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))

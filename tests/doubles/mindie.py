@@ -2,14 +2,19 @@
 
 It computes in float32 on the CPU. Tensors "on the NPU" are tensors that say so and that cannot be read until
 they are copied back; every refusal is also kept in ``violations``, so that an adapter that swallows one is seen.
+``install`` puts it into a test's process, ``environment`` into processes that a test starts; those write their
+violations into the file ``MINDIE_DOUBLE_VIOLATIONS``.
 """
 
 from __future__ import annotations
 
 import enum
 import json
+import os
 import sys
+import threading
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -28,6 +33,7 @@ KEYWORDS = {
     "default_buffer_size_vec",
 }
 EXTRA_FILE = "mindie.json"
+ROOT = Path(__file__).parents[2]
 _LOAD, _TO, _NUMPY = torch.jit.load, torch.Tensor.to, torch.Tensor.numpy
 
 
@@ -71,11 +77,26 @@ class Double:
         self.options: list[dict[str, Any]] = []
         self.index: int | None = None
         self.finalized = False
-        self.stream: Stream | None = None
+        self._of_thread = threading.local()
+
+    @property
+    def stream(self) -> Stream | None:
+        """The stream of this thread."""
+        return getattr(self._of_thread, "stream", None)
+
+    @stream.setter
+    def stream(self, chosen: Stream | None) -> None:
+        self._of_thread.stream = chosen
 
     def refuse(self, message: str) -> None:
-        self.violations.append(message)
+        self._note(message)
         raise RuntimeError(message)
+
+    def _note(self, message: str) -> None:
+        self.violations.append(message)
+        if file := os.environ.get("MINDIE_DOUBLE_VIOLATIONS"):
+            with open(file, "a", encoding="utf-8") as lines:
+                lines.write(message + "\n")
 
     def require(self, holds: bool, message: str) -> None:
         if not holds:
@@ -102,7 +123,7 @@ class Double:
     def compile(self, module: Any, ir: str = "default", inputs: Any = None, **options: Any) -> Compiled:
         self.require_device("compile")
         if unknown := options.keys() - KEYWORDS:
-            self.violations.append(f"unknown keyword {', '.join(sorted(unknown))}")
+            self._note(f"unknown keyword {', '.join(sorted(unknown))}")
             raise TypeError(self.violations[-1])
         self.require(isinstance(module, torch.jit.ScriptModule), "compile takes a TorchScript module")
         self.require(ir in ("default", "ts", "dynamo", "torch_export"), f"ir {ir!r}")
@@ -269,3 +290,11 @@ def install(
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *args, **options: double.tensor_to(tensor, *args, **options))
     monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor, **options: double.tensor_numpy(tensor, **options))
     return double
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Environment variables of a process in which ``import mindietorch`` finds the double, in a folder that is made."""
+    folder.mkdir()
+    text = "import pytest\nfrom tests.doubles import mindie\nmindie.install(pytest.MonkeyPatch())\n"
+    (folder / "mindietorch.py").write_text(text, "utf-8")
+    return {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT / ".src"), str(ROOT)])}
