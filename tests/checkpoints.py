@@ -13,6 +13,14 @@ import transformers
 LABELS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 FAMILIES = ("bert", "roberta", "electra", "distilbert")
 MAX_LENGTH = 96
+# the sizes of BERT-large; 24 layers of it are 1.3 GB
+LARGE = {
+    "vocab_size": 28_996,
+    "hidden_size": 1024,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+    "max_position_embeddings": 512,
+}
 
 
 def vocabulary() -> list[str]:

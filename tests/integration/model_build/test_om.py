@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from nermill.worker.contracts.errors import ArtifactError, EngineError
 from nermill.worker.contracts.manifest import load_manifest
 from nermill.worker.engine import load_engine
 from nermill.worker.engine.golden import lay_rows
+from tests.checkpoints import LARGE
 from tests.doubles import cann
 
 TEXTS = ["george washington went to washington.", "oslo", "a train left paris at 10.45"]
@@ -143,6 +145,22 @@ def test_demo_model_verifies_and_benches(machine: Any, tmp_path: Path) -> None:
     machine.reset()
     measured = bench(tmp_path / "om", "npu:0", repeats=1)
     assert [(s["rows"], s["length"]) for s in measured["shapes"]] == [(4, 64), (4, 128)]
+    assert machine.violations == []
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.slow
+def test_two_layers_of_the_size_of_bert_large(
+    machine: Any, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """All 24 of them, in both layouts: ``tests/acceptance/test_bert_large.py``."""
+    checkpoint = make_checkpoint("bert", num_hidden_layers=2, **LARGE)
+    manifest = compile_artifact(str(checkpoint), tmp_path / "om", Order("om", shapes="2x64,1x128"))
+    assert (tmp_path / "om" / "model.om").stat().st_size > 200e6
+    assert manifest.details["tried"]
+    assert manifest.shapes == ((2, 64), (1, 128))
+    machine.reset()
+    assert all(check.passed for check in verify(tmp_path / "om", device="npu:0"))
     assert machine.violations == []
 
 
@@ -315,7 +333,7 @@ def test_machine_without_atc_or_its_environment(
 
 
 def test_wheels_that_are_missing_or_do_not_fit(
-    machine: Any, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    machine: Any, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
     art = tmp_path / "om"
     compile_artifact(str(bert), art, Order("om", shapes=ONE))
@@ -329,16 +347,15 @@ def test_wheels_that_are_missing_or_do_not_fit(
         with monkeypatch.context() as patch:
             cann.forget(patch)
             hide(patch, next(iter(missing)))
-            with pytest.raises(ArtifactError, match=message):
-                load_engine(art, "npu:0")
+            assert re.search(message, refused("verify", str(art), "--device", "npu:0"))
     broken = tmp_path / "broken"
     shutil.copytree(cann.WHEELS, broken)
     (broken / "aclruntime.py").write_text("raise ImportError('libascendcl.so: cannot open shared object file')\n")
     with monkeypatch.context() as patch:
         cann.forget(patch)
         patch.syspath_prepend(str(broken))
-        with pytest.raises(ArtifactError, match=r"ais_bench does not load \(libascendcl\.so: .*source CANN's set_env"):
-            load_engine(art, "npu:0")
+        line = refused("verify", str(art), "--device", "npu:0")
+    assert re.search(r"ais_bench does not load \(libascendcl\.so: .*source CANN's set_env", line)
 
 
 def hide(patch: pytest.MonkeyPatch, name: str) -> None:
