@@ -1,12 +1,14 @@
-"""The whole worker with ``--devices npu:0`` against the doubles of CANN: kills, a hang, the same table."""
+"""The whole worker with ``--devices npu:0`` against the doubles of CANN: killed, hung, resumed, the same table."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ pytest.importorskip("transformers")
 from nermill.model_build.artifact import Order, compile_artifact
 from nermill.model_build.demo.recover import recover
 from nermill.worker import Tagger
+from nermill.worker.contracts.layout import RunFolder
 from tests.doubles import cann
 from tests.harness import Harness, rows, texts
 from tests.integration.test_worker_command import children
@@ -83,7 +86,7 @@ def found(answer: list[dict[str, Any]]) -> list[list[tuple[int, int, str]]]:
     return [[(e["start"], e["end"], e["label"]) for e in row["entities"]] for row in answer]
 
 
-@pytest.mark.timeout(300)  # three processes load the model, one of them hangs
+@pytest.mark.timeout(900)  # three processes load the model, one of them hangs
 @pytest.mark.slow
 def test_killed_hung_and_stopped_it_gives_the_table_of_the_onnx_engine(fleet: Harness, machine: Machine) -> None:
     with worker(fleet, machine, AIS_DOUBLE_HANGS=str(fleet.folder / "hung")) as process:
@@ -123,19 +126,44 @@ def test_dry_run_and_a_machine_that_lacks_something(machine: Machine) -> None:
     assert "backend om needs ais_bench, which is not installed for Python" in line
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.slow
-def test_nermill_run_on_an_npu(machine: Machine, tmp_path: Path, sample: Path) -> None:
-    command = [sys.executable, "-m", "nermill.producer.cli", "run", str(sample / "wikigold.conll")]
-    options = ["--out", str(tmp_path / "out"), "--model", str(machine.model), "--devices", "npu:0", "--json"]
-    done = subprocess.run(
-        [*command, *options],
-        env={**os.environ, **machine.variables, "AIS_DOUBLE_VIOLATIONS": str(tmp_path / "violations")},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert '"state": "complete"' in done.stdout
+def test_nermill_run_that_is_killed_goes_on(machine: Machine, tmp_path: Path) -> None:
+    corpus = tmp_path / "in.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS), "utf-8")
+
+    def run(model: Path, devices: str, **options: Any) -> subprocess.Popen[str]:
+        command = [
+            sys.executable,
+            "-m",
+            "nermill.producer.cli",
+            "run",
+            str(corpus),
+            "--out",
+            str(tmp_path / model.name),
+        ]
+        command += ["--model", str(model), "--devices", devices, "--shard-documents", "20", "--json"]
+        violations = {"AIS_DOUBLE_VIOLATIONS": str(tmp_path / "violations")}
+        environment = {**os.environ, **machine.variables, **violations, **options}
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+    def table(process: subprocess.Popen[str]) -> list[list[tuple[int, int, str]]]:
+        out, _ = process.communicate()
+        assert process.returncode == 0
+        assert json.loads(out)["state"] == "complete"
+        return found(rows(RunFolder(json.loads(out)["run"])))
+
+    killed = run(machine.model, "npu:0", AIS_DOUBLE_SECONDS="1")
+    parts = tmp_path / machine.model.name
+    while not any(parts.glob("run=*/part-*.parquet")):
+        assert killed.poll() is None
+        time.sleep(0.02)
+    os.killpg(killed.pid, signal.SIGKILL)  # with its worker and its broker
+    killed.communicate()
+    (before,) = parts.glob("run=*")
+    assert not (before / "_SUCCESS").exists()
+    kept = {part.name: part.stat().st_ino for part in before.glob("part-*.parquet")}
+    on_npu = table(run(machine.model, "npu:0"))
+    assert {name: (before / name).stat().st_ino for name in kept} == kept
+    assert on_npu == table(run(machine.onnx, "cpu"))
     assert not (tmp_path / "violations").exists()
