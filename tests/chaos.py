@@ -126,10 +126,10 @@ def one_of_two(kills: int, lease_seconds: float) -> list[float]:
     """
     found: list[float] = []
     with TemporaryDirectory(prefix="nm-") as folder, harness(Path(folder), lease_seconds=lease_seconds) as fleet:
-        _, plan = fleet.submit(texts(20_000))  # more than the two tag meanwhile
+        _, plan = fleet.submit(texts(60_000))  # more than the two tag meanwhile
         trace = fleet.folder / "trace"
         trace.touch()
-        workers = [fleet.worker(FAULT_BATCH_SECONDS="2", FAULT_TRACE=str(trace)) for _ in range(2)]
+        workers = [fleet.worker(FAULT_BATCH_SECONDS="0.5", FAULT_TRACE=str(trace)) for _ in range(2)]
 
         def holds(worker: Worker) -> set[str]:
             return _held(worker.process.pid, _events(trace.read_text("utf-8")))

@@ -97,8 +97,9 @@ def handmade(requests: int, waiting: int) -> tuple[float, float, float]:
         from tests.benchmarks.handmade import app, tag
 
         command = [sys.executable, "-m", "celery", "-A", "tests.benchmarks.handmade", "worker"]
+        quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}  # who measures as root is told so by Celery
         process = stack.enter_context(
-            subprocess.Popen([*command, "--pool", "solo", "--loglevel", "ERROR"], stdout=subprocess.DEVNULL)
+            subprocess.Popen([*command, "--pool", "solo", "--loglevel", "ERROR"], stdout=subprocess.DEVNULL, env=quiet)
         )
         stack.callback(process.terminate)
         stack.enter_context(app)
