@@ -25,6 +25,7 @@ def texts(sample: Path) -> list[str]:
     return [*documents[:6], *(sentence + "." for document in documents for sentence in document.split(". "))][:150]
 
 
+@pytest.mark.slow
 def test_tags_are_the_same_alone_among_others_and_in_another_order(tagger: Tagger, texts: list[str]) -> None:
     together = tagger.tag(texts)
     alone = [tagger.tag([text])[0] for text in texts]

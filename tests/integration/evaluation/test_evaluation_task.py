@@ -62,6 +62,7 @@ def repeat(fleet: Harness, run: RunFolder, plan: Plan) -> list[str]:
     return [result.get(timeout=20)["state"] for result in sent]
 
 
+@pytest.mark.slow
 def test_it_happens_once_though_the_last_two_shards_end_together(fleet: Harness) -> None:
     meeting, trace = fleet.folder / "meeting", fleet.folder / "trace"
     meeting.mkdir()
@@ -97,6 +98,7 @@ def test_it_happens_once_more_after_a_kill_in_the_middle_of_it(fleet: Harness) -
     assert report["documents"] == 40
 
 
+@pytest.mark.slow
 def test_the_headline_scores_of_a_run_are_seqevals(fleet: Harness) -> None:
     run, plan = submit(fleet, 40, per_shard=20)
     fleet.worker()

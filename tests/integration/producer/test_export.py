@@ -38,7 +38,7 @@ def exported(nermill, run: str, form: str, *more: object) -> str:
     return out
 
 
-@pytest.mark.parametrize("unit", ["sentence", "document"])
+@pytest.mark.parametrize("unit", ["sentence", pytest.param("document", marks=pytest.mark.slow)])
 def test_a_corrected_conll_file_evaluates_as_gold(nermill, tmp_path, unit):
     run = run_of_words(tmp_path, SENTENCES, unit=unit)
     gold = tmp_path / "gold.conll"

@@ -118,6 +118,7 @@ def follow(url: str, out: Path, source: Path, lines: int) -> tuple[subprocess.Po
     return process, told
 
 
+@pytest.mark.slow
 def test_a_stream_that_was_ended_and_completed_goes_on_too(broker, serving, tmp_path):
     source = tmp_path / "log.jsonl"
     write_lines(source, 3)
@@ -175,7 +176,7 @@ def test_a_file_that_is_rotated_while_it_is_followed_is_an_error(broker, tmp_pat
         assert json.loads(out.splitlines()[-1])["line"] == 5
 
 
-@pytest.mark.parametrize("harm", ["shorter", "edited"])
+@pytest.mark.parametrize("harm", ["shorter", pytest.param("edited", marks=pytest.mark.slow)])
 def test_another_file_in_the_place_of_a_followed_one_is_an_error(broker, tmp_path, harm):
     source = tmp_path / "log.jsonl"
     write_lines(source, 4)

@@ -94,7 +94,7 @@ def test_run_tags_scores_and_leaves_no_process(tmp_path, sample):
     assert "read it" in again.stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_a_run_that_is_ended_takes_its_children_along(tmp_path, number):
     corpus = tmp_path / "in.jsonl"
     corpus.write_text("".join(json.dumps({"text": f"Ada Lovelace met Bob {n}."}) + "\n" for n in range(50_000)))

@@ -116,7 +116,7 @@ def test_a_call_killed_at_any_moment_adds_the_rows_once(tmp_path):
     assert len(commits(table)) == 1
 
 
-@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize("exists", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_two_at_once_add_the_rows_once(tmp_path, exists):
     run = make_run(tmp_path / "out", DOCUMENTS, per_shard=5)
     table = tmp_path / "table"

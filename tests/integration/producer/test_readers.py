@@ -110,6 +110,7 @@ def test_datasets(run, tmp_path):
     assert all(TEXTS[owner][e["start"] : e["end"]] == e["text"] for owner, e in found)
 
 
+@pytest.mark.slow
 def test_datasets_reads_a_run_of_one_part_that_was_evaluated(tmp_path):
     """More of its files are JSON than Parquet, and datasets goes by the majority unless it is told."""
     datasets = pytest.importorskip("datasets")

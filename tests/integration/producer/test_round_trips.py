@@ -88,6 +88,7 @@ def test_every_format_ends_in_the_same_entities(tmp_path: Path, pipeline: Pipeli
 
 @sparing
 @given(documents)
+@pytest.mark.slow
 def test_conll_comes_out_as_conll_that_seqeval_reads(
     tmp_path: Path, pipeline: Pipeline, written: list[list[str]]
 ) -> None:

@@ -92,6 +92,7 @@ def test_inputs_are_read_from_s3(bucket, broker, serving, tmp_path):
     assert run.shards() == {0}
 
 
+@pytest.mark.slow
 def test_a_stream_goes_to_s3(bucket, broker, serving):
     queue = Queue(broker)
     stream = Stream(bucket, queue, linger=0.05)

@@ -298,6 +298,7 @@ def test_a_server_that_lost_its_memory_is_told_again(broker, serving, tmp_path, 
         assert runs.wait(stream.run, plan, queue).ok == 5
 
 
+@pytest.mark.slow
 def test_the_latency_table_has_a_row_for_each_linger(capfd, monkeypatch):
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(latency, "LINGERS", (0.05,))
