@@ -88,7 +88,7 @@ def test_documents_are_tagged_while_the_stream_is_open(submit, serving, broker, 
         process.stdin.write('{"id": "broken"\n{"id": "late", "text": "Carol"}')
         process.stdin.close()
         process.stdin = None
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=100)
     final = json.loads(out.splitlines()[-1])
     assert (process.returncode, final["state"]) == (3, "complete"), err
     assert final["documents"] == {"total": 4, "ok": 3, "rejected": 1}
@@ -103,9 +103,9 @@ def test_ctrl_c_closes_cleanly_and_says_how_to_go_on(submit, serving, broker, tm
     feed(process, "Ada", "Bob", "Carol")
     assert json.loads(process.stdout.readline())["documents"] == 2  # Carol came with them and waits
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.stdout.read(), process.stderr.read()  # standard input stays open: its end would be another end
+    assert process.wait(100) == 3
     run = the_run(tmp_path)
-    assert process.returncode == 3
     assert f"nermill resume {run.uri}" in err
     assert json.loads(out)["documents"] == 1
     plan = read_plan(run)
@@ -124,7 +124,7 @@ def test_whoever_stops_reading_acknowledgements_is_told_how_to_go_on(submit, ser
     feed(process, "Bob")  # and standard input stays open
     err = process.stderr.read()
     run = the_run(tmp_path)
-    assert process.wait(30) == 1
+    assert process.wait(100) == 1
     assert re.search(r"stopped; .* nermill resume .*/run=\w+\nnermill: standard output takes no more", err), err
     assert "Traceback" not in err
     with serving():
@@ -142,7 +142,7 @@ def test_a_stream_that_cannot_be_written_says_how_to_go_on(submit, tmp_path):
     shutil.rmtree(run.path("_shards"))
     Path(run.path("_shards")).touch()
     feed(process, "Bob")
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=100)
     assert process.returncode == 1
     assert f"nermill resume {run.uri}\n" in err
 
@@ -220,7 +220,7 @@ def test_a_growing_file_is_followed(submit, serving, tmp_path):
     told = {"run_id": run_id, "index": 1, "first": 1, "documents": 1, "byte": growing.stat().st_size, "line": 2}
     assert json.loads(process.stdout.readline()) == told
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=100)
     assert process.returncode == 0, err
     assert read_plan(the_run(tmp_path)).documents == 2
 
@@ -350,7 +350,7 @@ def test_a_stream_that_waits_does_not_poll(broker, tmp_path):
 
 def test_a_stream_ends_as_a_run_does_where_a_document_is_rejected(submit, serving, broker, tmp_path):
     process = submit("-")
-    _, err = process.communicate('{"text": "Ada"}\n{"text": ', timeout=30)
+    _, err = process.communicate('{"text": "Ada"}\n{"text": ', timeout=100)
     assert process.returncode == 3
     assert f"1 document rejected as unreadable: nermill rejects {the_run(tmp_path).uri}" in err
 
