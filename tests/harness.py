@@ -197,6 +197,13 @@ class Harness:
         send(run, plan, self.queue())
         return run, plan
 
+    def ask(self, *command: str) -> tuple[int, dict[str, Any]]:
+        """A ``nermill`` command's exit code and ``--json``."""
+        line = [sys.executable, "-m", "nermill.producer.cli", *command, "--broker", self.server.url, "--json"]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=100, check=False)
+        assert done.stdout, done.stderr
+        return done.returncode, json.loads(done.stdout)
+
     @contextmanager
     def submitting(
         self, texts: list[str], *options: str, url: str = "", within: Sequence[str] = ()

@@ -28,9 +28,8 @@ def test_doctor_and_worker_say_that_the_first_version_is_here(fleet: Harness) ->
     assert worker.log.read_text().count("nermill 1 is at this broker too (1 runs, 1 workers)") == 1
     with fleet.server.client() as client:
         assert {key: client.type(key) for key in before} == before
-    command = [sys.executable, "-m", "nermill.producer.cli", "doctor", "--broker", fleet.server.url, "--json"]
-    asked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    (found,) = [one for one in json.loads(asked.stdout)["findings"] if one["name"] == "version"]
+    _, doctor = fleet.ask("doctor")
+    (found,) = [one for one in doctor["findings"] if one["name"] == "version"]
     assert not found["ok"]
     assert "1 runs, 1 workers" in found["detail"]
     assert "stop its workers" in found["fix"]

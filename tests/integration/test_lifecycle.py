@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -33,14 +31,6 @@ def submit(fleet: Harness) -> tuple[RunFolder, Plan]:
     return fleet.submit(DOCUMENTS, documents_per_shard=32)
 
 
-def ask(fleet: Harness, command: str, run: RunFolder) -> tuple[int, dict[str, Any]]:
-    """A ``nermill`` command's exit code and ``--json``."""
-    arguments = [sys.executable, "-m", "nermill.producer.cli", command, run.uri, "--broker", fleet.server.url, "--json"]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
-    assert done.stdout, done.stderr
-    return done.returncode, json.loads(done.stdout)
-
-
 @pytest.mark.slow
 def test_a_cancelled_run_says_so_keeps_its_parts_and_is_taken_up_again(
     fleet: Harness, expected: list[dict[str, Any]]
@@ -48,7 +38,7 @@ def test_a_cancelled_run_says_so_keeps_its_parts_and_is_taken_up_again(
     run, plan = submit(fleet)
     fleet.worker(FAULT_BATCH_SECONDS="0.3", NERMILL_CONCURRENCY="2")
     fleet.until(lambda: len(run.committed()) >= 2)
-    code, told = ask(fleet, "cancel", run)
+    code, told = fleet.ask("cancel", run.uri)
     assert (code, told["state"]) == (0, "cancelled")
     status = fleet.wait(run, plan.cancel(run))
     assert status.state == "cancelled"
@@ -57,7 +47,7 @@ def test_a_cancelled_run_says_so_keeps_its_parts_and_is_taken_up_again(
     time.sleep(1.5)
     assert run.committed() == kept, "what had not started is not started any more"
     assert not run.exists(SUCCESS_FILE)
-    code, told = ask(fleet, "status", run)
+    code, told = fleet.ask("status", run.uri)
     assert (code, told["state"], told["shards"]["committed"]) == (3, "cancelled", len(kept))
 
     written = {shard: Path(run.path(f"part-{shard:05d}.parquet")).stat().st_mtime_ns for shard in kept}
@@ -66,7 +56,7 @@ def test_a_cancelled_run_says_so_keeps_its_parts_and_is_taken_up_again(
     assert fleet.wait(run, plan).state == "complete"
     assert rows(run) == expected
     assert written == {s: Path(run.path(f"part-{s:05d}.parquet")).stat().st_mtime_ns for s in kept}
-    assert ask(fleet, "status", run)[0] == 0
+    assert fleet.ask("status", run.uri)[0] == 0
 
 
 def test_cancelling_a_run_that_is_complete_changes_nothing(fleet: Harness) -> None:
@@ -178,7 +168,7 @@ def test_the_tokens_of_a_single_huge_document_show_how_far_it_is(fleet: Harness)
     seen: list[tuple[int, int]] = []
 
     def look_again() -> bool:
-        _, told = ask(fleet, "status", run)
+        _, told = fleet.ask("status", run.uri)
         seen.append((told["at_work"]["computed"], told["at_work"]["tokens"]))
         return len({computed for computed, total in seen if total}) >= 3
 

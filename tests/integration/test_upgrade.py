@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import time
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -43,14 +39,6 @@ def artifacts(run: RunFolder) -> set[str]:
     return {metadata["artifact_sha256"] for metadata in found}
 
 
-def ask(fleet: Harness, *command: str) -> tuple[int, dict[str, Any]]:
-    """A ``nermill`` command's exit code and ``--json``."""
-    arguments = [sys.executable, "-m", "nermill.producer.cli", *command, "--broker", fleet.server.url, "--json"]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
-    assert done.stdout, done.stderr
-    return done.returncode, json.loads(done.stdout)
-
-
 @pytest.mark.slow
 def test_a_run_ends_with_the_artifact_that_began_it_and_the_next_takes_the_new_one(fleet: Harness) -> None:
     leaving = [start_old(fleet, 0.8) for _ in range(2)]
@@ -67,12 +55,12 @@ def test_a_run_ends_with_the_artifact_that_began_it_and_the_next_takes_the_new_o
     assert artifacts(after) == {NEW}, "a run that waits is in nobody's way"
     assert run.committed() == made
 
-    code, status = ask(fleet, "status", run.uri)
+    code, status = fleet.ask("status", run.uri)
     assert (code, status["state"]) == (3, "running")
     assert f"no worker serves the artifact that the run asks for, {OLD[:12]}" in status["trouble"]
     assert "minilm" in status["trouble"]
     assert "nermill-worker --model" in status["trouble"]
-    code, doctor = ask(fleet, "doctor", "--out", str(fleet.out))
+    code, doctor = fleet.ask("doctor", "--out", str(fleet.out))
     (workers,) = [finding for finding in doctor["findings"] if finding["name"] == "workers"]
     assert (code, workers["ok"]) == (1, False)
     assert OLD[:12] in workers["detail"]
@@ -81,7 +69,7 @@ def test_a_run_ends_with_the_artifact_that_began_it_and_the_next_takes_the_new_o
     fleet.wait(run, plan)
     assert artifacts(run) == {OLD}
     assert [row["doc_id"] for row in rows(run)] == [f"d{n}" for n in range(len(DOCUMENTS))]
-    assert ask(fleet, "status", run.uri)[1]["trouble"] == ""
+    assert fleet.ask("status", run.uri)[1]["trouble"] == ""
 
 
 @pytest.mark.slow
