@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "model_build" / "demo" / "sample"
@@ -15,6 +16,10 @@ SAMPLE = ROOT / "model_build" / "demo" / "sample"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# No test fails because its machine is slow.
+settings.register_profile("nermill", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("nermill")
 
 
 @pytest.fixture(autouse=True)
