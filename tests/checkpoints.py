@@ -14,7 +14,7 @@ LABELS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 FAMILIES = ("bert", "roberta", "electra", "distilbert")
 MAX_LENGTH = 96
 # the sizes of BERT-large; 24 layers of it are 1.3 GB
-LARGE = {
+LARGE: dict[str, Any] = {
     "vocab_size": 28_996,
     "hidden_size": 1024,
     "num_attention_heads": 16,

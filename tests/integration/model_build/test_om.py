@@ -153,7 +153,7 @@ def test_demo_model_verifies_and_benches(machine: Any, tmp_path: Path) -> None:
 def test_two_layers_of_the_size_of_bert_large(
     machine: Any, make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """All 24 of them, in both layouts: ``tests/acceptance/test_bert_large.py``."""
+    """All 24 of them: ``tests/acceptance/test_bert_large.py``."""
     checkpoint = make_checkpoint("bert", num_hidden_layers=2, **LARGE)
     manifest = compile_artifact(str(checkpoint), tmp_path / "om", Order("om", shapes="2x64,1x128"))
     assert (tmp_path / "om" / "model.om").stat().st_size > 200e6
