@@ -8,25 +8,29 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from nermill.worker.contracts.manifest import load_manifest, resolve_artifact
-from nermill.worker.engine.encoder import Architecture
+from nermill.worker.contracts.manifest import resolve_artifact
 from tests.benchmarks import host, report
-from tests.benchmarks.corpora import Corpus, default_data, read_corpora, spread
-from tests.benchmarks.ways import WAYS, Models, Sample, make_models, prepared
+from tests.benchmarks.corpora import default_data, flops_of, read_corpora
+from tests.benchmarks.peers import PEERS, make_graphs, missing
+from tests.benchmarks.side_by_side import WAYS, possible, say, side_by_side
+from tests.benchmarks.ways import Models
 
-SLOW = {"recipe": 80, "pipeline-1": 16, "pipeline-32": 8, "celery task": 16}  # these tag one in so many documents
 WHOLE = 3250  # sentences whose padding is counted
-OTHER_CORPORA = ("pipeline-32", "engine", "tagger", "mill")  # the ways that long documents and the mix go
+OTHER_CORPORA = (  # the ways that long documents and the mix go
+    "pipeline-32", "mill openvino", "openvino sorted", "onnxruntime sorted", "tagger", "mill", "engine",
+)  # fmt: skip
+MILLS = ("mill", "mill openvino")
+BY_HAND = ("onnxruntime sorted", "openvino sorted")  # the same model in the same precision
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Size:
         host_documents: Sentences for the null engine.
         paced_seconds: How long each simulated device is kept busy.
         host_rounds: Measurements with the null engine and the simulated devices.
+        other_rounds: Measurements of each way on the other corpora, by the corpus' name.
     """
 
     documents: int
@@ -46,12 +51,13 @@ class Size:
     host_documents: int
     paced_seconds: float
     host_rounds: int
+    other_rounds: dict[str, int]
 
 
 SIZES = {
-    "full": Size(3250, 5, 30_000, 20.0, 5),
-    "quick": Size(1000, 3, 30_000, 8.0, 1),
-    "smoke": Size(40, 1, 400, 0.2, 1),
+    "full": Size(3250, 5, 30_000, 20.0, 5, {"long": 3, "mix": 1}),
+    "quick": Size(1000, 3, 30_000, 8.0, 1, {"long": 1}),
+    "smoke": Size(40, 1, 400, 0.2, 1, {}),
 }
 
 
@@ -84,9 +90,10 @@ def bench(name: str, data: Path) -> dict[str, Any]:
     say(f"{len(sentences.texts)} sentences of {data.name}; preparing models")
     with tempfile.TemporaryDirectory() as folder:
         models = make_models(Path(folder))
-        samples, peaks = side_by_side(sentences, models, tuple(WAYS), size.rounds)
-        others = {
-            kind: side_by_side(corpora[kind], models, OTHER_CORPORA, 1)[0] for kind in ("long", "mix") if name == "full"
+        samples, peaks = side_by_side(sentences, models, possible(tuple(WAYS)), size.rounds)
+        others = [way for way in OTHER_CORPORA if way in samples]
+        measured = {"sentences": samples} | {
+            kind: side_by_side(corpora[kind], models, others, rounds)[0] for kind, rounds in size.other_rounds.items()
         }
     peak = median(peaks)
     texts = host.repeated(sentences.texts, size.host_documents)
@@ -111,6 +118,11 @@ def bench(name: str, data: Path) -> dict[str, Any]:
         "peak_gflops": round(peak, 2),
         "ratios": {
             "mill_over_engine": report.over(samples["mill"], samples["engine"]),
+            "best_mill_over_best_peer": {kind: best_over(taken, MILLS, BY_HAND) for kind, taken in measured.items()},
+            "best_mill_over_pipeline": best_over(samples, MILLS, ["pipeline-32"]),
+            "mill_over_peer": over_peers(samples),
+            "packed_over_bucketed": report.over(samples["engine"], samples["engine, nearest bucket"]),
+            "packed_over_512": report.over(samples["engine"], samples["engine, rows of 512"]),
             "mill_over_pipeline": report.over(samples["mill"], samples["pipeline-32"]),
             "mill_over_recipe": report.over(samples["mill"], samples["recipe"]),
             "mill_fp32_over_engine_fp32": report.over(samples["mill fp32"], samples["engine fp32"]),
@@ -125,7 +137,7 @@ def bench(name: str, data: Path) -> dict[str, Any]:
         },
         "corpora": {
             kind: report.summarise(corpora[kind], taken, flops_of(corpora[kind]), peak)
-            for kind, taken in ({"sentences": samples} | others).items()
+            for kind, taken in measured.items()
         },
         "null_engine": null,
         "paced_310p3": npu,
@@ -133,34 +145,39 @@ def bench(name: str, data: Path) -> dict[str, Any]:
     }
 
 
-def side_by_side(
-    corpus: Corpus, models: Models, ways: Sequence[str], rounds: int
-) -> tuple[dict[str, list[Sample]], list[float]]:
-    """Every way in every round, one after another; the samples by way, and the peaks in GFLOP/s."""
-    with ExitStack() as stack:
-        measures = {}
-        for way in ways:
-            say(f"{corpus.name}: preparing {way}")
-            texts = spread(corpus.texts, max(2, len(corpus.texts) // SLOW.get(way, 1)))
-            measures[way] = stack.enter_context(prepared(way, texts, models))
-        taken: dict[str, list[Any]] = {way: [] for way in ways}
-        for number in range(rounds):
-            for way, measure in measures.items():
-                say(f"{corpus.name}: round {number + 1} of {rounds}, {way}")
-                taken[way].append(measure())
-    peaks = taken.pop("peak", [])
-    return taken, peaks
+def over_peers(samples: report.Samples) -> dict[str, float]:
+    """The mill over each peer: the one with the peer's own library where there is one, else the faster one."""
+    mills = {"onnxruntime sorted": "mill", "openvino sorted": "mill openvino"}
+    return {
+        peer: best_over(samples, [mills[peer]] if peer in mills else MILLS, [peer]) for peer in PEERS if peer in samples
+    }
 
 
-def flops_of(corpus: Corpus, artifact: Path | None = None) -> float:
-    """Floating-point operations that one document needs (of the demo model), in matrix products, without padding."""
-    sizes = Architecture(**load_manifest(artifact or resolve_artifact("demo")).details["architecture"])
-    return float(sum(length * sizes.flops_of_token(length) for length in corpus.lengths.tolist())) / len(corpus.texts)
+def best_over(samples: report.Samples, ones: Sequence[str], others: Sequence[str]) -> float:
+    """The fastest of some ways over the fastest of others, of those that were measured."""
+    mine, theirs = ([samples[way] for way in side if way in samples] for side in (ones, others))
+    return report.over_best(mine, theirs)
 
 
-def say(text: str) -> None:
-    """Progress, on stderr."""
-    print(f"bench: {text}", file=sys.stderr, flush=True)
+def make_models(folder: Path) -> Models:
+    """Takes the shipped model's checkpoint back from it and compiles that for the ways that are possible."""
+    from nermill.model_build.demo.recover import recover
+
+    checkpoint = folder / "checkpoint"
+    recover(checkpoint)
+    compile_(checkpoint, folder / "fp32", "--backend", "torch")
+    openvino = None
+    if missing("openvino sorted") is None:
+        openvino = folder / "openvino"
+        compile_(checkpoint, openvino, "--backend", "openvino", "--precision", "int8")
+    make_graphs(checkpoint, folder / "peers")
+    return Models(resolve_artifact("demo"), folder / "fp32", checkpoint, openvino, folder / "peers")
+
+
+def compile_(checkpoint: Path, out: Path, *options: str) -> None:
+    """``nermill-build compile``."""
+    command = [sys.executable, "-m", "nermill.model_build.cli", "compile", str(checkpoint), "--out", str(out), *options]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":

@@ -74,6 +74,14 @@ def spread(texts: Sequence[str], count: int) -> list[str]:
     return [texts[number * len(texts) // count] for number in range(count)]
 
 
+def flops_of(corpus: Corpus, artifact: Path | None = None) -> float:
+    """Floating-point operations that one document needs (of the demo model), in matrix products, without padding."""
+    from nermill.worker.engine.encoder import Architecture
+
+    sizes = Architecture(**load_manifest(artifact or resolve_artifact("demo")).details["architecture"])
+    return float(sum(length * sizes.flops_of_token(length) for length in corpus.lengths.tolist())) / len(corpus.texts)
+
+
 def _texts(data: Path, unit: Unit) -> list[str]:
     options = ReadOptions(unit=unit)
     (source,) = open_sources([str(data)], options).sources

@@ -24,8 +24,8 @@ from tokenizers import Tokenizer
 
 from nermill.worker.contracts.manifest import TOKENIZER_FILE, resolve_artifact
 from tests.benchmarks import report
-from tests.benchmarks.__main__ import flops_of, side_by_side
-from tests.benchmarks.corpora import default_data, read_corpora
+from tests.benchmarks.corpora import default_data, flops_of, read_corpora
+from tests.benchmarks.side_by_side import side_by_side
 from tests.benchmarks.ways import Models
 
 VOCABULARY = 28_996

@@ -22,6 +22,12 @@ def over(one: Sequence[Sample], other: Sequence[Sample]) -> float:
     return round(median(_rate(a) / _rate(b) for a, b in pairs), 4)
 
 
+def over_best(ones: Sequence[Sequence[Sample]], others: Sequence[Sequence[Sample]]) -> float:
+    """How many times as fast the fastest of some ways is as the fastest of others: the median of the rounds' ratios."""
+    rates = [[max(map(_rate, taken)) for taken in zip(*side, strict=True)] for side in (ones, others)]
+    return round(median(a / b for a, b in zip(*rates, strict=True)), 4)
+
+
 def summarise(corpus: Corpus, samples: Samples, flops: float, peak: float) -> list[dict[str, Any]]:
     """One row a way: medians over its rounds.
 
@@ -38,6 +44,8 @@ def _row(name: str, corpus: Corpus, samples: Sequence[Sample], flops: float, pea
     rate = median(map(_rate, samples))
     padding = [s.padding_share for s in samples if s.padding_share is not None]
     startup = [s.startup_seconds for s in samples if s.startup_seconds is not None]
+    cpu = [1000 * s.cpu_seconds / s.documents for s in samples if s.cpu_seconds is not None]
+    memory = [s.peak_bytes for s in samples if s.peak_bytes is not None]
     return {
         "way": name,
         "documents": samples[0].documents,
@@ -46,8 +54,8 @@ def _row(name: str, corpus: Corpus, samples: Sequence[Sample], flops: float, pea
         "useful_gflops": round(rate * flops / 1e9, 2),
         "peak_share": round(rate * flops / 1e9 / peak, 4),
         "padding_share": round(median(padding), 4) if padding else None,
-        "cpu_seconds_per_1000_documents": round(median(1000 * s.cpu_seconds / s.documents for s in samples), 2),
-        "peak_memory_mb": round(max(s.peak_bytes for s in samples) / 1e6),
+        "cpu_seconds_per_1000_documents": round(median(cpu), 2) if cpu else None,
+        "peak_memory_mb": round(max(memory) / 1e6) if memory else None,
         "startup_seconds": round(median(startup), 2) if startup else None,
         "rounds": [round(_rate(sample), 2) for sample in samples],
     }
@@ -69,14 +77,15 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     padding, startup = row["padding_share"], row["startup_seconds"]
+    cpu, memory = row["cpu_seconds_per_1000_documents"], row["peak_memory_mb"]
     return (
         row["way"],
         f"{row['documents_per_second']:,.1f}",
         f"{row['tokens_per_second']:,.0f}",
         f"{row['peak_share']:.1%}",
         "" if padding is None else f"{padding:.1%}",
-        f"{row['cpu_seconds_per_1000_documents']:,.1f}",
-        f"{row['peak_memory_mb']:,}",
+        "" if cpu is None else f"{cpu:,.1f}",
+        "" if memory is None else f"{memory:,}",
         "" if startup is None else f"{startup:.1f}",
     )
 

@@ -1,42 +1,51 @@
-"""Every way to tag the documents: each is prepared once and then measured again and again, in a process of its own."""
+"""Ways to tag the documents: each is prepared once and then measured again and again, in a process of its own."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import count
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from nermill.worker.contracts.manifest import TOKENIZER_FILE, load_manifest, resolve_artifact
-
-if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
+from nermill.worker.contracts.manifest import TOKENIZER_FILE, Manifest, load_manifest
+from nermill.worker.tagging.batching import Placement, place
 
 PEAK_SIZES = ((1024, 384, 1536), (2048, 1024, 4096))  # the demo model's largest product, and one of BERT-large's
 PEAK_SECONDS = 0.3
 STARTUP_DOCUMENTS = 4
+BUCKETS = (32, 48, 64, 96, 128, 192, 256, 512)  # eight, as those that are published for a 310P
 
 
 @dataclass(frozen=True)
 class Models:
-    """One model in three forms: the artifact as shipped, its fp32 artifact, its Hugging Face checkpoint."""
+    """One model in several forms.
+
+    Attributes:
+        shipped: The artifact as shipped.
+        fp32: Its fp32 artifact.
+        checkpoint: Its Hugging Face checkpoint.
+        openvino: Its int8 artifact for OpenVINO, where that is installed.
+        peers: Folder with the graphs of ``tests.benchmarks.peers``.
+    """
 
     shipped: Path
     fp32: Path
     checkpoint: Path
+    openvino: Path | None = None
+    peers: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -47,19 +56,21 @@ class Sample:
         documents: Documents tagged.
         seconds: What they took; start-up apart.
         padding_share: 1 − real ÷ computed tokens; None where nobody counts.
-        cpu_seconds: Processor time of all processes that took part, start-up apart.
-        peak_bytes: Memory of the largest process at its peak.
+        cpu_seconds: Processor time of all processes that took part, start-up apart; None where nobody counts.
+        peak_bytes: Memory of the largest process at its peak; likewise.
         startup_seconds: From the command to its first work and from the last to its end, where it is a command.
     """
 
     documents: int
     seconds: float
     padding_share: float | None
-    cpu_seconds: float
-    peak_bytes: int
+    cpu_seconds: float | None
+    peak_bytes: int | None
     startup_seconds: float | None = None
 
 
+Int = NDArray[np.int64]
+Lay = Callable[[Int, Manifest], Placement]  # of waiting windows' lengths the next batch
 Measure = Callable[[], Any]
 Way = Callable[[Sequence[str], Models, ExitStack], Measure]  # the stack takes what is to be closed in the end
 
@@ -95,7 +106,7 @@ def pipeline(batch: int) -> Way:
         lengths = [len(tagger.tokenizer(text)["input_ids"]) for text in texts]
         rows = [lengths[at : at + batch] for at in range(0, len(lengths), batch)]
         padding = 1 - sum(lengths) / sum(len(row) * max(row) for row in rows)
-        return lambda: _timed(lambda: tagger(list(texts), batch_size=batch), len(texts), padding)
+        return lambda: timed(lambda: tagger(list(texts), batch_size=batch), len(texts), padding)
 
     return way
 
@@ -144,13 +155,25 @@ def task_per_document(texts: Sequence[str], models: Models, stack: ExitStack) ->
     return measure
 
 
-def engine(form: str) -> Way:
-    """The bare engine on ideal batches that were prepared beforehand: only ``run`` is timed."""
+def padded(*lengths: int) -> Lay:
+    """One window a row, padded to the nearest of some lengths, in batches of one length that are as full as can be."""
+
+    def lay(waiting: Int, manifest: Manifest) -> Placement:
+        nearest = np.array(lengths)[np.searchsorted(lengths, waiting)]
+        length = int(nearest[0])
+        window = np.flatnonzero(nearest == length)[: manifest.token_budget // length]
+        row = np.arange(len(window))
+        return Placement(len(window), length, int(waiting[window].sum()), window, row, np.zeros_like(row))
+
+    return lay
+
+
+def engine(form: str, lay: Lay = place) -> Way:
+    """The bare engine on batches that were prepared beforehand: only ``run`` is timed."""
 
     def way(texts: Sequence[str], models: Models, stack: ExitStack) -> Measure:
         from nermill.worker.contracts.plan import Options
         from nermill.worker.engine import load_engine
-        from nermill.worker.tagging.batching import place
         from nermill.worker.tagging.pool import Job, Work, build_batch
         from nermill.worker.tagging.tokens import tokenize
         from nermill.worker.tagging.windows import split_into_windows
@@ -163,7 +186,7 @@ def engine(form: str) -> Way:
         job = Job(tokens, windows, np.empty((0, 0), np.float32))
         batches, waiting = [], np.arange(len(windows))
         while len(waiting):
-            placement = place(windows.lengths[waiting], manifest)
+            placement = lay(windows.lengths[waiting], manifest)
             number = waiting[placement.window]
             work = Work([job], np.array([0, len(number)]), windows.of(number), placement)
             batches.append(build_batch(work, manifest))
@@ -175,7 +198,7 @@ def engine(form: str) -> Way:
             for batch in batches:
                 runner.run(batch)
 
-        return lambda: _timed(run, len(texts), padding)
+        return lambda: timed(run, len(texts), padding)
 
     return way
 
@@ -185,7 +208,7 @@ def tagger(texts: Sequence[str], models: Models, stack: ExitStack) -> Measure:
     from nermill.worker import Tagger
 
     loaded = Tagger.load(models.shipped)
-    return lambda: _timed(lambda: loaded.tag(texts), len(texts), None)
+    return lambda: timed(lambda: loaded.tag(texts), len(texts), None)
 
 
 def mill(form: str) -> Way:
@@ -252,7 +275,8 @@ def peak(texts: Sequence[str], models: Models, stack: ExitStack) -> Measure:
     return measure
 
 
-def _timed(call: Callable[[], object], documents: int, padding: float | None) -> Sample:
+def timed(call: Callable[[], object], documents: int, padding: float | None) -> Sample:
+    """A measurement of one call in this process."""
     cpu, begun = time.process_time(), time.perf_counter()
     call()
     seconds = time.perf_counter() - begun
@@ -271,58 +295,3 @@ def _peak_bytes(pid: int) -> int:
 def _cpu_seconds(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-WAYS: dict[str, Way] = {  # neighbours here are neighbours in time: those whose ratio is of interest
-    "recipe": recipe,
-    "pipeline-1": pipeline(1),
-    "celery task": task_per_document,
-    "pipeline-32": pipeline(32),
-    "tagger": tagger,
-    "mill": mill("shipped"),
-    "engine": engine("shipped"),
-    "peak": peak,
-    "engine fp32": engine("fp32"),
-    "mill fp32": mill("fp32"),
-}
-
-
-@contextmanager
-def prepared(name: str, texts: Sequence[str], models: Models) -> Iterator[Measure]:
-    """A way in a process of its own, idle between two measurements."""
-    here, there = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(there, name, texts, models))
-    process.start()
-    there.close()
-    try:
-        here.recv()
-
-        def measure() -> Any:
-            here.send(None)
-            return here.recv()
-
-        yield measure
-    except EOFError:
-        raise SystemExit(f"the way {name!r} failed; its own words are above") from None
-    finally:
-        here.close()
-        process.join()
-
-
-def _serve(connection: Connection, name: str, texts: Sequence[str], models: Models) -> None:
-    with ExitStack() as stack, suppress(EOFError):  # the end of the other side's questions
-        measure = WAYS[name](texts, models, stack)
-        connection.send("ready")
-        while True:
-            connection.recv()
-            connection.send(measure())
-
-
-def make_models(folder: Path) -> Models:
-    """Takes the shipped model's checkpoint back from it and compiles that in fp32."""
-    from nermill.model_build.demo.recover import recover
-
-    recover(folder / "checkpoint")
-    command = ["compile", str(folder / "checkpoint"), "--out", str(folder / "fp32"), "--backend", "torch"]
-    subprocess.run([sys.executable, "-m", "nermill.model_build.cli", *command], check=True, stdout=subprocess.DEVNULL)
-    return Models(resolve_artifact("demo"), folder / "fp32", folder / "checkpoint")

