@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -23,7 +25,6 @@ from nermill.model_build.artifact import Order, compile_artifact
 from nermill.model_build.bench import bench
 from nermill.model_build.checkpoint import open_checkpoint
 from nermill.model_build.corpus import read_texts
-from nermill.model_build.demo.recover import recover
 from nermill.model_build.reference import reference_logits, windows_of
 from nermill.model_build.verify import run_batched, run_packed, verify
 from nermill.producer import doctor
@@ -65,15 +66,22 @@ def test_every_family_answers_as_its_checkpoint(
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory, sample: Path) -> Path:
-    """The shipped model for OpenVINO, in int8 with scales from the sample."""
+def demo(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
+    """The shipped model for OpenVINO, in int8 with scales from the sample, by commands of the builder's page."""
     folder = tmp_path_factory.mktemp("demo")
-    recover(folder / "checkpoint")
-    order = Order("openvino", precision="int8", calibrate=str(sample / "wikigold.conll"))
-    manifest = compile_artifact(str(folder / "checkpoint"), folder / "art", order)
+    (folder / "model_build").symlink_to(root / "model_build")
+    page = (root / "model_build" / "README.md").read_text("utf-8")
+    commands = re.findall(
+        r"^(?:python -m \S+demo\.recover|nermill-build compile demo-checkpoint) .*$", page, re.MULTILINE
+    )
+    assert len(commands) == 2
+    for command in commands:
+        words = shlex.split(command.replace("nermill-build", "python -m nermill.model_build.cli"))
+        subprocess.run([sys.executable, *words[1:]], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    manifest = load_manifest(folder / "demo-openvino")
     assert manifest.details["calibration"]["texts"].endswith(" texts of wikigold.conll")
     assert 50 <= manifest.details["calibration"]["rows"] <= openvino.CALIBRATION_ROWS
-    return folder / "art"
+    return folder / "demo-openvino"
 
 
 def windows_for(artifact: Path, sample: Path) -> list[tuple[int, ...]]:
@@ -126,7 +134,7 @@ def same_bits(mine: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> None:
 @pytest.mark.slow
 def test_int8_loses_little_against_its_checkpoint(demo: Path, sample: Path) -> None:
     texts = read_texts([str(sample / "wikigold.conll")])
-    checks = {c.name: c for c in verify(demo, checkpoint=str(demo.parent / "checkpoint"), texts=texts)}
+    checks = {c.name: c for c in verify(demo, checkpoint=str(demo.parent / "demo-checkpoint"), texts=texts)}
     assert checks["texts F1 lost"].value < 0.01, checks["texts F1 lost"].note
     assert checks["texts tags"].value < 0.02
     assert checks["packing"].value == checks["padding"].value == 0
