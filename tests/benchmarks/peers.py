@@ -95,7 +95,7 @@ def sorted_loop(load: Callable[[Path], Run]) -> Way:
             batches = [_feeds(batch) for batch in _batches([window.encoding for window in windows])]
             logits = chain.from_iterable(run(batches))
             found: list[list[Entity]] = [[] for _ in texts]
-            for window, answer in zip(windows, logits, strict=False):  # the rows of each batch
+            for window, answer in zip(windows, logits, strict=True):
                 found[window.document] += _entities(window, answer, labels)
             for entities in found:
                 entities.sort(key=itemgetter("start"))
