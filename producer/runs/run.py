@@ -187,7 +187,9 @@ def wait(
             elif by_ledger:
                 raise not_all_sent(run) if is_known else lost(run)
             else:
-                send(run, plan, queue)
+                plan = read_plan(run)  # which somebody else may have cancelled
+                if not plan.cancelled:
+                    send(run, plan, queue)
         pause = min(_POLL_SECONDS[1], pause * 1.2)
         time.sleep(max(pause, min(_LONGEST_PAUSE, 5 * (time.monotonic() - began))))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import time
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from nermill.producer.runs.rejects import read_rejects, retry
-from nermill.producer.runs.run import cancel, open_run, resume
+from nermill.producer.runs.run import cancel, open_run, resume, wait
 from nermill.producer.runs.status import look
 from nermill.worker.contracts.layout import SUCCESS_FILE, RunFolder
 from nermill.worker.contracts.plan import Plan
@@ -57,6 +58,17 @@ def test_a_cancelled_run_says_so_keeps_its_parts_and_is_taken_up_again(
     assert rows(run) == expected
     assert written == {s: Path(run.path(f"part-{s:05d}.parquet")).stat().st_mtime_ns for s in kept}
     assert fleet.ask("status", run.uri)[0] == 0
+
+
+def test_a_run_that_somebody_else_cancels_is_not_sent_again_by_who_waits_for_it(fleet: Harness) -> None:
+    run, plan = submit(fleet)
+    cancel(run, plan, fleet.queue())
+    looks = itertools.count()
+
+    def look_again(_: object) -> None:
+        assert next(looks) < 20, "it goes on to wait"
+
+    assert wait(run, plan, fleet.queue(), look_again).state == "cancelled"
 
 
 def test_cancelling_a_run_that_is_complete_changes_nothing(fleet: Harness) -> None:
