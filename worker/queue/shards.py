@@ -28,10 +28,10 @@ from nermill.worker.contracts.errors import (
     UnreachableError,
     UsageError,
 )
-from nermill.worker.contracts.layout import PLAN_FILE, REJECT_FILE, part_name
+from nermill.worker.contracts.layout import PLAN_FILE, REJECT_FILE, RunFolder, part_name
 from nermill.worker.contracts.ledger import Ledger
 from nermill.worker.contracts.message import check_run, check_shard
-from nermill.worker.contracts.plan import Shard
+from nermill.worker.contracts.plan import Shard, read_plan
 from nermill.worker.contracts.records import MAX_ATTEMPTS, Claim, WorkerProcess
 from nermill.worker.contracts.shard import read_shard
 from nermill.worker.process import tracing
@@ -240,11 +240,17 @@ class ShardWorker:
             raise MessageError(f"the ledger speaks of {shard.documents} documents, the shard has {table.num_rows}")
         read = time.time()
         annotated = self._annotate(claim, shard, table, on_fed)
-        if time.monotonic() > claim.fresh_until and not self.leases.renew(claim):
-            raise LeaseLostError
+        self._check_lease(claim)
         tagged = time.time()
         committed, is_ours = self._commit(claim, shard, claimed, annotated)
         done = time.time()
+        if is_ours:
+            try:
+                self._check_lease(claim)
+            except LeaseLostError:
+                if self._is_compacted(run, shard):  # its documents are in another part
+                    run.remove(name)
+                    raise
         self._written = claim.run_id, done - tagged
         if is_ours:
             self.metrics.committed(
@@ -254,6 +260,16 @@ class ShardWorker:
         result = self._record(claim, committed)
         log.info("run %s shard %d: %d documents in %.2f s", claim.run_id, shard.index, table.num_rows, done - claimed)
         return result
+
+    def _check_lease(self, claim: Claim) -> None:
+        if time.monotonic() > claim.fresh_until and not self.leases.renew(claim):
+            raise LeaseLostError
+
+    @staticmethod
+    def _is_compacted(run: RunFolder, shard: Shard) -> bool:
+        """Whether the shard was joined with others into a new one."""
+        plan = read_plan(run)
+        return "compacted" in plan.details and shard.index not in {planned.index for planned in plan.shards}
 
     def _check_roots(self, claim: Claim) -> None:
         """Refuses a run whose folder, or what is in it, lies elsewhere once links and ``..`` are followed."""
