@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
+from tests.exploration.agreement import disagreements
 from tests.exploration.scenario import SCENARIOS, Scenario
 from tests.exploration.search import Failure, Schedule, Tally, at_writes, exhaust, follow, shrink, wander, wandering
 from tests.exploration.world import Fault, World
+
+MUTANT_SECONDS = 240.0
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.exploration", description=__doc__)
     parser.add_argument("--scenario", action="append", choices=sorted(SCENARIOS), help="explore these alone")
-    parser.add_argument("--bound", type=int, default=1, help="faults in a schedule of the exhaustive search")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of random walks, and of each other search")
-    parser.add_argument("--walks", type=int, help="most random walks; the seeds are those from --seed on")
+    parser.add_argument("--faults", type=int, default=1, help="most faults in a schedule of the exhaustive search")
+    parser.add_argument("--slice", default="1/1", metavar="K/N", help="of the exhaustive search, the K-th of N parts")
+    parser.add_argument("--walks", type=int, default=2000, help="random walks; the seeds are those from --seed on")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="after which each search ends, and is not whole"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--seed", type=int, default=0, help="first seed of the random walks")
     parser.add_argument("--replay", metavar="SEED|SCHEDULE", help="walk again: a seed, or STEP:FAULT,STEP:FAULT")
+    parser.add_argument("--agreement", action="store_true", help="walk at random; do worlds that seem alike go on so?")
     parser.add_argument("--mutants", action="store_true", help="explore the product with faults seeded into its code")
     parser.add_argument("--mutant", action="append", help="these mutants alone")
     parser.add_argument("--hunt", action="store_true", help=argparse.SUPPRESS)
@@ -33,15 +41,20 @@ def main(arguments: list[str] | None = None) -> int:
     if given.mutants or given.mutant:
         from tests.exploration.mutants import run_mutants
 
-        return run_mutants(given.mutant, given.jobs, given.seconds)
+        return run_mutants(given.mutant, given.jobs, min(given.seconds, MUTANT_SECONDS))
+    if given.agreement:
+        return agree(names, given.walks)
     if given.hunt:
         return hunt(names, given.seconds)
+    part, parts = map(int, given.slice.split("/"))
+    shares = [((part - 1) * given.jobs + number, parts * given.jobs) for number in range(given.jobs)]
     failures: list[Failure] = []
     with ProcessPoolExecutor(given.jobs) as pool:
         for name in names:
-            search = partial(share_of, SCENARIOS[name], given.bound, given.seconds, given.jobs)
-            tally = together(list(pool.map(search, range(given.jobs))))
-            print(f"{name}: every schedule of {given.bound} faults at most: {tally}", flush=True)
+            search = partial(share_of, SCENARIOS[name], given.faults, given.seconds)
+            tally = together(list(pool.map(search, shares)))
+            of = "" if parts == 1 else f"part {given.slice} of "
+            print(f"{name}: {of}every schedule of {given.faults} faults at most: {tally}", flush=True)
             failures += tally.failures
         tally = together(
             list(pool.map(partial(walks, names, given.seed, given.walks, given.seconds, given.jobs), range(given.jobs)))
@@ -70,12 +83,23 @@ def hunt(names: tuple[str, ...], seconds: float) -> int:
     return 0
 
 
-def share_of(scenario: Scenario, bound: int, seconds: float, jobs: int, number: int) -> Tally:
-    return exhaust(scenario, bound, seconds=seconds, share=(number, jobs))
+def agree(names: tuple[str, ...], walks: int) -> int:
+    """Walks at random, and tells of worlds that seemed alike and did not go on alike."""
+    is_well = True
+    for name in names:
+        again, found = disagreements(SCENARIOS[name], range(walks))
+        print(f"{name}: {walks:,} walks, {again:,} worlds like one before, {len(found)} went on otherwise", flush=True)
+        print(*found[:5], sep="\n", end="\n" if found else "")
+        is_well &= not found
+    return 0 if is_well else 1
 
 
-def walks(names: tuple[str, ...], seed: int, most: int | None, seconds: float, jobs: int, number: int) -> Tally:
-    return wandering(names, itertools.islice(itertools.count(seed), number, most, jobs), seconds=seconds)
+def share_of(scenario: Scenario, bound: int, seconds: float, share: tuple[int, int]) -> Tally:
+    return exhaust(scenario, bound, seconds=seconds, share=share)
+
+
+def walks(names: tuple[str, ...], seed: int, most: int, seconds: float, jobs: int, number: int) -> Tally:
+    return wandering(names, iter(range(seed + number, seed + most, jobs)), seconds=seconds)
 
 
 def together(tallies: list[Tally]) -> Tally:

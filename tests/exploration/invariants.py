@@ -34,14 +34,15 @@ class Watch:
         self._singles: dict[str, str] = {}  # the document that a process tags alone
         self._deaths: Counter[str] = Counter()  # of processes that tagged a document alone
         self._dropped = False
+        self._is_unevaluated = False  # too many attempts did not live to write the report
+        self.is_compacted = False  # from the begin of the command on
         self._lost: Counter[tuple[str, str]] = Counter()  # leases that ended while they were held
         self._attempts: dict[tuple[str, str], int] = {}  # of a process's lease of a shard
         self._looked = 0.0
-        self._was_blocked = False
+        self._was_blocked = self._was_cancelled = False
         self.checked_from = 0  # the number of the first step that another walk did not check
         self.sent = 0
         self.tagged: Counter[int] = Counter()
-        self.taggings = 0  # of shards and of documents alone
         self.poisoned = 0
         self.evaluations = 0
         world.watch = self
@@ -66,6 +67,7 @@ class Watch:
                 self._world.violated(
                     f"attempt {told[1]} of shard {shard}, which was lost {self._lost[run, shard]} times"
                 )
+            self._is_unevaluated |= shard == FINISH and told[1] > MAX_ATTEMPTS
             self._leases[run, shard] = actor.process, lease, now + arguments[6] / 1000
             self._attempts[actor.process.name, shard] = told[1]
             held_shards = [key for key, held in self._leases.items() if held[0] is actor.process and key[1] != FINISH]
@@ -98,6 +100,34 @@ class Watch:
                     self._world.violated(f"the lease of shard {shard} ended, and {process.name} is well")
             self._leases = {key: held for key, held in self._leases.items() if held[2] > now}
 
+    def memory(self) -> object:
+        """What decides whether an invariant will hold, and is in no place of the world."""
+        leases = [(key, held[0].slot, held[0].is_alive, *held[1:]) for key, held in sorted(self._leases.items())]
+        singles = [(p.slot, self._singles.get(p.name)) for p in self._world.processes if p.is_alive]
+        since = round(min(self._world.now - self._looked, MIN_RECOVERY_SECONDS), 6)
+        return (
+            leases,
+            singles,
+            sorted(self._deaths.items()),
+            sorted(self._lost.items()),
+            self._was_blocked,
+            self._was_cancelled,
+            self.is_compacted,
+            since,
+        )
+
+    def excuses(self) -> tuple[int, ...]:
+        """What allows more, the greater each number is: a state that held with less holds with more."""
+        hindered = (p.is_hindered for p in self._world.processes if p.is_alive)
+        return self.slack(), int(self._dropped), int(self._is_unevaluated), *hindered
+
+    def slack(self) -> int:
+        """How many shards may be tagged again yet."""
+        scenario = self._scenario
+        held = scenario.workers * scenario.concurrency  # what a fault may cause to be tagged again
+        bound = scenario.shards + held * self._world.faults + (POISON_DEATHS if self.poisoned else 0)
+        return bound - sum(self.tagged.values())
+
     def looks(self) -> None:
         """Somebody was allowed to look for lost work."""
         since = self._world.now - self._looked
@@ -108,6 +138,10 @@ class Watch:
     def is_finished(self) -> bool:
         """Whether the ledger says so."""
         return self._hash(f"run:{self._run_id()}").get("state") == "finished"
+
+    def has_leases(self) -> bool:
+        """Whether the ledger waits for the end of a lease, of a worker that was lost."""
+        return bool(self._hash("leases"))
 
     def is_blocked(self) -> bool:
         """Whether the ledger says that no live worker can read the run's folder."""
@@ -128,7 +162,6 @@ class Watch:
     def annotates(self, process: Process, first: int, rows: int) -> None:
         """A process begins to tag rows of a shard."""
         size = self._scenario.shard_documents
-        self.taggings += 1
         if rows == 1 < size:
             self._singles[process.name] = str(first)
             return
@@ -137,6 +170,10 @@ class Watch:
         attempts = self._attempts[process.name, str(first // size)]
         if size > 1 and attempts > MAX_ATTEMPTS:
             self._world.violated(f"shard {first // size} is tagged as a whole at attempt {attempts}")
+
+    def attempt(self, process: Process, first: int) -> int:
+        """How often the shard of a row was leased when a process was given it."""
+        return self._attempts[process.name, str(first // self._scenario.shard_documents)]
 
     def annotated(self, process: Process) -> None:
         self._singles.pop(process.name, None)
@@ -161,7 +198,7 @@ class Watch:
         if len(world.steps) < self.checked_from:
             return
         seen = (world.disk.version, Bucket.version, world.server.version)
-        if seen[:2] != self._seen[:2]:
+        if seen[:2] != self._seen[:2] or self.is_compacted:
             self._check_files()
         if seen[2] != self._seen[2]:
             self._check_ledger()
@@ -200,8 +237,29 @@ class Watch:
     def _planned(files: dict[str, bytes]) -> set[str]:
         return {_part(shard) for shard in _shards(files["_plan.json"])}
 
+    def _check_compacted(self, files: dict[str, bytes]) -> None:
+        """Whoever goes by the plan, or lists the folder and then finds ``_SUCCESS``, reads each document once.
+
+        Until a late worker has taken its part away again, the latter reads that as well.
+        """
+        wanted = sorted(map(str, range(len(self._scenario.documents))))
+        listed = {name for name in files if name.startswith("part-")}
+        is_done = "_SUCCESS" in files and all(len(process.actors) <= 1 for process in self._world.processes)
+        for how, names in (("plan", self._planned(files)), ("folder", listed if is_done else None)):
+            if names is None:
+                continue
+            if missing := names - files.keys():
+                self._world.violated(f"by the {how}, {sorted(missing)} are missing")
+                continue
+            found = sorted(document for name in names for document, _ in _read(files[name])[0])
+            if found != wanted:
+                self._world.violated(f"by the {how}, the run has the documents {found}")
+
     def _check_files(self) -> None:
         violated, files = self._world.violated, self._files()
+        if self.is_compacted:
+            self._check_compacted(files)
+            return
         for name, data in self._parts.items():
             if name not in files:
                 violated(f"{name} is gone")
@@ -266,7 +324,9 @@ class Watch:
                     violated(f"shard {min(one & other)} of {run} is in two places")
             somewhere = pending | sent | leases | results | quarantined
             self._was_blocked |= "blocked" in header  # what is received meanwhile is added again by who resumes the run
-            if header.get("state") != "cancelled" and not self._was_blocked and not shards <= somewhere:
+            self._was_cancelled |= header.get("state") == "cancelled"
+            is_added = not (self._was_blocked or self._was_cancelled)  # else what is in no place waits until it is
+            if is_added and not shards <= somewhere:
                 violated(f"shard {min(shards - somewhere)} of {run} is in no place")
             if header.get("state") == "finishing" and FINISH not in somewhere:
                 violated(f"the last step of {run} is in no place")
@@ -303,6 +363,8 @@ class Watch:
         if not run:
             return
         durable = self._durable()
+        if self.is_compacted:
+            return
         if self._hash(f"run:{run}:shards") and not {"_plan.json", *_sources(durable)} <= durable.keys():
             violated("the ledger knows the run; its plan or its documents are not durable")
         for shard, text in self._hash(f"run:{run}:results").items():
@@ -324,15 +386,20 @@ class Watch:
     def check_end(self) -> None:
         violated, world, scenario = self._world.violated, self._world, self._scenario
         files = self._files()
-        is_evaluated = (
-            scenario.waits or not self._was_blocked
-        )  # a run that is sent again when it is whole is only marked
-        report = {"_report.json"} if is_evaluated else set()
-        if not {"_SUCCESS", *report, *map(_part, range(scenario.shards))} <= files.keys():
+        ends = {self._hash(f"run:{run}").get("state") for run in self._runs()}
+        is_cancelled = json.loads(files.get("_plan.json", b"{}")).get("cancelled") and ends <= {"cancelled"}
+        if scenario.cancels and not any(step.fault for step in world.steps) and not is_cancelled:
+            violated(f"somebody cancelled the run, and it is {ends}")
+        if is_cancelled:
+            wanted = set()
+        else:
+            shards = self._planned(files) if self.is_compacted else set(map(_part, range(scenario.shards)))
+            wanted = {"_SUCCESS", *shards} | (set() if self._is_unevaluated else {"_report.json"})
+        if not wanted <= files.keys():
             violated(f"the work is done, and the run has {sorted(files)}")
+        if not ends <= ({"finished", "cancelled"} if scenario.cancels else {"finished"}):
+            violated(f"the work is done, and the run is {ends}")
         for run in self._runs():
-            if (state := self._hash(f"run:{run}").get("state")) != "finished":
-                violated(f"the work is done, and the run is {state}")
             keys = [key for key in world.server.values if f":{run}" in key and "run:" in key]
             if missing := [key for key in keys if key not in world.server.deadlines]:
                 violated(f"the work is done, and {missing} stay for ever")
@@ -342,14 +409,13 @@ class Watch:
             is_index = key.startswith(tuple(KEY_PREFIX + name for name in ("turn:", "sent", "leases")))
             if is_index and value:
                 violated(f"the work is done, and {key} has {sorted(value)}")
-        if not any(step.fault for step in world.steps) and not self.poisoned and not scenario.blind:
+        is_plain = not (self.poisoned or scenario.blind or scenario.cancels)
+        if is_plain and not any(step.fault for step in world.steps):
             if self.tagged != Counter(range(scenario.shards)):
                 violated(f"without faults, shards were tagged so often: {dict(self.tagged)}")
             if self.sent != scenario.shards + 1:
                 violated(f"without faults, {self.sent} messages were sent")
-        held = scenario.workers * scenario.concurrency  # what a fault may cause to be tagged again
-        bound = scenario.shards + held * world.faults + (POISON_DEATHS if self.poisoned else 0)
-        if sum(self.tagged.values()) > bound:
+        if self.slack() < 0:
             violated(f"with {world.faults} faults, shards were tagged so often: {dict(self.tagged)}")
         self.check()
 

@@ -91,7 +91,14 @@ MUTANTS = (
         SHARDS,
         "if time.monotonic() > claim.fresh_until and not",
         "if False and not",
-        ("slow", "disk"),
+        ("compact",),
+    ),
+    Mutant(
+        "a late part stays in a compacted run",
+        SHARDS,
+        "                    run.remove(name)\n                    raise\n",
+        "                    raise\n",
+        ("compact",),
     ),
     Mutant(
         "leases repeat their number",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +17,15 @@ from typing import Any, Protocol
 
 from fsspec import AbstractFileSystem
 
+from tests.exploration.state import content
+
 
 class Steps(Protocol):
     """What a place asks of the world."""
+
+    now: float
+
+    def text(self, text: str) -> object: ...
 
     def step(self, label: str, effect: Callable[[], Any], *, writes: bool = False, failure: Any = None) -> Any: ...
     def sees_disk(self) -> bool:
@@ -53,7 +60,7 @@ class Disk:
         self.root = Folder()
         self.version = 0
         self._open: dict[int, Folder | Inode] = {}
-        self._digest = (-1, 0)
+        self._digest = ((-1, 0.0), 0)
         self.os = self._os()
         self.shutil = SimpleNamespace(rmtree=self._rmtree)
 
@@ -104,12 +111,15 @@ class Disk:
 
         def of(entry: Inode | Folder) -> int:
             if isinstance(entry, Inode):
-                return hash((entry.data, entry.is_synced))
+                return hash((content(entry.data), entry.is_synced))
             parts = (entry.entries, entry.synced) if entry.entries != entry.synced else (entry.entries,)
-            return hash(tuple(frozenset((name, of(inner)) for name, inner in part.items()) for part in parts))
+            return hash(tuple(frozenset((named(name), of(inner)) for name, inner in part.items()) for part in parts))
 
-        if self._digest[0] != self.version:
-            self._digest = self.version, of(self.root)
+        def named(name: str) -> object:  # a file aside ends with an id
+            return (name[:-32], self._world.text(name[-32:])) if name.startswith(".") else name
+
+        if self._digest[0] != (self.version, self._world.now):
+            self._digest = (self.version, self._world.now), of(self.root)
         return self._digest[1]
 
     # In the place of the module os
@@ -128,7 +138,7 @@ class Disk:
             access=lambda *_: True,
             makedirs=self._makedirs,
             mkdir=lambda path: self._step("mkdir", path, lambda: self._mkdir(path)),
-            rmdir=self._unlink,
+            rmdir=lambda path: self._step("rmdir", path, lambda: self._rmdir(path)),
             scandir=self._scandir,
             open=self._open_folder,
             close=lambda descriptor: self._open.pop(descriptor),
@@ -137,7 +147,7 @@ class Disk:
             replace=lambda source, target: self._step("rename", target, lambda: self._move(source, target)),
             rename=lambda source, target: self._step("rename", target, lambda: self._move(source, target)),
             unlink=self._unlink,
-            listdir=lambda path: self._step("list", path, lambda: list(self._folder(path).entries), writes=False),
+            listdir=lambda path: self._step("list", path, lambda: sorted(self._folder(path).entries), writes=False),
             stat=self._stat,
         )
 
@@ -163,9 +173,16 @@ class Disk:
         folder.entries[name] = Folder()
         self.version += 1
 
+    def _rmdir(self, path: str) -> None:
+        if self._folder(path).entries:
+            raise OSError(39, "Directory not empty", path)
+        folder, name = self._at(path)
+        del folder.entries[name]
+        self.version += 1
+
     @contextmanager
     def _scandir(self, path: str) -> Iterator[Iterator[str]]:
-        yield iter(self._world.step("", lambda: list(self._folder(path).entries)))
+        yield iter(self._world.step("", lambda: sorted(self._folder(path).entries)))
 
     def _makedirs(self, path: str, exist_ok: bool = False) -> None:
         names = path.strip("/").split("/")
@@ -290,7 +307,11 @@ def _walk(folder: Folder, entries: Callable[[Folder], dict[str, Any]], *, only_s
 
 
 def _short(path: str) -> str:
-    return path.rpartition("run=")[2].partition("/")[2] or path.rpartition("/")[2]
+    """A path in a step's name: without the ids that differ from walk to walk."""
+    return _ID.sub("*", path.rpartition("run=")[2].partition("/")[2] or path.rpartition("/")[2])
+
+
+_ID = re.compile(r"[0-9a-f]{32}")
 
 
 class Bucket(AbstractFileSystem):  # type: ignore[misc]
@@ -304,10 +325,18 @@ class Bucket(AbstractFileSystem):  # type: ignore[misc]
     world: Any = None
     objects: dict[str, bytes] = {}  # noqa: RUF012
     version = 0
+    _digest = (-1, 0)
 
     @classmethod
     def begin(cls, world: Steps) -> None:
-        cls.world, cls.objects, cls.version = world, {}, 0
+        cls.world, cls.objects, cls.version, cls._digest = world, {}, 0, (-1, 0)
+
+    @classmethod
+    def digest(cls) -> int:
+        """A hash of all objects."""
+        if cls._digest[0] != cls.version:
+            cls._digest = cls.version, hash(frozenset((name, content(data)) for name, data in cls.objects.items()))
+        return cls._digest[1]
 
     @classmethod
     def files(cls, path: str) -> dict[str, bytes]:

@@ -31,12 +31,16 @@ from nermill.worker.contracts.errors import MessageError, NermillError
 from nermill.worker.contracts.layout import REPORT_JSON, RunFolder
 from nermill.worker.contracts.ledger import Ledger
 from nermill.worker.contracts.message import FINISH_RUN, QUEUE
-from nermill.worker.contracts.plan import Options
+from nermill.worker.contracts.plan import Options, Plan, read_plan
 from nermill.worker.contracts.schema import part_schema
 from nermill.worker.process.metrics import Metrics
 from nermill.worker.process.settings import Settings
 from nermill.worker.queue import capacity, finish, leases, poison, shards, watchdog
+from nermill.worker.queue.capacity import Capacity
+from nermill.worker.queue.leases import Leases
+from nermill.worker.queue.poison import Isolation
 from nermill.worker.queue.shards import ShardWorker
+from nermill.worker.queue.watchdog import Watchdog
 from nermill.worker.tagging import parts
 from nermill.worker.tagging.clock import DeviceClock
 from nermill.worker.tagging.pipeline import Annotated, Stats
@@ -44,12 +48,10 @@ from tests.exploration import world as simulated
 from tests.exploration.invariants import Watch
 from tests.exploration.places import Bucket
 from tests.exploration.server import Server
-from tests.exploration.world import Process, World
+from tests.exploration.state import digest
+from tests.exploration.world import MAX_POSITIONS, Actor, Process, World
 
 LEASE = 12.0
-PAUSE = 2 * LEASE + 1
-RESTART_SECONDS = 2.0  # the supervisor's
-OPERATOR_SECONDS = 30.0  # until somebody gives a command again that failed or was killed
 POISON = "poison"  # a document of that text ends the process that tags it
 ARTIFACT = "a" * 64
 READS = ("load", "workers", "waiting")  # steps of the ledger that change nothing
@@ -67,6 +69,12 @@ class Scenario:
         concurrency: Shards that each may hold.
         waits: Whether the producer follows the run to its end; one that does not cannot mend the loss of the broker.
         blind: Workers on hosts without the disk.
+        restart: Seconds until the supervisor starts a worker again.
+        operator: Seconds until somebody gives a command again that failed or was killed.
+        pause: Seconds for which a process or thread does nothing: more than a lease.
+        compacts: Whether the run is compacted when it is complete.
+        cancels: Seconds after which somebody cancels the run; 0 where nobody does.
+        polls: Seconds between the first two looks of a producer that waits, and between later ones at most.
     """
 
     name: str
@@ -78,6 +86,12 @@ class Scenario:
     concurrency: int = 1
     waits: bool = True
     blind: tuple[str, ...] = ()
+    restart: float = 2.0
+    operator: float = 30.0
+    pause: float = 2 * LEASE + 1
+    polls: tuple[float, float] = (1.0, 9.0)
+    compacts: bool = False
+    cancels: float = 0.0
 
     @property
     def is_disk(self) -> bool:
@@ -88,19 +102,30 @@ class Scenario:
         return -(-len(self.documents) // self.shard_documents)
 
 
+# All times are whole periods of a worker's renewals, so much comes to the same: two faults can be tried everywhere.
+_IN_STEP: dict[str, Any] = {"restart": 4.0, "operator": 8.0, "pause": 20.0, "polls": (4.0, 4.0)}
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
-        Scenario("disk"),
-        Scenario("store", out="sim://bucket/out", seconds=(5.0, 5.0)),
+        Scenario("disk", **_IN_STEP),
+        Scenario("store", out="sim://bucket/out", seconds=(5.0, 5.0), **_IN_STEP),
         Scenario("slow", seconds=(15.0, 15.0)),
         Scenario("queue", documents=tuple("abcdefgh"), seconds=(6.0,) * 8, shard_documents=1),
         Scenario("poison", documents=(POISON, "b", "c", "d")),
-        Scenario("alone", waits=False),
+        Scenario("alone", waits=False, **_IN_STEP),
         Scenario("blind", waits=False, blind=("w0",)),
+        Scenario("compact", out="sim://bucket/out", restart=4.0, operator=8.0, pause=40.0, compacts=True),
+        Scenario("cancel", seconds=(2.0,) * 4, shard_documents=1, cancels=1.0, **_IN_STEP),
         Scenario("threads", workers=1, concurrency=2, documents=("a", "b", "c"), seconds=(1.0,) * 3, shard_documents=1),
     )
 }
+
+
+# Arguments in the name of a step: none that differs where it comes later.
+_TOLD = {"register": 1, "close": 2, "unable": 2}
+_SHARED: dict[tuple[int, float], int] = {}
+_CONSTANT = frozenset(("pipeline", "metrics", "identity", "queues", "ledger", "_ledger", "_documents", "_dispatcher"))
+_TOLD_ELSEWHERE = frozenset(("_settings", "_lock", "_received"))
 
 
 class _Client:
@@ -116,7 +141,7 @@ class _Client:
         program = _program(self._world.server, source)
 
         def call(keys: list[str], args: list[Any]) -> Any:
-            about = " ".join(str(argument)[:12] for argument in args[1:3])
+            about = " ".join(str(argument)[:12] for argument in args[1 : _TOLD.get(args[0], 3)])
 
             def effect() -> Any:
                 told = program(keys, args)
@@ -151,7 +176,8 @@ class _Client:
 
     def set(self, name: str, value: int, *, nx: bool, px: int) -> bool:
         def effect() -> bool:
-            is_set = self._world.server.set(name, str(value), nx=nx, px=px)
+            server = self._world.server
+            is_set = server.remembered(("set", name, px), lambda: server.set(name, str(value), nx=nx, px=px))
             if is_set:
                 self._world.watch.looks()
             return is_set
@@ -171,7 +197,11 @@ def _program(server: Server, source: str) -> Any:
     if source not in _programs:
         _programs[source] = Server.script(source)
     program = _programs[source]
-    return lambda keys, arguments: program(server, keys, arguments)
+
+    def call(keys: list[str], arguments: list[Any]) -> Any:
+        return server.remembered(("script", *arguments), lambda: program(server, keys, arguments))
+
+    return call
 
 
 class _AbsentError(Exception):
@@ -229,6 +259,8 @@ class _Pipeline:
         self, table: pa.Table, options: Options, first: int = 0, on_fed: Callable[[Any], object] = lambda job: None
     ) -> Annotated:
         self._world.watch.annotates(self._process, first, table.num_rows)
+        attempt = self._world.watch.attempt(self._process, first)
+        self._world.tell(attempt)
         texts = tuple(
             zip(table["doc_id"].to_pylist(), table["text"].to_pylist(), table["fault_reason"].to_pylist(), strict=True)
         )
@@ -238,7 +270,7 @@ class _Pipeline:
         if any(text == POISON and fault is None for _, text, fault in texts):
             self._world.watch.poison()
             self._world.die()
-        return _annotated(texts, first, self._world.watch.taggings)
+        return _annotated(texts, first, attempt)
 
 
 @cache
@@ -370,6 +402,8 @@ def _of_part(table: pa.Table, metadata: dict[str, str]) -> tuple[str, ...]:
 def install() -> None:
     """Puts the world in the place of the modules through which the product reaches the outside."""
     logging.disable(logging.CRITICAL)
+    World.opaque = (World, Watch, Mill, Actor, Process, Scenario, Ledger, Dispatcher, Queue, ShardWorker, RunFolder)
+    World.opaque += (_Pipeline, _Client, _Settings, Metrics, Leases, Capacity, Watchdog, Isolation)
     fsspec.register_implementation("sim", Bucket, clobber=True)
     for module in (ledger, shards, capacity, layout, run, producer_queue, status, planning):
         module.time = simulated.clock  # type: ignore[attr-defined]
@@ -388,7 +422,6 @@ def install() -> None:
     poison.threading = simulated.threading  # type: ignore[attr-defined]
     layout.open_store = _open_store
     part.ThreadPoolExecutor = status.ThreadPoolExecutor = simulated.pool  # type: ignore[attr-defined,misc]
-    run._POLL_SECONDS = (1.0, 9.0)
     part.pq = _Parquet()  # type: ignore[assignment]
     shard.ipc = _Ipc()  # type: ignore[assignment]
     producer_shards.encode_shard = _remembered(shard.encode_shard, _of_shard)
@@ -400,35 +433,65 @@ class Mill:
 
     def __init__(self, world: World, scenario: Scenario) -> None:
         self.world, self.scenario = world, scenario
+        run._POLL_SECONDS = scenario.polls
         self.is_produced = False
-        self.attempts = 0
+        self.is_cancelled = False
         self.run_uri = ""
-        self._generations: dict[str, int] = {}
         self._metrics = _metrics()
         world.deliver, world.is_over = self._deliver, self._is_over
         world.at_death = self._died
+        world.shared, world.memory = self._shared, self._memory
         world.may_drop, world.blind = scenario.waits, scenario.blind
         self.watch = Watch(world, scenario)
         for number in range(scenario.workers):
             self._start_worker(f"w{number}")
         self._start_producer()
-
-    def _name(self, slot: str) -> str:
-        number = self._generations[slot] = self._generations.get(slot, -1) + 1
-        return f"{slot}.{number}"
+        if scenario.cancels:
+            world.later(scenario.cancels, "canceller", self._start_canceller)
 
     def _died(self, process: Process) -> None:
         if process.slot == "producer":
             if not self.is_produced:
-                self.world.later(OPERATOR_SECONDS, "producer", self._start_producer)
+                self.world.later(self.scenario.operator, "producer", self._start_producer)
+        elif process.slot == "canceller":
+            if not self.is_cancelled:
+                self.world.later(self.scenario.operator, "canceller", self._start_canceller)
         else:
-            self.world.later(RESTART_SECONDS, process.slot, lambda: self._start_worker(process.slot))
+            self.world.later(self.scenario.restart, process.slot, lambda: self._start_worker(process.slot))
+
+    def _shared(self, process: Process) -> int:
+        """A hash of what the threads of a worker have in common."""
+        worker = process.extra
+        if worker is None:
+            return 0
+        key = process.memory, self.world.now
+        if key not in _SHARED:
+            if len(_SHARED) > MAX_POSITIONS:
+                _SHARED.clear()
+            parts = worker, worker.leases, worker.capacity, worker.watchdog, worker.isolation
+            told = [
+                {name: value for name, value in vars(part).items() if name not in _CONSTANT | _TOLD_ELSEWHERE}
+                for part in parts
+            ]
+            _SHARED[key] = digest(told, self.world)
+        return _SHARED[key]
+
+    def _memory(self) -> object:
+        received = [
+            [
+                since
+                for since in process.extra.capacity._received.values()
+                if since > self.world.now - capacity.RECEIVED_SECONDS
+            ]
+            for process in self._workers()
+        ]
+        return self.is_produced, self.is_cancelled, received, self.watch.memory()
 
     # Workers
 
     def _start_worker(self, slot: str) -> None:
         world = self.world
-        process = world.begin(self._name(slot), slot)
+        process = world.begin(slot)
         book = Ledger(_Client(world))
         settings = _Settings(model=process.name, lease_seconds=LEASE, concurrency=self.scenario.concurrency)
         worker = ShardWorker(
@@ -441,7 +504,7 @@ class Mill:
         worker.leases.stopping = simulated.event()  # type: ignore[assignment]
         process.extra = worker
         world.act(
-            f"{process.name}/keep",
+            "keep",
             process,
             lambda: worker.leases.keep(simulated.event(), self._metrics, worker.watchdog.note_defect),  # type: ignore[arg-type]
             self._worker_ended,
@@ -470,30 +533,29 @@ class Mill:
 
     def _receive(self, process: Process, message: tuple[Any, ...]) -> None:
         worker, (name, *arguments) = process.extra, message
-        self.attempts += 1
-        task = f"{process.name}/{'finish' if name == FINISH_RUN else arguments[-1]}-{self.attempts}"
+        about = "finish" if name == FINISH_RUN else str(arguments[-1])
         if name == FINISH_RUN:
             call = lambda: worker.finish_run(*arguments)  # noqa: E731
         else:
-            worker.capacity.received(task)
+            worker.capacity.received(task := f"{about} {len(process.actors)}")
             call = lambda: worker.tag_shard(task, *arguments)  # noqa: E731
-        self.world.act(task, process, call, self._worker_ended)
+        self.world.act(about, process, call, self._worker_ended)
 
     # The producer
 
     def _start_producer(self) -> None:
         world = self.world
-        process = world.begin(self._name("producer"), "producer")
+        process = world.begin("producer")
 
         def ended(result: Any, error: BaseException | None) -> None:
             if error is not None and not isinstance(error, NermillError):
                 world.violated(f"the producer raised {type(error).__name__}: {error}")
             self.is_produced = error is None
             if error is not None:
-                world.later(OPERATOR_SECONDS, "producer", self._start_producer)
+                world.later(self.scenario.operator, "producer", self._start_producer)
             process.is_alive = False
 
-        world.act(f"{process.name}/main", process, self._produce, ended)
+        world.act("main", process, self._produce, ended)
 
     def _produce(self) -> None:
         """``nermill submit --wait``, as the command does it."""
@@ -513,11 +575,36 @@ class Mill:
         plan = resume(folder, plan, queue)
         if not scenario.waits:
             return
+        if not self.watch.is_compacted:
+            self._wait(folder, plan, queue)
+        if scenario.compacts:
+            self.watch.is_compacted = True
+            compact.compact(folder, read_plan(folder))
+
+    def _wait(self, folder: RunFolder, plan: Plan, queue: Queue) -> None:
         told = wait(folder, plan, queue)
-        if not folder.exists(REPORT_JSON):
+        if told.state == "complete" and not folder.exists(REPORT_JSON):
             _evaluate(folder.uri)
-        if told.state != "complete":
+        if told.state != "complete" and not self.scenario.cancels:
             self.world.violated(f"the producer waited until the run was {told.state}")
+
+    def _start_canceller(self) -> None:
+        world = self.world
+        process = world.begin("canceller")
+
+        def ended(result: Any, error: BaseException | None) -> None:
+            if error is not None and not isinstance(error, NermillError):
+                world.violated(f"the canceller raised {type(error).__name__}: {error}")
+            self.is_cancelled = error is None
+            if error is not None:
+                world.later(self.scenario.operator, "canceller", self._start_canceller)
+            process.is_alive = False
+
+        def cancel() -> None:
+            folder, plan = run.open_run(self.run_uri or self.scenario.out)
+            run.cancel(folder, plan, self._queue())
+
+        world.act("main", process, cancel, ended)
 
     def _queue(self) -> Queue:
         made = Queue.__new__(Queue)
@@ -535,9 +622,10 @@ class Mill:
         if not self.scenario.waits and not self.watch.is_finished():
             if self.is_produced and self.watch.is_blocked():  # somebody looks, and sends it again
                 self.is_produced = False
-                world.later(OPERATOR_SECONDS, "producer", self._start_producer)
+                world.later(self.scenario.operator, "producer", self._start_producer)
             return False
-        return self.is_produced and idle and not asleep and not any(world.queues.values())
+        is_done = self.is_produced and (self.is_cancelled or not self.scenario.cancels)
+        return is_done and idle and not (asleep or any(world.queues.values()) or self.watch.has_leases())
 
 
 @cache

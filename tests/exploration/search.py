@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import re
 import time
@@ -10,8 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 
-from tests.exploration.scenario import PAUSE, SCENARIOS, Mill, Scenario, install
-from tests.exploration.world import Actor, Chosen, Fault, ViolationError, World
+from tests.exploration.scenario import SCENARIOS, Mill, Scenario, install
+from tests.exploration.world import Actor, Chosen, Fault, Memories, ViolationError, World
 
 Schedule = dict[int, Fault]  # the fault in the place of a step, by the step's number
 
@@ -46,18 +47,33 @@ class Tally:
         )
 
 
+@dataclass(frozen=True)
+class _Branch:
+    """A schedule, and what all know at its last fault."""
+
+    schedule: Schedule
+    memories: Memories | None
+
+
 class _KnownError(Exception):
     """Another schedule came to the same state before."""
 
 
-def walk(scenario: Scenario, decide: Callable[[World, Actor], Fault | None], checked_from: int = 0) -> World:
+def walk(
+    scenario: Scenario,
+    decide: Callable[[World, Actor], Fault | None],
+    checked_from: int = 0,
+    *,
+    is_noting: bool = False,
+) -> World:
     """One walk through a scenario, to its end.
 
     Raises:
         ViolationError: an invariant does not hold.
     """
     install()
-    world = World(decide, PAUSE)
+    world = World(decide, scenario.pause)
+    world.is_noting = is_noting
     mill = Mill(world, scenario)
     mill.watch.checked_from = checked_from
     world.run()
@@ -98,20 +114,23 @@ def exhaust(
         share: Of so many searches that divide the first faults among them, which one this is.
         stop: Whether the first failure ends it.
     """
+    gc.disable()
     search, dice = _Search(scenario, bound, where), random.Random(0)
-    begun, waiting = time.monotonic(), [Schedule()]
+    begun, waiting = time.monotonic(), [_Branch({}, None)]
     while waiting and not (stop and search.tally.failures):
         if time.monotonic() - begun > seconds:
             search.tally.is_whole = False
             break
-        at = dice.randrange(len(waiting))  # a search that ends early has seen some of everything
-        waiting[at], waiting[-1] = waiting[-1], waiting[at]
-        schedule = waiting.pop()
-        children = search.go(schedule)
-        if not schedule:
-            dice.shuffle(children)
+        if search.tally.schedules % 1000 == 0:  # what is known grows, and has no cycles
+            gc.collect()
+            gc.freeze()
+        branch = waiting.pop()
+        children = search.go(branch)
+        if not branch.schedule:
+            dice.shuffle(children)  # a search that ends early has seen some of everything
             children = children[share[0] :: share[1]]
         waiting += children
+    gc.enable()
     search.tally.seconds = time.monotonic() - begun
     return search.tally
 
@@ -131,35 +150,47 @@ class _Search:
 
     def __init__(self, scenario: Scenario, bound: int, where: Callable[[Actor, Fault], bool]) -> None:
         self._scenario, self._bound, self._where = scenario, bound, where
-        self._known: dict[int, int] = {}  # faults that were left at each state that has been walked on from
+        self._known: dict[int, list[tuple[int, ...]]] = {}  # at each state, faults already made and excuses
         self._offered: dict[object, int] = {}  # and at each outcome of a fault
         self.tally = Tally()
 
-    def go(self, schedule: Schedule) -> list[Schedule]:
+    def _is_known(self, signature: int, used: int, excuses: tuple[int, ...]) -> bool:
+        """Whether a walk came to a state before, with no more faults made and no more excuses."""
+        now = used, *excuses
+        before = self._known.setdefault(signature, [])
+        if any(all(a <= b for a, b in zip(then, now, strict=True)) for then in before):
+            return True
+        before.append(now)
+        return False
+
+    def go(self, branch: _Branch) -> list[_Branch]:
         """Walks by a schedule; returns those with one fault more."""
+        schedule = branch.schedule
         remaining, last = self._bound - len(schedule), max(schedule, default=-1)
-        children: list[Schedule] = []
+        children: list[_Branch] = []
 
         def decide(world: World, actor: Actor) -> Fault | None:
             number = len(world.steps)
+            if number == last and branch.memories:
+                world.remember(branch.memories)
             if number <= last:
                 return schedule.get(number)
+            signature = world.signature()
+            if self._is_known(signature, len(schedule), world.watch.excuses()):
+                raise _KnownError
             if remaining:
-                signature = world.signature()
-                if self._known.get(signature, 0) >= remaining:
-                    raise _KnownError
-                self._known[signature] = remaining
+                memories = world.memories()
                 for fault in world.options(actor):
                     if not self._where(actor, fault):
                         continue
                     key = world.outcome(actor, fault, signature)
                     if self._offered.get(key, 0) < remaining:
                         self._offered[key] = remaining
-                        children.append({**schedule, number: fault})
+                        children.append(_Branch({**schedule, number: fault}, memories))
             return None
 
         try:
-            walk(self._scenario, decide, last)
+            walk(self._scenario, decide, last, is_noting=not schedule)
         except _KnownError:
             pass
         except ViolationError as violation:

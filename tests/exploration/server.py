@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 from lupa import lua51
 from redis.exceptions import ResponseError
 
+from tests.exploration.state import FOR_PEOPLE, GENERATION, View
+
 Scores = dict[str, float]
+MAX_KNOWN = 50_000
+NEAR_SECONDS, FAR_SECONDS = 3_000.0, 86_400.0  # no world lasts so long; an ended run's keys end after a day
 
 
 class Server:
@@ -17,47 +23,68 @@ class Server:
     ``tests/integration/test_exploration.py`` compares it with a real server.
 
     Args:
-        clock: Returns the time in Unix seconds.
+        view: Says what time it is.
 
     Attributes:
-        version: Grows with every change.
+        version: Number of the content: of equal numbers in any two servers the content is equal.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
+    _versions = count(1)
+    _known: dict[Any, tuple[Any, dict[str, Any], dict[str, float], int]] = {}  # noqa: RUF012  # what calls came to
+    _digests: dict[tuple[float, ...], int] = {}  # noqa: RUF012
+
+    def __init__(self, view: View) -> None:
+        self._view = view
         self.values: dict[str, Any] = {}
         self.deadlines: dict[str, float] = {}
         self.version = 0
-        self._digest = (-1, 0)
+
+    def remembered(self, call: tuple[Any, ...], effect: Callable[[], Any]) -> Any:
+        """What a call answers and changes; made once for the same content, time and arguments."""
+        key = self.version, self._view.now, call
+        if key not in Server._known:
+            if len(Server._known) > MAX_KNOWN:
+                Server._known.clear()
+            self.values, self.deadlines = dict(self.values), dict(self.deadlines)
+            answer = effect()
+            Server._known[key] = answer, self.values, self.deadlines, self.version
+        answer, self.values, self.deadlines, self.version = Server._known[key]
+        return answer
+
+    def _changed(self) -> None:
+        self.version = next(Server._versions)
 
     def forget_all(self) -> None:
         """The server lost its memory."""
-        self.values.clear()
-        self.deadlines.clear()
-        self.version += 1
+        self.values, self.deadlines, self.version = {}, {}, 0
 
     def digest(self) -> int:
-        """A hash of all keys, values and deadlines."""
-        if self._digest[0] != self.version:
-            content = [(key, self.deadlines.get(key), _plain(value)) for key, value in sorted(self.values.items())]
-            self._digest = self.version, hash(tuple(content))
-        return self._digest[1]
+        """A hash of all that the ledger's steps depend on: of turns their order, of far deadlines whether they are."""
+        known = self.version, self._view.now, *self._view.generations.values()
+        if known not in Server._digests:
+            if len(Server._digests) > MAX_KNOWN:
+                Server._digests.clear()
+            told = [(key, self._ends(key), _told(key, value, self._view)) for key, value in self.values.items()]
+            Server._digests[known] = hash(frozenset(told))
+        return Server._digests[known]
+
+    def _ends(self, key: str) -> object:
+        left = self._view.moment(self.deadlines.get(key, self._view.now))
+        return left if left < NEAR_SECONDS * 1e6 else left > FAR_SECONDS * 1e6
 
     def end_keys(self) -> None:
         """Removes the keys whose time has passed; called whenever the clock moved."""
-        now = self._clock()
-        for key in [key for key, deadline in self.deadlines.items() if deadline <= now]:
-            self.delete(key)
+        now = self._view.now
+        if gone := [key for key, deadline in self.deadlines.items() if deadline <= now]:
+            self.remembered(("delete", *gone), lambda: self.delete(*gone))
 
     def _get(self, key: str, kind: Callable[[], Any]) -> Any:
         found = self.values.get(key)
         return kind() if found is None else found
 
-    def _put(self, key: str, kind: Callable[[], Any]) -> Any:
-        self.version += 1
-        found = self.values.get(key)
-        if found is None:
-            found = self.values[key] = kind()
+    def _put(self, key: str, kind: Callable[..., Any]) -> Any:
+        self._changed()
+        found = self.values[key] = kind() if key not in self.values else kind(self.values[key])
         return found
 
     def _drop_if_empty(self, key: str) -> None:
@@ -66,7 +93,7 @@ class Server:
             self.deadlines.pop(key, None)
 
     def time(self) -> list[str]:
-        now = round(self._clock() * 1e6)
+        now = round(self._view.now * 1e6)
         return [str(now // 1_000_000), str(now % 1_000_000)]
 
     def exists(self, key: str) -> int:
@@ -77,21 +104,21 @@ class Server:
         for key in keys:
             if self.values.pop(key, None) is not None:
                 gone += 1
-                self.version += 1
+                self._changed()
             self.deadlines.pop(key, None)
         return gone
 
     def expire(self, key: str, seconds: str) -> int:
         if key not in self.values:
             return 0
-        self.version += 1
-        self.deadlines[key] = self._clock() + float(seconds)
+        self._changed()
+        self.deadlines[key] = self._view.now + float(seconds)
         return 1
 
     def pttl(self, key: str) -> int:
         if key not in self.values:
             return -2
-        return round((self.deadlines[key] - self._clock()) * 1000) if key in self.deadlines else -1
+        return round((self.deadlines[key] - self._view.now) * 1000) if key in self.deadlines else -1
 
     def ttl(self, key: str) -> int:
         left = self.pttl(key)
@@ -103,13 +130,13 @@ class Server:
     def set(self, key: str, value: str, *, nx: bool, px: int) -> bool:
         if nx and key in self.values:
             return False
-        self.version += 1
+        self._changed()
         self.values[key] = value
-        self.deadlines[key] = self._clock() + px / 1000
+        self.deadlines[key] = self._view.now + px / 1000
         return True
 
     def incr(self, key: str) -> int:
-        self.version += 1
+        self._changed()
         self.values[key] = str(int(self.values.get(key, "0")) + 1)
         return int(self.values[key])
 
@@ -117,16 +144,16 @@ class Server:
         return self._get(key, dict).get(field)
 
     def hgetall(self, key: str) -> dict[str, str]:
-        return dict(self._get(key, dict))
+        return dict(sorted(self._get(key, dict).items()))
 
     def hvals(self, key: str) -> list[str]:
-        return list(self._get(key, dict).values())
+        return list(self.hgetall(key).values())
 
     def hstrlen(self, key: str, field: str) -> int:
         return len(self._get(key, dict).get(field, "").encode())
 
     def hkeys(self, key: str) -> list[str]:
-        return list(self._get(key, dict))
+        return sorted(self._get(key, dict))
 
     def hlen(self, key: str) -> int:
         return len(self._get(key, dict))
@@ -146,11 +173,9 @@ class Server:
         return self.hset(key, field, value)
 
     def hdel(self, key: str, *fields: str) -> int:
-        content = self._get(key, dict)
-        gone = [field for field in fields if field in content]
+        gone = [field for field in fields if field in self._get(key, dict)]
         for field in gone:
-            self.version += 1
-            del content[field]
+            del self._put(key, dict)[field]
         self._drop_if_empty(key)
         return len(gone)
 
@@ -183,11 +208,9 @@ class Server:
         return _number(content[member])
 
     def zrem(self, key: str, member: str) -> int:
-        content = self._get(key, dict)
-        if member not in content:
+        if member not in self._get(key, dict):
             return 0
-        self.version += 1
-        del content[member]
+        del self._put(key, dict)[member]
         self._drop_if_empty(key)
         return 1
 
@@ -265,11 +288,30 @@ class Server:
 _METHODS = {"DEL": "delete"}  # commands that no method can be named like
 
 
-def _plain(value: Any) -> Any:
-    """A value that can be hashed."""
+def _told(key: str, value: Any, view: View) -> Any:
+    """What of a value the ledger's steps depend on."""
+    name = key.rpartition(":")[2]
     if isinstance(value, dict):
-        return tuple(sorted(value.items()))
-    return tuple(sorted(value)) if isinstance(value, set) else value
+        if ":turn:" in key:
+            return tuple(member for member, _ in _in_order(value))
+        if name == "since":
+            return frozenset(value)
+        pairs = [pair for pair in value.items() if pair[0] not in FOR_PEOPLE]
+        return frozenset((GENERATION.sub(view.age, key), _value(told, view)) for key, told in pairs)
+    if isinstance(value, set):
+        return frozenset(value)
+    return None if name == "turns" else value
+
+
+_MOMENT = re.compile(r"1\d{12}\b")
+
+
+def _value(value: str | float, view: View) -> object:
+    if isinstance(value, float):
+        return view.moment(value / 1000) if 1e12 <= value < 1e13 else value
+    if text := _MOMENT.match(value):
+        return view.moment(int(text[0]) / 1000), GENERATION.sub(view.age, value[text.end() :])
+    return view.text(value)
 
 
 def _in_order(content: Scores) -> list[tuple[str, float]]:

@@ -8,6 +8,7 @@ and where a fault lets it.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -17,10 +18,16 @@ from greenlet import getcurrent, greenlet
 
 from tests.exploration.places import Bucket, Disk
 from tests.exploration.server import Server
+from tests.exploration.state import BEGIN, UnknownError, View, digest, position
 
-BEGIN = 1_000_000_000.0  # Unix seconds at which every world begins
 MAX_STEPS = 4_000
 MAX_SECONDS = 3_000.0  # of the world's time, in which every run must end
+MAX_POSITIONS = 200_000
+_POSITIONS: dict[tuple[int, str, float], int | None] = {}  # where an actor waits, by all that its process was told
+
+
+# Of processes, and of actors.
+Memories = tuple[tuple[tuple[str, int, int], ...], tuple[tuple[str, int, tuple[float, ...]], ...]]
 
 
 class Killed(BaseException):
@@ -51,7 +58,12 @@ class Fault:
 
 @dataclass(eq=False)
 class Process:
-    """A process of the world; ``memory`` is a hash of all that its actors were told."""
+    """A process of the world.
+
+    Attributes:
+        memory: A hash of all that its actors were told.
+        shared: A hash of what they have in common, its ``extra``; ``noted``: when that was.
+    """
 
     name: str
     slot: str
@@ -59,17 +71,26 @@ class Process:
     asleep_until: float = 0.0
     is_hindered: bool = False
     memory: int = 0
+    shared: int = 0
+    noted: float = 0.0
     actors: list[Actor] = field(default_factory=list)
     extra: Any = None
 
 
 @dataclass(eq=False)
 class Actor:
-    """A thread of a process. It is due where ``label`` is set, or ``ready()`` holds, or ``wake`` has come."""
+    """A thread of a process. It is due where ``label`` is set, or ``ready()`` holds, or ``wake`` has come.
+
+    Attributes:
+        about: What it does, in which process.
+        memory: A hash of where it last waited, and of all that it was told since.
+        reads: Times that it knows: when that was, and what it read from clocks since.
+    """
 
     name: str
     process: Process
     run: greenlet
+    about: str
     label: str = ""
     writes: bool = False
     failure: Callable[[], Exception] | None = None
@@ -78,6 +99,8 @@ class Actor:
     asleep_until: float = 0.0
     is_done: bool = False
     begun: bool = False
+    memory: int = 0
+    reads: list[float] = field(default_factory=list)
     on_end: Callable[[Any, BaseException | None], None] | None = None
 
 
@@ -94,7 +117,7 @@ class Chosen:
         return f"{self.number:5d}  {self.actor:14s} {self.label}" + (f"   <-- {self.fault}" if self.fault else "")
 
 
-class World:
+class World(View):
     """One world.
 
     Args:
@@ -109,7 +132,8 @@ class World:
         self.decide = decide
         self.pause = pause
         self.now = BEGIN
-        self.server = Server(lambda: self.now)
+        self.ids, self.generations = {}, {}
+        self.server = Server(self)
         self.queues: dict[str, list[tuple[int, int, tuple[Any, ...]]]] = {}
         self.taken: list[tuple[str, int, tuple[Any, ...]]] = []  # messages that were received, each once
         self.disk = Disk(self)
@@ -122,6 +146,7 @@ class World:
         self.steps: list[Chosen] = []
         self.violations: list[str] = []
         self.faults = 0
+        self.is_noting = True
         self.watch: Any = None
         self.deliver: Callable[[], None] = lambda: None
         self.is_over: Callable[[], bool] = lambda: False
@@ -160,27 +185,55 @@ class World:
         if not process.is_alive:
             raise Killed
         if not label:
-            return effect()
+            result = effect()
+            self._tell(actor, result)
+            return result
         actor.label, actor.writes, actor.failure = label, writes, failure
         order = self.hub.switch()
         if not process.is_alive:
             raise Killed
         actor.label = ""
         if order == "fail":
-            process.memory = hash((process.memory, actor.name, label, "failed"))
+            self._tell(actor, (label, "failed"))
             assert failure is not None
             raise failure()
         try:
             result = effect()
         except Exception as error:
-            process.memory = hash((process.memory, actor.name, label, str(error)))
+            self._tell(actor, (label, str(error)))
             raise
-        told = result if isinstance(result, (bytes, str, int, float, type(None))) else repr(result)
-        process.memory = hash((process.memory, actor.name, label, told, order))
+        self._tell(actor, (label, order, result))
         if order == "after":
             assert failure is not None
             raise failure()
         return result
+
+    def memories(self) -> Memories:
+        """What all know."""
+        processes = tuple((p.name, p.memory, p.shared) for p in self.processes if p.is_alive)
+        return processes, tuple((actor.name, actor.memory, tuple(actor.reads)) for actor in self.actors)
+
+    def remember(self, memories: Memories) -> None:
+        """Gives all what they know; from now on it is noted what they are told."""
+        self.is_noting = True
+        processes = {process.name: process for process in self.processes}
+        for name, memory, shared in memories[0]:
+            processes[name].memory, processes[name].shared = memory, shared
+        for actor, (name, memory, reads) in zip(self.actors, memories[1], strict=True):
+            assert actor.name == name
+            actor.memory, actor.reads = memory, list(reads)
+
+    def _tell(self, actor: Actor, what: Any) -> None:
+        if not self.is_noting:
+            return
+        told = digest(what, self)
+        actor.process.memory = hash((actor.process.memory, actor.name, told))
+        actor.memory = hash((actor.memory, told))
+
+    def tell(self, what: Any) -> None:
+        """Whoever calls knows something now that the state of the world does not say."""
+        if (actor := self.actor) is not None:
+            self._tell(actor, what)
 
     def sees_disk(self) -> bool:
         return self.actor is None or self.actor.process.slot not in self.blind
@@ -192,10 +245,26 @@ class World:
         if not actor.process.is_alive:
             raise Killed
         actor.ready, actor.wake = ready, None if timeout is None else self.now + timeout
+        self._forget(actor)
         self.hub.switch()
         actor.ready = actor.wake = None
         if not actor.process.is_alive:
             raise Killed
+
+    def _forget(self, actor: Actor) -> None:
+        """Takes where an actor waits in the place of all that it was told, where its variables say all."""
+        if not self.is_noting:
+            return
+        key = actor.process.memory, actor.name, self.now
+        if key not in _POSITIONS:
+            if len(_POSITIONS) > MAX_POSITIONS:
+                _POSITIONS.clear()
+            try:
+                _POSITIONS[key] = position(sys._getframe(2), self)
+            except UnknownError:
+                _POSITIONS[key] = None
+        if (place := _POSITIONS[key]) is not None:
+            actor.memory, actor.reads = place, [self.now]
 
     def sleep(self, seconds: float) -> None:
         if seconds > 0:
@@ -204,8 +273,25 @@ class World:
     def identifier(self) -> str:
         """A name that nobody else is given: 32 hexadecimal digits, the same in the same schedule."""
         owner = self.actor.name if self.actor else "world"
-        number = self._numbers[owner] = self._numbers.get(owner, 0) + 1
-        return hashlib.md5(f"{owner}:{number}".encode(), usedforsecurity=False).hexdigest()
+        about = self.actor.about if self.actor else owner
+        number = self.number(f"{owner}@{self.now}")
+        found = hashlib.md5(f"{owner}@{self.now} {number}".encode(), usedforsecurity=False).hexdigest()
+        self.ids[found] = f"{about} {number}", self.now
+        self.clock()
+        self.tell(found)
+        return found
+
+    def clock(self) -> float:
+        """The time, for whoever runs."""
+        if (actor := self.actor) is not None and self.is_noting:
+            actor.reads.append(self.now)
+            self._tell(actor, self.now)
+        return self.now
+
+    def number(self, name: str) -> int:
+        """How often a name was asked for, this time included."""
+        self._numbers[name] = self._numbers.get(name, 0) + 1
+        return self._numbers[name]
 
     def die(self) -> None:
         """The process of whoever calls ends now."""
@@ -220,19 +306,24 @@ class World:
 
     # What scenarios set up
 
-    def begin(self, name: str, slot: str) -> Process:
-        process = Process(name, slot)
+    def begin(self, slot: str) -> Process:
+        """Begins a process, under a name that none had before."""
+        number = self.generations[slot] = self.generations.get(slot, -1) + 1
+        process = Process(f"{slot}.{number}", slot, noted=self.now)
         self.processes.append(process)
         return process
 
     def act(
         self,
-        name: str,
+        about: str,
         process: Process,
         what: Callable[[], Any],
         on_end: Callable[[Any, BaseException | None], None] | None = None,
     ) -> Actor:
-        """Begins an actor of a process; ``on_end`` is told its result or what it raised, unless it is killed."""
+        """Begins an actor of a process; ``on_end`` is told its result or what it raised, unless it is killed.
+
+        It is named by what it does, and when it begins.
+        """
 
         def body(*_: Any) -> None:
             result, error = None, None
@@ -246,7 +337,15 @@ class World:
                 actor.on_end(result, error)
 
         run = greenlet(body, self.hub)
-        actor = Actor(name, process, run, on_end=on_end)
+        name = f"{process.name}/{about}@{self.now - BEGIN:g}"
+        number = self.number(name)
+        actor = Actor(
+            name if number == 1 else f"{name}.{number}",
+            process,
+            run,
+            f"{process.slot}/{about} {number}",
+            on_end=on_end,
+        )
         run.actor = actor
         process.actors.append(actor)
         self.actors.append(actor)
@@ -264,6 +363,8 @@ class World:
         self.actors = [actor for actor in self.actors if actor.process.is_alive]
         self.at_death(process)
 
+    shared: Callable[[Process], int] = staticmethod(lambda process: 0)
+    memory: Callable[[], object] = staticmethod(lambda: None)  # what the scenario and the invariants remember
     at_death: Callable[[Process], None] = staticmethod(lambda process: None)
 
     def _end(self, actor: Actor) -> None:
@@ -279,7 +380,6 @@ class World:
 
     def send(self, queue: str, priority: int, message: tuple[Any, ...]) -> None:
         self._sent += 1
-        self.server.version += 1
         self.queues.setdefault(queue, []).append((priority, self._sent, message))
         self.queues[queue].sort(key=lambda entry: entry[:2])
 
@@ -288,7 +388,6 @@ class World:
         if not self.queues.get(queue):
             return None
         priority, _, message = self.queues[queue].pop(0)
-        self.server.version += 1
         if (entry := (queue, priority, message)) not in self.taken:
             self.taken.append(entry)
         return message
@@ -378,7 +477,16 @@ class World:
     def _resume(self, actor: Actor, order: str) -> None:
         self._is_moved |= not actor.label.startswith(("disk", "store"))
         actor.begun = True
+        process = actor.process
+        if self.is_noting:
+            process.memory = hash((process.memory, actor.name, self.now))
+            if process.extra is not None:
+                actor.memory = hash((actor.memory, process.shared, self.moment(process.noted)))
+                actor.reads.append(self.now)
+        process.noted = self.now
         actor.run.switch(order)
+        if self.is_noting:
+            process.shared = self.shared(process)
         if actor.run.dead:
             actor.is_done = True
             if actor in self.actors:
@@ -404,7 +512,6 @@ class World:
             actor.asleep_until = self.now + self.pause
         elif kind == "lose":
             self.queues[fault.what].pop(0)
-            self.server.version += 1
         elif kind == "repeat":
             queue, priority, message = next(entry for entry in self.taken if named(entry[2]) == fault.what)
             self.send(queue, priority, message)
@@ -443,43 +550,45 @@ class World:
 
     def surroundings(self) -> int:
         """A hash of what outlives processes."""
-        return hash(
-            (
-                self.server.digest(),
-                str(self.queues),
-                self.disk.digest(),
-                hash(frozenset(Bucket.objects.items())),
-                self.now,
-            )
+        queues = tuple(
+            (queue, tuple((priority, message) for priority, _, message in messages))
+            for queue, messages in sorted(self.queues.items())
+            if messages
         )
+        places = self.disk.digest(), Bucket.digest()
+        timers = tuple((self.moment(at), name) for at, name, _ in self.timers)
+        return hash((self.server.digest(), queues, frozenset(self.taken), places, timers, digest(self.memory(), self)))
 
     def outcome(self, actor: Actor, fault: Fault, signature: int) -> object:
         """What is equal for two faults after which a world goes on alike; ``signature`` is that of the world now."""
         if fault.kind == "kill":
-            return fault, self.signature(without=actor.process)
+            return fault, self.signature(lambda process: process is not actor.process)
         if fault.kind == "power":
-            return fault, self.server.digest(), str(self.queues), self.disk.digest(), self.now
+            return fault, tuple(process.slot for process in self.processes if process.is_alive), self.surroundings()
         if fault.kind in ("lose", "repeat", "drop"):
             if self._is_moved:
                 self._is_moved, self._moved = False, signature
             return fault, self._moved
         return fault, signature
 
-    def signature(self, *, without: Process | None = None) -> int:
-        """A hash of all that decides how this world goes on, perhaps without a process."""
-        processes = [
-            (
-                process.name,
-                process.memory,
-                process.asleep_until,
-                tuple((a.name, a.label, a.wake, a.asleep_until, a.begun) for a in process.actors),
-            )
+    def signature(self, of: Callable[[Process], bool] = lambda process: True) -> int:
+        """A hash of all that decides how this world goes on, or would with some of its processes alone."""
+        processes = tuple(
+            (process.slot, process.shared, self.moment(process.noted), max(self.moment(process.asleep_until), 0.0))
             for process in self.processes
-            if process.is_alive and process is not without
-        ]
-        timers = [timer[:2] for timer in self.timers]
-        preferred = self.preferred.name if self.preferred else ""
-        return hash((self.surroundings(), str(processes), str(timers), preferred))
+            if process.is_alive and of(process)
+        )
+        actors = tuple(
+            (
+                (a.about, a.label, a.begun, a.memory, tuple(map(self.moment, dict.fromkeys(a.reads)))),
+                None if a.wake is None else self.moment(a.wake),
+                max(self.moment(a.asleep_until), 0.0),
+            )
+            for a in self.actors
+            if of(a.process)
+        )
+        preferred = self.actors.index(self.preferred) if self.preferred in self.actors else None
+        return hash((self.surroundings(), processes, actors, preferred))
 
 
 def named(message: tuple[Any, ...]) -> str:
@@ -528,7 +637,7 @@ class _Pool:
 
 
 def _now() -> float:
-    return World.current.now
+    return World.current.clock()
 
 
 event = _Event

@@ -22,6 +22,7 @@ from nermill.worker.contracts.plan import Options, Shard
 from nermill.worker.contracts.records import Claim, WorkerProcess
 from tests.exploration.mutants import MUTANTS
 from tests.exploration.server import Server
+from tests.exploration.state import View
 
 LEASE = 60.0
 SHA = "0" * 64
@@ -30,19 +31,30 @@ SHA = "0" * 64
 def explore(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """In a process of its own: the world takes the place of modules."""
     command = [sys.executable, "-m", "tests.exploration", *arguments]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=110, check=False)
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.timeout(600)
 def test_no_single_fault_and_no_random_walk_breaks_an_invariant(root: Path) -> None:
-    done = explore(root, "--scenario", "disk", "--scenario", "store", "--seconds", "20", "--walks", "500")
+    scenarios = [word for name in ("disk", "store", "cancel", "compact") for word in ("--scenario", name)]
+    done = explore(root, *scenarios, "--slice", "1/8", "--walks", "100")
     assert done.returncode == 0, done.stdout + done.stderr
     schedules = [int(number.replace(",", "")) for number in re.findall(r"([\d,]+) schedules", done.stdout)]
-    assert len(schedules) == 3
-    assert min(schedules) >= 10, done.stdout
+    assert len(schedules) == 5
+    assert min(schedules) >= 50, done.stdout
+    assert "not whole" not in done.stdout
 
 
+@pytest.mark.timeout(600)
+def test_worlds_that_seem_alike_go_on_alike(root: Path) -> None:
+    done = explore(root, "--scenario", "disk", "--scenario", "store", "--agreement", "--walks", "25")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [int(number.replace(",", "")) > 1000 for number in re.findall(r"([\d,]+) worlds", done.stdout)] == [True] * 2
+
+
+@pytest.mark.timeout(600)
 def test_a_seeded_fault_is_found_and_a_schedule_is_walked_again(root: Path) -> None:
-    done = explore(root, "--mutant", "leases are not renewed", "--seconds", "60")
+    done = explore(root, "--mutant", "leases are not renewed")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 of 1 found" in done.stdout
     again = explore(root, "--scenario", "disk", "--replay", "60:kill w0,90:fail")
@@ -72,8 +84,9 @@ class Twin:
     """A server of the exploration, as the ledger's client."""
 
     def __init__(self) -> None:
-        self.now = 1_000_000.0
-        self.server = Server(lambda: self.now)
+        view = View()
+        view.now, view.ids, view.generations = 1_000_000.0, {}, {}
+        self.server = Server(view)
 
     def register_script(self, source: str) -> Any:
         program = Server.script(source)
