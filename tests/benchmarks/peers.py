@@ -40,7 +40,7 @@ BATCH_TOKENS = 1024  # padding included
 CALIBRATION_ROWS = 20  # their number changes no speed
 ONNX, OPENVINO = "onnxruntime.onnx", "openvino.xml"
 SPACY_MODEL = os.environ.get("BENCH_SPACY", "en_core_web_sm")  # a package or a folder
-ENTITY = pa.struct({"start": pa.int32(), "end": pa.int32(), "label": pa.string(), "score": pa.float32()})
+ENTITY = pa.struct([("start", pa.int32()), ("end", pa.int32()), ("label", pa.string()), ("score", pa.float32())])
 
 Feeds = dict[str, NDArray[np.int64]]
 Run = Callable[[Sequence[Feeds]], list[NDArray[np.float32]]]  # padded batches to logits of (rows, length, labels)

@@ -222,7 +222,7 @@ def mill(form: str) -> Way:
 
         def measure() -> Sample:
             sample = _nermill_run(texts, artifact, folder / str(next(numbers)))
-            return replace(sample, cpu_seconds=max(0.0, sample.cpu_seconds - idle.cpu_seconds))
+            return replace(sample, cpu_seconds=max(0.0, _counted(sample) - _counted(idle)))
 
         return measure
 
@@ -281,6 +281,11 @@ def timed(call: Callable[[], object], documents: int, padding: float | None) -> 
     call()
     seconds = time.perf_counter() - begun
     return _own(documents, seconds, padding, time.process_time() - cpu)
+
+
+def _counted(sample: Sample) -> float:
+    assert sample.cpu_seconds is not None, "nermill run counts its processor time"
+    return sample.cpu_seconds
 
 
 def _own(documents: int, seconds: float, padding: float | None, cpu_seconds: float) -> Sample:
