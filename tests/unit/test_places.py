@@ -64,6 +64,13 @@ def test_roots_are_split_at_commas_and_between_local_paths(text: str, roots: lis
     assert not any(":9000" in root and "://" not in root for root in Settings(allowed_roots=text).roots)
 
 
+def test_a_folder_whose_name_has_separators_is_one_root(tmp_path: Path) -> None:
+    folder = tmp_path / "run of 10:30:/x, y"
+    folder.mkdir(parents=True)
+    assert split_roots(str(folder)) == [str(folder)]
+    assert Settings(allowed_roots=str(folder)).roots == (str(folder),)
+
+
 def test_a_port_opens_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     roots = read_settings({"NERMILL_ALLOWED_ROOTS": "s3://minio:9000/bucket"}).roots

@@ -101,11 +101,14 @@ def split_roots(text: str) -> list[str]:
 
     Args:
         text: Roots separated by commas; absolute local paths may be separated by colons too, as in
-            ``/data:/srv,s3://minio:9000/bucket``.
+            ``/data:/srv,s3://minio:9000/bucket``. A text that is the path of a folder is that one root, whatever
+            its name contains.
 
     Raises:
         UsageError: a root is invalid, or the text is not empty and names no root.
     """
+    if os.path.isdir(text):
+        return [text]
     roots: list[str] = []
     if "::" in text:
         raise UsageError(f"NERMILL_ALLOWED_ROOTS={text!r}: a chain of stores (::) is not allowed; name the store")
