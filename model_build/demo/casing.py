@@ -4,6 +4,9 @@
 as before. They take the places of tokens that English text does not use, then new places. In training a cased form
 has the embedding of its lowercased word plus one vector per kind of case, so that a form that the training text
 lacks has one too. ``CasedEmbedding.folded`` writes the sums into a plain table, and the model stays a plain BERT.
+
+Other words with a capital letter get one more piece at their end, which stands for their kind of case: ``Grateful``
+becomes ``grateful ##⇧`` and ``NATO`` becomes ``nato ##⇪``. A word's first piece, number and offsets stay the same.
 """
 
 from __future__ import annotations
@@ -13,10 +16,13 @@ from collections import Counter
 from collections.abc import Iterable
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, normalizers
 from torch import Tensor, nn
 
 TITLE, UPPER = 1, 2  # kinds of case; 0 is a token as the tokenizer had it
+MARKS = {TITLE: "⇧", UPPER: "⇪"}  # no letters and no punctuation marks, so that they stay with their word
+_PART = r"[\p{L}\p{M}\p{N}]"  # of a word
+_FORMS = {UPPER: rf"(?<!{_PART})\p{{Lu}}{{2,}}(?!{_PART})\K", TITLE: rf"(?<!{_PART})\p{{Lu}}{_PART}*+(?!⇪)\K"}
 
 
 def _unused(token: str) -> bool:
@@ -85,6 +91,25 @@ def with_cased_forms(tokenizer: Tokenizer, forms: list[tuple[str, int]]) -> tupl
     state["model"]["vocab"] = dict(sorted(kept.items(), key=lambda item: item[1]))
     state["added_tokens"].sort(key=lambda token: token["id"])
     return Tokenizer.from_str(json.dumps(state)), torch.tensor(base), torch.tensor(kind)
+
+
+def with_case_marks(tokenizer: Tokenizer) -> tuple[Tokenizer, dict[int, int]]:
+    """Adds a piece per kind of case behind words with a capital letter that are no added tokens.
+
+    Returns:
+        The tokenizer; the kind of case of each new token id, empty where the tokenizer has them already.
+    """
+    state = json.loads(tokenizer.to_str())
+    vocabulary: dict[str, int] = state["model"]["vocab"]
+    pieces = {f"##{mark}": kind for kind, mark in MARKS.items()}
+    if pieces.keys() <= vocabulary.keys():
+        return tokenizer, {}
+    first = max(*vocabulary.values(), *(token["id"] for token in state["added_tokens"])) + 1
+    vocabulary |= dict(zip(pieces, range(first, first + len(pieces)), strict=True))
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    marks = [normalizers.Replace(Regex(form), MARKS[kind]) for kind, form in _FORMS.items()]
+    tokenizer.normalizer = normalizers.Sequence([*marks, tokenizer.normalizer])
+    return tokenizer, {vocabulary[piece]: kind for piece, kind in pieces.items()}
 
 
 class CasedEmbedding(nn.Module):

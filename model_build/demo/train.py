@@ -24,8 +24,8 @@ from torch import Tensor
 from transformers import BertForTokenClassification
 
 from nermill.model_build.demo.augment import Mentions, augmented
-from nermill.model_build.demo.casing import CasedEmbedding, cased_forms, with_cased_forms
-from nermill.model_build.demo.corpora import LABELS, Corpus, Sentence, read_all, spans_of
+from nermill.model_build.demo.casing import CasedEmbedding, cased_forms, with_case_marks, with_cased_forms
+from nermill.model_build.demo.corpora import LABELS, Corpus, Sentence, bits, read_all, spans_of
 
 MAX_TOKENS = 512
 
@@ -33,23 +33,29 @@ Int = NDArray[np.int64]
 Example = tuple[Int, Int]
 
 
-def encode(tokenizer: Tokenizer, sentences: list[Sentence]) -> Example:
+def encode(tokenizer: Tokenizer, sentences: list[Sentence], pieces: bool = False) -> Example:
     """Encodes consecutive sentences as one example.
 
     Returns:
-        Token ids and allowed labels as bits, both int64, shape (tokens,); only a word's first token has labels, the
-        others have 0.
+        Token ids and allowed labels as bits, both int64, shape (tokens,). A word's first token has the word's labels;
+        the others have 0, or with ``pieces`` the labels that go on from those.
     """
     words = [word for sentence in sentences for word in sentence.words]
-    allowed = [bits for sentence in sentences for bits in sentence.allowed]
+    allowed = [labels for sentence in sentences for labels in sentence.allowed]
     encoding = tokenizer.encode(words, is_pretokenized=True)
     targets = np.zeros(len(encoding.ids), np.int64)
     previous = None
     for position, word in enumerate(encoding.word_ids):
-        if word is not None and word != previous:
-            targets[position] = allowed[word]
+        if word is not None and (pieces or word != previous):
+            targets[position] = allowed[word] if word != previous else going_on(allowed[word])
         previous = word
     return np.array(encoding.ids, np.int64)[:MAX_TOKENS], targets[:MAX_TOKENS]
+
+
+def going_on(allowed: int) -> int:
+    """The labels of a word's later tokens, as bits: ``B-X`` becomes ``I-X``."""
+    begins = bits(*(label for label in LABELS if label.startswith("B-")))
+    return (allowed & ~begins) | (allowed & begins) << 1  # I-X follows B-X in LABELS
 
 
 def run_length(rng: random.Random, options: argparse.Namespace) -> int:
@@ -86,7 +92,7 @@ def examples_of_epoch(
             while start < len(document):
                 length = run_length(rng, options)
                 run = [augmented(s, mentions, rng, options) for s in document[start : start + length]]
-                examples.append(encode(tokenizer, run))
+                examples.append(encode(tokenizer, run, options.pieces))
                 start += length
     return examples
 
@@ -166,6 +172,15 @@ def held_out_f1(model: BertForTokenClassification, tokenizer: Tokenizer, corpus:
     return 2 * right / max(found + gold, 1)
 
 
+def held_out_scores(
+    model: BertForTokenClassification, tokenizer: Tokenizer, corpora: list[Corpus]
+) -> tuple[float, str]:
+    """The mean of ``held_out_f1`` over the corpora, and a line with it and each corpus's."""
+    scores = {corpus.name: held_out_f1(model, tokenizer, corpus) for corpus in corpora}
+    mean = sum(scores.values()) / len(scores)
+    return mean, f"mean {mean:.4f} ({', '.join(f'{name} {score:.4f}' for name, score in scores.items())})"
+
+
 def calibrate(folder: Path, corpora: list[Corpus]) -> float:
     """Divides the classifier of a saved model by the temperature that fits the held-out parts best, and returns it.
 
@@ -208,10 +223,18 @@ def start(options: argparse.Namespace, corpora: list[Corpus]) -> tuple[BertForTo
         hidden_dropout_prob=options.dropout,
         attention_probs_dropout_prob=0.0,  # any other value is slow on a CPU
     )
-    words = (w for corpus in corpora for document in corpus.train for sentence in document for w in sentence.words)
-    vocabulary = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
-    tokenizer, base, kind = with_cased_forms(tokenizer, cased_forms(words, vocabulary, options.cased))
     table = model.bert.embeddings.word_embeddings.weight.detach()
+    vocabulary = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
+    base, kind = torch.arange(len(table)), torch.zeros(len(table), dtype=torch.int64)
+    if options.start is None:  # a model to continue from has its cased forms
+        words = (w for corpus in corpora for document in corpus.train for sentence in document for w in sentence.words)
+        tokenizer, base, kind = with_cased_forms(tokenizer, cased_forms(words, vocabulary, options.cased))
+    if options.marks:
+        tokenizer, marks = with_case_marks(tokenizer)
+        base = torch.cat([base, torch.arange(len(table), len(table) + len(marks))])
+        kind = torch.cat([kind, torch.tensor(list(marks.values()), dtype=torch.int64)])
+        pieces = torch.tensor([number for token, number in vocabulary.items() if token.startswith("##")])
+        table = torch.cat([table, table[pieces].mean(0).expand(len(marks), -1)])
     model.bert.embeddings.word_embeddings = CasedEmbedding(table, base, kind)
     model.config.vocab_size = len(base)
     return model, tokenizer
@@ -236,7 +259,7 @@ def train(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     torch.set_flush_denormal(True)
     rng = random.Random(options.seed)
-    corpora, left_out = read_all(options.data, seed=options.seed)
+    corpora, left_out = read_all(options.data)
     print(f"sentences left out because they stand in the evaluation corpus: {left_out}", flush=True)
     model, tokenizer = start(options, corpora)
     mentions = Mentions(corpora)
@@ -265,8 +288,9 @@ def train(options: argparse.Namespace) -> None:
         examples = examples_of_epoch(tokenizer, corpora, rng, options, mentions)
         for ids, mask, targets in batches(examples, options.budget, rng):
             hidden = (torch.rand(ids.shape) < options.masked) & (targets != 0)
-            logits = model(input_ids=ids.masked_fill(hidden, mask_id), attention_mask=mask).logits
-            loss = marginal_loss(logits, targets)
+            with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
+                logits = model(input_ids=ids.masked_fill(hidden, mask_id), attention_mask=mask).logits
+            loss = marginal_loss(logits.float(), targets)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -285,10 +309,8 @@ def train(options: argparse.Namespace) -> None:
                 break
         save(model, averaged, tokenizer, options.out / "last")
         saved = BertForTokenClassification.from_pretrained(options.out / "last")
-        scores = {corpus.name: held_out_f1(saved, tokenizer, corpus) for corpus in corpora}
-        mean = sum(scores.values()) / len(scores)
-        parts = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
-        print(f"epoch {epoch + 1}: mean {mean:.4f} ({parts}), {time.perf_counter() - begun:.0f} s", flush=True)
+        mean, report = held_out_scores(saved, tokenizer, corpora)
+        print(f"epoch {epoch + 1}: {report}, {time.perf_counter() - begun:.0f} s", flush=True)
         if mean > best:
             best = mean
             save(model, averaged, tokenizer, options.out / "best")
@@ -312,12 +334,17 @@ def main() -> None:
     parser.add_argument("--long", type=float, default=0.02, help="share of examples that are 9 to 24 sentences")
     parser.add_argument("--masked", type=float, default=0.08, help="share of words hidden behind [MASK]")
     parser.add_argument("--cased", type=int, default=3400, help="word forms that keep their case")
+    parser.add_argument("--marks", action="store_true", help="a piece for the case of the other word forms")
+    parser.add_argument("--pieces", action="store_true", help="later pieces of a word have labels too")
     parser.add_argument("--swapped", type=float, default=0.25, help="share of sentences with swapped mentions")
     parser.add_argument("--recased", type=float, default=0.08, help="share of sentences whose case is changed")
     parser.add_argument("--average", type=float, default=0.99, help="decay of the averaged weights per 4 steps")
+    parser.add_argument("--conll", type=float, default=1.0, help="share of CoNLL-2003 drawn for an epoch")
+    parser.add_argument("--btc", type=float, default=0.7, help="share of the Broad Twitter Corpus drawn for an epoch")
+    parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16: faster where the processor has it")
     parser.add_argument("--seed", type=int, default=20)
     options = parser.parse_args()
-    options.weights = {"btc": 0.7, "conll": 0.6 if options.start else 1.0}
+    options.weights = {"btc": options.btc, "conll": options.conll}
     train(options)
 
 

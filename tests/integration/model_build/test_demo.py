@@ -10,14 +10,21 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from tokenizers import Tokenizer
+
 from nermill.model_build.artifact import Order, compile_artifact
 from nermill.model_build.checkpoint import open_checkpoint
+from nermill.model_build.demo.casing import MARKS, with_case_marks
+from nermill.model_build.demo.corpora import bits, with_targets
 from nermill.model_build.demo.recover import recover
+from nermill.model_build.demo.train import encode, going_on
 from nermill.model_build.verify import verify
 from nermill.worker.contracts.errors import UsageError
-from nermill.worker.contracts.manifest import load_manifest, resolve_artifact
+from nermill.worker.contracts.manifest import TOKENIZER_FILE, load_manifest, resolve_artifact
 from nermill.worker.engine import load_engine
 from nermill.worker.engine.golden import load_golden, run_alone
+
+MARKED = [f"##{mark}" for mark in MARKS.values()]
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +64,35 @@ def test_quantizing_the_recovered_weights_again_changes_nothing(recovered: Path,
     again = read_weights(tmp_path / "int8" / "model.onnx")
     for name, weight in read_weights(resolve_artifact("demo") / "model.onnx").items():
         np.testing.assert_allclose(again[name], weight, rtol=1e-6, atol=1e-9, err_msg=name)
+
+
+def bundled_tokenizer() -> Tokenizer:
+    return Tokenizer.from_file(str(resolve_artifact("demo") / TOKENIZER_FILE))
+
+
+def test_case_marks_are_pieces_behind_the_pieces_of_a_word_with_a_capital_letter() -> None:
+    plain = bundled_tokenizer()
+    marked, kinds = with_case_marks(bundled_tokenizer())
+    assert sorted(kinds) == [plain.get_vocab_size(), plain.get_vocab_size() + 1]
+    for word, mark in {"Grateful": "##⇧", "Zürich": "##⇧", "NATO": "##⇪", "B52": "##⇧", "The": "", "of": ""}.items():
+        text = f"a {word}, b"
+        before, after = (t.encode(text, add_special_tokens=False) for t in (plain, marked))
+        where = [place for place, token in enumerate(after.tokens) if token.startswith(tuple(MARKED))]
+        assert [after.tokens[place] for place in where] == ([mark] if mark else [])
+        for values in ("tokens", "word_ids", "offsets"):
+            left = [value for place, value in enumerate(getattr(after, values)) if place not in where]
+            assert left == getattr(before, values)
+
+
+def test_later_pieces_of_a_word_go_on_with_its_labels() -> None:
+    sentence = with_targets(["Wolf-Rüdiger", "slept"], ["B-PER", "O"], {"PER": ("PER",)}, [bits("O")] * 2)
+    _, first = encode(bundled_tokenizer(), [sentence])
+    _, pieces = encode(bundled_tokenizer(), [sentence], pieces=True)
+    assert [labels for labels in first.tolist() if labels] == [bits("B-PER"), bits("O")]
+    told = [labels for labels in pieces.tolist() if labels]
+    assert told == [bits("B-PER"), *[bits("I-PER")] * (len(told) - 2), bits("O")]
+    assert len(told) > 2
+    assert going_on(bits("O", "B-MISC", "I-MISC")) == bits("O", "I-MISC")
 
 
 def test_recovering_needs_a_new_folder(recovered: Path) -> None:
