@@ -13,7 +13,7 @@ import pytest
 from nermill.worker.contracts.document import Document
 from nermill.worker.contracts.layout import RunFolder
 from nermill.worker.contracts.plan import Options, Plan, Shard
-from nermill.worker.contracts.records import Claim
+from nermill.worker.contracts.records import Claim, Completion
 from nermill.worker.contracts.schema import part_schema
 from nermill.worker.contracts.shard import encode_shard, shard_table
 from nermill.worker.process.metrics import Metrics
@@ -55,7 +55,8 @@ def test_a_late_part_stays_unless_its_run_was_compacted_meanwhile(tmp_path: Path
         def renew(self, *_: Any) -> bool:
             return next(held)
 
-        def complete(self, *_: Any, **__: Any) -> None: ...
+        def complete(self, *_: Any, **__: Any) -> Completion:
+            return Completion(newly=True, last=False)
 
     def annotate(*_: Any) -> Annotated:
         planned = (replace(shard, index=7),) if is_compacted else (shard,)
