@@ -167,7 +167,10 @@ def test_output_folder_that_exists(
         (("bench", "{}/none"), "no model artifact"),
         (("inspect", "{}/none"), "no model artifact"),
         (("shapes", "{}/none.txt"), "none.txt: cannot be read"),
-        (("shapes", "{}/texts.txt", "--costs", "910b"), "no such table; shipped are 310p3-bert-base, 310p3-bert-large"),
+        (
+            ("shapes", "{}/texts.txt", "--costs", "910b"),
+            "cannot be read (No such file or directory); tables by name are 310p3-bert-base, 310p3-bert-large",
+        ),
         (("shapes", "{}/broken.jsonl"), "broken.jsonl:2: no JSON object with a text"),
         (("bench", "demo", "--device", "cuda:7"), "minilm-ner-en: its int8 graph runs on a CPU; for cuda:7 comp"),
     ],
