@@ -46,7 +46,7 @@ demo: $(DEMO)/.made
 	$(DEMO)/bin/python -c '$(READ)'
 
 test: $(VENV)/.made
-	$(VENV)/bin/python -m pytest -m "not slow" $(TESTS)
+	$(VENV)/bin/python -m pytest -n 2 -m "not slow" $(TESTS)
 
 test-all: $(VENV)/.made
 	$(VENV)/bin/python -m pytest $(TESTS)
