@@ -1,4 +1,4 @@
-"""``python -m tests.benchmarks``: everything side by side in one run; ``BENCH=quick`` takes under five minutes.
+"""``python -m tests.benchmarks``: everything side by side in one run; ``BENCH=quick`` takes about five minutes.
 
 ``BENCH_OUT`` names the folder for ``bench.json`` and ``bench.svg``. The machine's speed drifts, so what is worth
 reading are the ratios: each is the median over rounds in which its two sides ran right after each other.
