@@ -28,7 +28,6 @@ from nermill.worker.contracts.by_value import Documents, Held, TooLargeError, pa
 from nermill.worker.contracts.document import Document, Fault
 from nermill.worker.contracts.errors import StoreError, UsageError
 from nermill.worker.contracts.layout import RunFolder
-from nermill.worker.contracts.message import PRIORITIES
 from nermill.worker.contracts.plan import BY_VALUE, Plan, Shard
 from nermill.worker.contracts.shard import shard_table
 
@@ -105,9 +104,9 @@ def send(run: Packed, queue: Queue, on_wait: OnStatus = ignore) -> None:
         StoreError: the workers refuse the run.
         BrokerError: the broker does not answer, or lost the run.
     """
-    plan, priority = run.plan, PRIORITIES[run.plan.priority]
+    plan = run.plan
     with queue.ledger() as ledger:
-        ledger.open(plan.run_id, run.run.uri, plan.options, artifact=plan.model["sha256"], priority=priority, plan=plan)
+        Documents(ledger).open(run.run.uri, plan)
         if not Documents(ledger).declare(plan.run_id, [entry.shard for entry in run.shards]):
             raise UsageError(
                 f"run {plan.run_id}: the broker has it with other shards, as another version of nermill cuts them; "
@@ -125,9 +124,13 @@ def _spooled(reading: Reading, request: Request, spool: IO[bytes]) -> Iterator[_
     for group in group_documents(reading.documents(), request.limits):
         for data, sha256, documents in pack_group(group, request.read.on_error):
             spool.write(data)
-            rejected = sum(document.fault is not None for document in documents)
-            yield _Entry(Shard(index, first, len(documents), sha256), start, len(data), rejected)
+            yield _Entry(Shard(index, first, len(documents), sha256), start, len(data), number_of_faults(documents))
             index, first, start = index + 1, first + len(documents), start + len(data)
+
+
+def number_of_faults(documents: list[Document]) -> int:
+    """How many of the documents cannot be tagged."""
+    return sum(document.fault is not None for document in documents)
 
 
 def pack_group(group: list[Document], on_error: OnError) -> Iterator[tuple[bytes, str, list[Document]]]:

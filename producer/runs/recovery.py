@@ -12,7 +12,6 @@ from nermill.producer.sources.live import Position
 from nermill.worker.contracts.by_value import Documents
 from nermill.worker.contracts.errors import StoreError, UsageError
 from nermill.worker.contracts.layout import PLAN_FILE, RunFolder
-from nermill.worker.contracts.message import PRIORITIES
 from nermill.worker.contracts.plan import Plan, Shard
 from nermill.worker.contracts.records import RunState
 from nermill.worker.contracts.store import store_errors
@@ -53,8 +52,7 @@ def recover_by_value(run: RunFolder, plan: Plan, queue: Queue) -> Plan:
             )
         if state == RunState.FINISHED:
             return plan
-        priority, artifact = PRIORITIES[plan.priority], plan.model["sha256"]
-        ledger.open(plan.run_id, run.uri, plan.options, artifact=artifact, priority=priority, plan=plan)
+        documents.open(run.uri, plan)
         ledger.add(plan.run_id, documents.shards(plan.run_id))
     queue.end_stream(plan.run_id)
     queue.promote()

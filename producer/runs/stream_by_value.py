@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 from nermill.producer.runs.base_stream import BaseStream, Group
-from nermill.producer.runs.by_value import byte_limit, has_room, pack_group
+from nermill.producer.runs.by_value import byte_limit, has_room, number_of_faults, pack_group
 from nermill.producer.runs.continuation import Durable
 from nermill.producer.runs.run import BROKER_TIMEOUT, check_served, is_much
 from nermill.producer.runs.shards import ANOTHER_PRODUCER
@@ -16,9 +16,7 @@ from nermill.producer.sources.files import absolute
 from nermill.producer.sources.live import Position
 from nermill.producer.sources.options import OnError
 from nermill.worker.contracts.by_value import Documents, Held
-from nermill.worker.contracts.document import Document
 from nermill.worker.contracts.errors import BrokerError, StoreError
-from nermill.worker.contracts.message import PRIORITIES
 from nermill.worker.contracts.plan import BY_VALUE, Shard
 from nermill.worker.contracts.records import RunState
 
@@ -70,15 +68,7 @@ class StreamByValue(BaseStream):
     def _open_again(self) -> None:
         plan = self.plan
         with self._queue.ledger() as ledger:
-            ledger.open(
-                plan.run_id,
-                self.run.uri,
-                plan.options,
-                artifact=plan.model["sha256"],
-                state=RunState.OPEN,
-                priority=PRIORITIES[plan.priority],
-                plan=plan,
-            )
+            Documents(ledger).open(self.run.uri, plan, RunState.OPEN)
             ledger.add(plan.run_id, self._shards)
             if self._position is not None:
                 Documents(ledger).place(plan.run_id, self._shards[-1].index, self._position.as_json())
@@ -95,13 +85,13 @@ class StreamByValue(BaseStream):
     def _store(self, group: Group) -> None:
         packed, done = [], 0
         first, index = self._end_of_packed
-        self.rejected -= _faults(group.documents)
+        self.rejected -= number_of_faults(group.documents)
         for data, sha256, documents in pack_group(group.documents, self._on_error):
             done += len(documents)
             shard = Shard(index, first, len(documents), sha256)
             packed.append(_Packed(shard, data, group.positions[done - 1]))
             first, index = first + len(documents), index + 1
-            self.rejected += _faults(documents)
+            self.rejected += number_of_faults(documents)
         self._end_of_packed = first, index
         with self._changed:
             self._full.popleft()
@@ -192,7 +182,3 @@ class StreamByValue(BaseStream):
         if self._is_lost():
             self._open_again()
         self._queue.end_stream(self.plan.run_id)
-
-
-def _faults(documents: list[Document]) -> int:
-    return sum(document.fault is not None for document in documents)

@@ -18,8 +18,9 @@ import zstandard
 
 from nermill.worker.contracts.errors import MessageError
 from nermill.worker.contracts.ledger import Ledger
+from nermill.worker.contracts.message import PRIORITIES
 from nermill.worker.contracts.plan import Plan, Shard, plan_from
-from nermill.worker.contracts.records import Claim, lease_of, parse_shard, shard_entry
+from nermill.worker.contracts.records import Claim, RunState, lease_of, parse_shard, shard_entry
 from nermill.worker.contracts.schema import SHARD
 
 MAX_PACKED_BYTES = 1 << 20  # of a shard's documents
@@ -129,6 +130,24 @@ class Documents:
         for part in ("sent", "leases", "results"):  # as a shard goes: one that moves meanwhile is found later
             known.difference_update(client.hkeys(key(run_id, part)))
         return set(map(int, known))
+
+    def open(self, uri: str, plan: Plan, state: RunState = RunState.CLOSED) -> None:
+        """Makes a run by value known, or known again.
+
+        Args:
+            uri: The run's folder, as workers see it.
+            plan: What the first worker writes there.
+            state: ``OPEN`` for a stream that still grows, else ``CLOSED``.
+        """
+        self._ledger.open(
+            plan.run_id,
+            uri,
+            plan.options,
+            artifact=plan.model["sha256"],
+            state=state,
+            priority=PRIORITIES[plan.priority],
+            plan=plan,
+        )
 
     def offer(
         self, run_id: str, shard: Shard, documents: bytes, *, position: str = "", holder: str = ""

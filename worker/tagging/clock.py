@@ -29,7 +29,6 @@ class DeviceClock:
         me = threading.get_ident()
         with self._lock:
             self._begun[me] = self._count()
-        seconds = 0.0
         try:
             result = call()
         finally:
