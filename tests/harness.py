@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -282,6 +282,23 @@ def harness(folder: Path, **options: Any) -> Iterator[Harness]:
         yield made
     finally:
         made.close()
+
+
+@contextmanager
+def child(command: Sequence[str], environment: Mapping[str, str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process whose standard output is read as text; it is killed at the end of the block.
+
+    Args:
+        command: Its command line.
+        environment: Its environment variables beside those of this process.
+        options: Others of ``subprocess.Popen``.
+    """
+    variables = {**os.environ, **environment}
+    with subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def free_port() -> int:

@@ -6,13 +6,12 @@ import ctypes
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO
 
 from nermill.worker.contracts.layout import RunFolder
-from tests.harness import Harness
+from tests.harness import Harness, child
 
 NOBODY = 65534
 MEETS_ROOT = os.getuid() == 0
@@ -26,22 +25,17 @@ def without_the_rights_of_root() -> None:
             raise OSError("capabilities cannot be dropped")
 
 
-@contextmanager
-def nermill(fleet: Harness, *arguments: str, stdin: IO[str] | int | None = None) -> Iterator[subprocess.Popen[str]]:
+def nermill(
+    fleet: Harness, *arguments: str, stdin: IO[str] | int | None = None
+) -> AbstractContextManager[subprocess.Popen[str]]:
     """A command of the producer that sees nothing of the workers' output."""
-    with subprocess.Popen(
+    return child(
         [sys.executable, "-m", "nermill.producer.cli", *arguments],
-        env={**os.environ, "NERMILL_BROKER_URL": fleet.server.url},
+        {"NERMILL_BROKER_URL": fleet.server.url},
         preexec_fn=without_the_rights_of_root if MEETS_ROOT else None,
         stdin=stdin,
-        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+    )
 
 
 def told(fleet: Harness, *arguments: str, stdin: IO[str] | None = None, timeout: float = 240) -> tuple[int, str, str]:

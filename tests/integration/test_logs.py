@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -29,30 +28,19 @@ from nermill.worker.process.settings import Settings
 from nermill.worker.queue.shards import ShardWorker
 from nermill.worker.tagging.pipeline import Pipeline
 from tests.doubles.engine import HashEngine, manifest
-from tests.harness import Harness, texts
+from tests.harness import Harness, child, texts
 
 LAUNCH = [sys.executable, "-m", "tests.doubles.launch", "--devices", "cpu"]
 NEVER = "Secret document text"
 
 
-@contextmanager
-def launch(fleet: Harness, *arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+def launch(fleet: Harness, *arguments: str, **environment: str) -> AbstractContextManager[subprocess.Popen[str]]:
     settings = {
         "NERMILL_BROKER_URL": fleet.server.url,
         "NERMILL_ALLOWED_ROOTS": str(fleet.out),
         "NERMILL_LEASE_SECONDS": "2",
     }
-    with subprocess.Popen(
-        [*LAUNCH, *arguments],
-        env={**os.environ, **settings, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+    return child([*LAUNCH, *arguments], {**settings, **environment}, stderr=subprocess.STDOUT)
 
 
 def test_json_logs_are_one_object_a_line_with_run_shard_device_and_worker(fleet: Harness) -> None:
