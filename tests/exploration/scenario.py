@@ -434,8 +434,8 @@ class Mill:
     def __init__(self, world: World, scenario: Scenario) -> None:
         self.world, self.scenario = world, scenario
         run._POLL_SECONDS = scenario.polls
-        self.is_produced = False
-        self.is_cancelled = False
+        self.commands = {"producer": self._produce, "canceller": self._cancel}
+        self.ended: set[str] = set()  # commands that ended without an error
         self.run_uri = ""
         self._metrics = _metrics()
         world.deliver, world.is_over = self._deliver, self._is_over
@@ -445,17 +445,14 @@ class Mill:
         self.watch = Watch(world, scenario)
         for number in range(scenario.workers):
             self._start_worker(f"w{number}")
-        self._start_producer()
+        self._start_command("producer")
         if scenario.cancels:
-            world.later(scenario.cancels, "canceller", self._start_canceller)
+            self._start_command_later("canceller", scenario.cancels)
 
     def _died(self, process: Process) -> None:
-        if process.slot == "producer":
-            if not self.is_produced:
-                self.world.later(self.scenario.operator, "producer", self._start_producer)
-        elif process.slot == "canceller":
-            if not self.is_cancelled:
-                self.world.later(self.scenario.operator, "canceller", self._start_canceller)
+        if process.slot in self.commands:
+            if process.slot not in self.ended:
+                self._start_command_later(process.slot, self.scenario.operator)
         else:
             self.world.later(self.scenario.restart, process.slot, lambda: self._start_worker(process.slot))
 
@@ -485,7 +482,7 @@ class Mill:
             ]
             for process in self._workers()
         ]
-        return self.is_produced, self.is_cancelled, received, self.watch.memory()
+        return sorted(self.ended), received, self.watch.memory()
 
     # Workers
 
@@ -541,21 +538,26 @@ class Mill:
             call = lambda: worker.tag_shard(task, *arguments)  # noqa: E731
         self.world.act(about, process, call, self._worker_ended)
 
-    # The producer
+    # The producer, and who cancels
 
-    def _start_producer(self) -> None:
+    def _start_command(self, name: str) -> None:
+        """Starts a command of an operator, who starts it again where it ends with an error."""
         world = self.world
-        process = world.begin("producer")
+        process = world.begin(name)
 
         def ended(result: Any, error: BaseException | None) -> None:
             if error is not None and not isinstance(error, NermillError):
-                world.violated(f"the producer raised {type(error).__name__}: {error}")
-            self.is_produced = error is None
-            if error is not None:
-                world.later(self.scenario.operator, "producer", self._start_producer)
+                world.violated(f"the {name} raised {type(error).__name__}: {error}")
+            if error is None:
+                self.ended.add(name)
+            else:
+                self._start_command_later(name, self.scenario.operator)
             process.is_alive = False
 
-        world.act("main", process, self._produce, ended)
+        world.act("main", process, self.commands[name], ended)
+
+    def _start_command_later(self, name: str, seconds: float) -> None:
+        self.world.later(seconds, name, lambda: self._start_command(name))
 
     def _produce(self) -> None:
         """``nermill submit --wait``, as the command does it."""
@@ -588,23 +590,10 @@ class Mill:
         if told.state != "complete" and not self.scenario.cancels:
             self.world.violated(f"the producer waited until the run was {told.state}")
 
-    def _start_canceller(self) -> None:
-        world = self.world
-        process = world.begin("canceller")
-
-        def ended(result: Any, error: BaseException | None) -> None:
-            if error is not None and not isinstance(error, NermillError):
-                world.violated(f"the canceller raised {type(error).__name__}: {error}")
-            self.is_cancelled = error is None
-            if error is not None:
-                world.later(self.scenario.operator, "canceller", self._start_canceller)
-            process.is_alive = False
-
-        def cancel() -> None:
-            folder, plan = run.open_run(self.run_uri or self.scenario.out)
-            run.cancel(folder, plan, self._queue())
-
-        world.act("main", process, cancel, ended)
+    def _cancel(self) -> None:
+        """``nermill cancel``."""
+        folder, plan = run.open_run(self.run_uri or self.scenario.out)
+        run.cancel(folder, plan, self._queue())
 
     def _queue(self) -> Queue:
         made = Queue.__new__(Queue)
@@ -620,11 +609,11 @@ class Mill:
         idle = all(len(process.actors) <= 1 and process.asleep_until <= world.now for process in self._workers())
         asleep = any(actor.asleep_until > world.now for actor in world.actors)
         if not self.scenario.waits and not self.watch.is_finished():
-            if self.is_produced and self.watch.is_blocked():  # somebody looks, and sends it again
-                self.is_produced = False
-                world.later(self.scenario.operator, "producer", self._start_producer)
+            if "producer" in self.ended and self.watch.is_blocked():  # somebody looks, and sends it again
+                self.ended.remove("producer")
+                self._start_command_later("producer", self.scenario.operator)
             return False
-        is_done = self.is_produced and (self.is_cancelled or not self.scenario.cancels)
+        is_done = "producer" in self.ended and ("canceller" in self.ended or not self.scenario.cancels)
         return is_done and idle and not (asleep or any(world.queues.values()) or self.watch.has_leases())
 
 
