@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nermill.worker.contracts.command import python_command
-from nermill.worker.contracts.costs import WAYS
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.processor import processor_flags, processor_name
 
@@ -99,9 +98,11 @@ def accept(checkpoint: str, device: str, on_step: Callable[[Step], None]) -> dic
     with tempfile.TemporaryDirectory(prefix="nermill-accept-") as name:
         folder = Path(name)
 
-        def tried(backend: str, precision: str, layout: str = "packed") -> tuple[dict[str, Any], Path]:
+        usual = "equal" if kind == "cpu" else "packed"
+
+        def tried(backend: str, precision: str, layout: str = usual) -> tuple[dict[str, Any], Path]:
             """What ``bench`` says of an artifact that was compiled and verified; empty where it does not serve."""
-            artifact = folder / "-".join([backend, precision, *([] if layout == "packed" else [layout])])
+            artifact = folder / "-".join([backend, precision, *([] if layout == usual else [layout])])
             if done(_compile(checkpoint, artifact, backend, precision, layout)).state != "passed":
                 return {}, artifact
             verified = done(_verify(artifact, device))
@@ -116,12 +117,12 @@ def accept(checkpoint: str, device: str, on_step: Callable[[Step], None]) -> dic
         if not serving:
             done(Step("run", "failed", 0.0, "no backend serves this device"))
         else:
-            packed, artifact = max(serving, key=lambda made: float(made[0]["tokens_per_second"]))
-            plain, _ = tried(packed["backend"], packed["precision"], "plain")
+            best, artifact = max(serving, key=lambda made: float(made[0]["tokens_per_second"]))
+            plain, _ = tried(best["backend"], best["precision"], "plain")
             if "tokens_per_second" in plain:
-                done(_layouts(packed, plain))
+                done(_layouts(best, plain))
             done(_memory(artifact, device))
-            slowest = max(shape["seconds"] for shape in packed["shapes"] if "seconds" in shape)
+            slowest = max(shape["seconds"] for shape in best["shapes"] if "seconds" in shape)
             for step in _runs(artifact, device, folder, max(HANG_SECONDS, HANG_CALLS * slowest)):
                 done(step)
     return {
@@ -221,12 +222,13 @@ def _refused(name: str, answer: _Answer) -> Step:
     return Step(name, "skipped" if absent else "failed", answer.seconds, answer.last_line)
 
 
-def _layouts(packed: dict[str, Any], plain: dict[str, Any]) -> Step:
-    """The sample in the three ways, by what was measured of each layout's graph."""
-    ways = {way: (packed if way == "packed" else plain)["ways"][way] for way in WAYS}
+def _layouts(best: dict[str, Any], plain: dict[str, Any]) -> Step:
+    """The sample in three ways, by what was measured of each layout's graph."""
+    layout = best["layout"]  # packed or equal, and what its way of filling rows is called
+    ways = {"padded": plain["ways"]["padded"], "bucketed": plain["ways"]["bucketed"], layout: best["ways"][layout]}
     told = ", ".join(f"{way} {about['documents_per_second']:,.1f}" for way, about in ways.items())
-    best = "plain" if ways["bucketed"]["device_seconds"] < ways["packed"]["device_seconds"] else "packed"
-    detail = f"{packed['documents']} documents, computed from these times, in a second: {told}; build --layout {best}"
+    faster = "plain" if ways["bucketed"]["device_seconds"] < ways[layout]["device_seconds"] else layout
+    detail = f"{best['documents']} documents, computed from these times, in a second: {told}; build --layout {faster}"
     return Step("layouts", "passed", 0.0, detail, {"compared": ways})
 
 

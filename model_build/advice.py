@@ -94,8 +94,9 @@ def lines_of_ways(ways: dict[str, Any], word: str) -> list[str]:
     for way in reversed(ways):
         about = ways[way]
         shapes = ",".join(f"{rows}x{length}" for rows, length in about["shapes"])
+        rows = f"{about['rows']:,} rows of {shapes}, " if shapes else ""
         lines.append(
-            f"{way:<12} {about['rows']:,} rows of {shapes}, fill {about['fill']:.1%}, "
+            f"{way:<12} {rows}fill {about['fill']:.1%}, "
             f"{about['device_seconds']:,.1f} device seconds, {about['documents_per_second']:,.1f} documents/s ({word})"
         )
     return lines

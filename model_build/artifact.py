@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from nermill.model_build import aie, export, int8, om, openvino
+from nermill.model_build.calibration import Windows, calibration_windows, input_ranges
 from nermill.model_build.checkpoint import Checkpoint, open_checkpoint
 from nermill.model_build.reference import check_graph, golden
 from nermill.model_build.shapes import parse_shapes
@@ -38,7 +39,8 @@ from nermill.worker.engine.encoder import Encoder, build
 from nermill.worker.engine.golden import Golden, golden_difference, load_golden
 from nermill.worker.engine.onnx import OnnxEngine
 
-TOKEN_BUDGET = 1024  # padded tokens of a batch where shapes are free; measured best on CPUs
+TOKEN_BUDGET = 1024  # padded tokens of a batch where shapes are free
+EQUAL_TOKEN_BUDGET = 512  # of a batch on one core: larger ones are no faster, and want more memory
 PRECISIONS: dict[Backend, tuple[Precision, ...]] = {
     "onnx": ("fp32", "fp16", "int8"),
     "torch": ("fp32", "fp16", "bf16", "int8"),
@@ -46,6 +48,7 @@ PRECISIONS: dict[Backend, tuple[Precision, ...]] = {
     "aie": ("fp16", "fp32"),
     "om": ("fp16",),
 }
+CPU_ONLY = (("onnx", "int8"), ("openvino", "fp32"), ("openvino", "bf16"), ("openvino", "int8"))
 # accepted difference of a golden logit, relative to the largest one (or to 1 where all are small)
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.15, "int8": 0.1}
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}
@@ -70,18 +73,20 @@ class Order:
 
     Attributes:
         backend: Who runs it.
-        layout: ``packed`` rows, or the ``plain`` contract of the recipe.
+        layout: What rows are (``Manifest.layout``); where it is None, ``equal`` for what runs on CPUs alone with free
+            shapes, else ``packed``.
         precision: Of the weights and products; the backend's first one where it is None.
         shapes: ``auto`` or ``BxL,...``.
         index_dtype: ``int64`` or ``int32``: type of the graph's inputs.
         soc: Name of the Ascend chip, for the backends ``aie`` and ``om``.
         name: What people will call it; the checkpoint's own name where it is empty.
         atc: Whether ``om`` is compiled here; else the artifact waits for ``nermill-build adopt``.
-        calibrate: File of texts that ``openvino`` finds the scales of int8 with; the golden ones where it is None.
+        calibrate: File of texts to find the scales of int8 with. Where it is None, ``openvino`` takes the golden ones,
+            and ``onnx`` a scale for each token.
     """
 
     backend: Backend
-    layout: Layout = "packed"
+    layout: Layout | None = None
     precision: Precision | None = None
     shapes: str = "auto"
     index_dtype: str = "int64"
@@ -98,7 +103,7 @@ def compile_artifact(where: str, out: Path, order: Order) -> Manifest:
         UsageError: the checkpoint, an option or the output folder does not fit.
         EngineError: the compiled graph does not give the checkpoint's logits.
     """
-    precision = check_order(order)
+    layout, precision = check_order(order)
     checkpoint = open_checkpoint(where)
     shapes = parse_shapes(order.shapes, checkpoint.max_length, order.backend)
     if order.backend == "openvino":
@@ -106,7 +111,7 @@ def compile_artifact(where: str, out: Path, order: Order) -> Manifest:
     if order.backend == "om":
         shapes = shapes or om.default_shapes(checkpoint.max_length)
         om.check_order(shapes, order.soc)
-        if order.layout == "plain" and not checkpoint.architecture.types:
+        if layout == "plain" and not checkpoint.architecture.types:
             raise UsageError(
                 f"--layout plain: {where} has no token types, and atc may drop an input that nothing uses; "
                 "take --layout packed"
@@ -118,12 +123,12 @@ def compile_artifact(where: str, out: Path, order: Order) -> Manifest:
         checkpoint.weights()  # refuses by name what cannot be read, before transformers opens it
         answers = golden(checkpoint, max_length)
         answers.write(folder)
-        model = build(checkpoint.architecture, checkpoint.weights(), plain=order.layout == "plain")
-        manifest = describe(checkpoint, order, precision, shapes, answers, model.inputs)
+        model = build(checkpoint.architecture, checkpoint.weights(), layout=layout)
+        manifest = describe(checkpoint, order, layout, precision, shapes, answers, model.inputs)
         (folder / TOKENIZER_FILE).write_text(checkpoint.tokenizer, "utf-8")
         if order.backend == "om":
             export.trace_onnx(model, folder / om.GRAPH_FILE, getattr(torch, order.index_dtype), shapes)
-            graph = describe(checkpoint, order, "fp32", shapes, answers, model.inputs)
+            graph = describe(checkpoint, order, layout, "fp32", shapes, answers, model.inputs)
             check_graph(OnnxEngine(folder, replace(graph, model_file=om.GRAPH_FILE)), answers)
             manifest = om.finish(folder, manifest, out, soc=order.soc, has_atc=order.atc)
         else:
@@ -140,6 +145,7 @@ def compile_artifact(where: str, out: Path, order: Order) -> Manifest:
 def describe(
     checkpoint: Checkpoint,
     order: Order,
+    layout: Layout,
     precision: Precision,
     shapes: tuple[tuple[int, int], ...],
     answers: Golden,
@@ -151,11 +157,11 @@ def describe(
         name=order.name or checkpoint.name,
         backend=order.backend,
         model_file="",
-        layout=order.layout,
+        layout=layout,
         precision=precision,
         inputs=tuple(GraphInput(name, order.index_dtype) for name in inputs),
         shapes=shapes,
-        token_budget=TOKEN_BUDGET,
+        token_budget=EQUAL_TOKEN_BUDGET if layout == "equal" else TOKEN_BUDGET,
         max_length=min(checkpoint.max_length, max((length for _, length in shapes), default=checkpoint.max_length)),
         labels=checkpoint.labels,
         scheme=checkpoint.scheme,
@@ -201,15 +207,15 @@ def folder_at_once(out: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def check_order(order: Order) -> Precision:
-    """The precision that is built.
+def check_order(order: Order) -> tuple[Layout, Precision]:
+    """The layout and the precision that are built.
 
     Raises:
         UsageError: nermill builds no such backend, layout, index dtype or precision.
     """
     if order.backend not in get_args(Backend):
         raise UsageError(f"--backend {order.backend}: nermill builds {', '.join(get_args(Backend))}")
-    if order.layout not in get_args(Layout):
+    if order.layout is not None and order.layout not in get_args(Layout):
         raise UsageError(f"--layout {order.layout}: nermill builds {', '.join(get_args(Layout))}")
     if order.index_dtype not in ("int64", "int32"):
         raise UsageError(f"--index-dtype {order.index_dtype}: nermill builds int64, int32")
@@ -217,12 +223,19 @@ def check_order(order: Order) -> Precision:
     precision = order.precision or offered[0]
     if precision not in offered:
         raise UsageError(f"--precision {precision}: backend {order.backend} takes {', '.join(offered)}")
-    if order.calibrate is not None and (order.backend, precision) != ("openvino", "int8"):
+    if order.calibrate is not None and (precision != "int8" or order.backend not in ("onnx", "openvino")):
         raise UsageError(
-            f"--calibrate: {order.backend} {precision} has no scales to find; it is for --backend openvino "
+            f"--calibrate: {order.backend} {precision} has no scales to find; it is for --backend onnx or openvino and "
             "--precision int8"
         )
-    return precision
+    has_free_shapes = order.shapes == "auto" and order.backend not in ("aie", "om")
+    layout = order.layout or ("equal" if has_free_shapes and (order.backend, precision) in CPU_ONLY else "packed")
+    if layout == "equal" and (not has_free_shapes or precision == "fp16"):
+        raise UsageError(
+            "--layout equal: is for CPUs and free shapes; take --backend onnx, torch or openvino, --shapes auto, and "
+            "another precision than fp16"
+        )
+    return layout, precision
 
 
 def _compile(
@@ -233,16 +246,20 @@ def _compile(
         return "model.pt", aie.compile_module(
             model, folder / "model.pt", shapes=manifest.shapes, dtype=dtype, precision=precision, soc=order.soc
         )
+    windows: Windows = ()
+    details: dict[str, Any] = {}
+    if precision == "int8" and (order.backend == "openvino" or order.calibrate is not None):
+        windows, details = calibration_windows(order.calibrate, folder, manifest, answers.windows)
     if order.backend == "openvino":
-        rows, details = openvino.calibration(order.calibrate, folder, manifest, answers.windows)
-        openvino.to_openvino(model, folder, dtype, rows)
+        openvino.to_openvino(model, folder, dtype, manifest, windows)
         return openvino.MODEL_FILE, details
     model = model.to(_DTYPES[precision])
     if order.backend == "onnx":
-        export.to_onnx(model, folder / "model.onnx", dtype)
+        ranges = input_ranges(model, windows, manifest) if windows else None
+        export.to_onnx(model, folder / "model.onnx", dtype, fused=manifest.layout == "equal")
         if precision == "int8":
-            int8.quantize_onnx(folder / "model.onnx")
-        return "model.onnx", {}
+            int8.quantize_onnx(folder / "model.onnx", ranges)
+        return "model.onnx", details
     if precision == "int8":
         int8.quantize_module(model)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import numpy as np
 
 from nermill.model_build.advice import describe, window_lengths
 from nermill.model_build.corpus import Text, read_texts
-from nermill.model_build.shapes import compare
+from nermill.model_build.shapes import compare, compare_equal
 from nermill.worker.contracts.costs import Costs
 from nermill.worker.contracts.errors import EngineError
 from nermill.worker.contracts.manifest import Manifest
@@ -46,14 +47,16 @@ def bench(
     Returns:
         A table of costs (``nermill.worker.contracts.costs``); ``shapes`` holds for each shape rows, length, seconds
         (the median of one call), documents_per_second (one document a row), tokens_per_second, gflops and peak_share.
-        A shape that the device refused holds ``refused`` instead. ``ways`` says what padded, bucketed and packed rows
-        of these shapes take for the texts, each call as measured here; windows are as long as the longest of them.
+        Where the device computes several calls at once, seconds are those of as many calls over their number. A shape
+        that the device refused holds ``refused`` instead. ``ways`` says what padded, bucketed and packed rows of these
+        shapes, or rows of equal length, take for the texts, each call as measured here; windows are as long as the
+        longest of them.
     """
     engine = load_engine(artifact, device, threads)
     try:
         manifest = engine.manifest
         sizes = Architecture(**manifest.details["architecture"])
-        peak = _peak_gflops(engine, threads, (manifest.batch_tokens, sizes.hidden, sizes.intermediate), repeats)
+        peak = _peak_gflops(engine, (manifest.batch_tokens, sizes.hidden, sizes.intermediate), repeats)
         measured = [_measure(engine, shape, sizes, peak, repeats) for shape in _shapes(engine)]
         texts = texts or read_texts([str(SAMPLE)])
         return {
@@ -84,6 +87,8 @@ def _ways(
         return {}
     costs = Costs("", "measured", "", seconds, manifest.layout)
     windows = window_lengths(texts, artifact, min(manifest.max_length, costs.longest))
+    if manifest.layout == "equal":
+        return describe(compare_equal(windows, costs), len(texts))
     return describe(compare(windows, costs, manifest, len(seconds)), len(texts))
 
 
@@ -109,7 +114,7 @@ def _measure(
     windows = [[(engine.manifest.cls_id, *ids, engine.manifest.sep_id)] for ids in content.tolist()]
     batch = lay_rows(windows, shape, engine.manifest)
     try:
-        seconds = _seconds(lambda: engine.run(batch), repeats)
+        seconds = _seconds(lambda: engine.run(batch), repeats, engine.at_once)
     except EngineError as error:
         return {"rows": rows, "length": length, "refused": str(error)}
     gflops = rows * length * sizes.flops_of_token(length) / seconds / 1e9
@@ -124,21 +129,22 @@ def _measure(
     }
 
 
-def _seconds(call: Callable[[], object], repeats: int) -> float:
-    call()  # allocations and lazy compilation
-    begun = time.perf_counter()
-    call()
-    inner = max(1, round(MIN_SECONDS / (time.perf_counter() - begun)))
-    taken = []
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        for _ in range(inner):
-            call()
-        taken.append((time.perf_counter() - begun) / inner)
-    return median(taken)
+def _seconds(call: Callable[[], object], repeats: int, at_once: int = 1) -> float:
+    """Seconds over calls, ``at_once`` of which are under way at any time; the median of ``repeats`` measurements."""
+    with ThreadPoolExecutor(at_once) as threads:
+
+        def seconds_of(calls: int) -> float:
+            begun = time.perf_counter()
+            for done in [threads.submit(call) for _ in range(calls)]:
+                done.result()
+            return (time.perf_counter() - begun) / calls
+
+        seconds_of(at_once)  # allocations and lazy compilation
+        calls = at_once * max(1, round(MIN_SECONDS / (at_once * seconds_of(at_once))))
+        return median(seconds_of(calls) for _ in range(repeats))
 
 
-def _peak_gflops(engine: Engine, threads: int, shape: tuple[int, int, int], repeats: int) -> float | None:
+def _peak_gflops(engine: Engine, shape: tuple[int, int, int], repeats: int) -> float | None:
     """Speed of one product (tokens, hidden) × (hidden, intermediate) in the engine's own library and precision."""
     backend = engine.manifest.backend
     if backend in ("aie", "om"):
@@ -146,12 +152,12 @@ def _peak_gflops(engine: Engine, threads: int, shape: tuple[int, int, int], repe
     if backend == "torch":
         product = _torch_product(engine, shape)
     else:
-        product = (_onnx_product if backend == "onnx" else _openvino_product)(engine, threads, shape)
+        product = (_onnx_product if backend == "onnx" else _openvino_product)(engine, shape)
     rows, inner, columns = shape
-    return round(2 * rows * inner * columns / _seconds(product, repeats) / 1e9, 2)
+    return round(2 * rows * inner * columns / _seconds(product, repeats, engine.at_once) / 1e9, 2)
 
 
-def _onnx_product(engine: Engine, threads: int, shape: tuple[int, int, int]) -> Callable[[], object]:
+def _onnx_product(engine: Engine, shape: tuple[int, int, int]) -> Callable[[], object]:
     from onnx import TensorProto, helper, numpy_helper
 
     from nermill.worker.engine.onnx import open_session
@@ -170,11 +176,11 @@ def _onnx_product(engine: Engine, threads: int, shape: tuple[int, int, int]) -> 
         [numpy_helper.from_array(weight, "w")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    session = open_session(model.SerializeToString(), engine.device, engine.manifest, threads)
+    session = open_session(model.SerializeToString(), engine.device, engine.manifest)
     return lambda: session.run(None, {"x": x})
 
 
-def _openvino_product(engine: Engine, threads: int, shape: tuple[int, int, int]) -> Callable[[], object]:
+def _openvino_product(engine: Engine, shape: tuple[int, int, int]) -> Callable[[], object]:
     import openvino
     from openvino import opset13 as op
 
@@ -187,8 +193,15 @@ def _openvino_product(engine: Engine, threads: int, shape: tuple[int, int, int])
     if engine.manifest.precision == "int8":
         factors = [op.fake_quantize(factor, -1.28, 1.27, -1.28, 1.27, 256) for factor in factors]
     model = openvino.Model([op.matmul(*factors, False, False)], [entry])
-    request = openvino.Core().compile_model(model, "CPU", settings(engine.manifest, threads)).create_infer_request()
-    return lambda: request.infer([x], share_inputs=True, share_outputs=True)
+    compiled = openvino.Core().compile_model(model, "CPU", settings(engine.manifest, engine.at_once))
+    requests = [compiled.create_infer_request() for _ in range(engine.at_once)]
+
+    def product() -> None:
+        request = requests.pop()
+        request.infer([x], share_inputs=True, share_outputs=True)
+        requests.append(request)
+
+    return product
 
 
 def _torch_product(engine: Engine, shape: tuple[int, int, int]) -> Callable[[], object]:

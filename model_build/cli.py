@@ -33,8 +33,14 @@ def compile_(
     out: Annotated[Path, typer.Option("--out", help="Folder to make; must not exist.", show_default=False)],
     backend: Annotated[str, typer.Option("--backend", help="Who runs it: onnx, torch, openvino, aie or om.")] = "onnx",
     layout: Annotated[
-        str, typer.Option("--layout", help="packed rows, or plain: input_ids, attention_mask, token_type_ids.")
-    ] = "packed",
+        str | None,
+        typer.Option(
+            "--layout",
+            help="packed rows, plain: input_ids, attention_mask, token_type_ids, or equal: windows of one length, for "
+            "CPUs; default: equal for onnx int8 and openvino with free shapes, else packed.",
+            show_default=False,
+        ),
+    ] = None,
     precision: Annotated[
         str | None,
         typer.Option(
@@ -53,7 +59,7 @@ def compile_(
         typer.Option(
             "--calibrate",
             metavar="FILE",
-            help="For openvino int8: texts like yours (CoNLL, JSONL or plain lines) to find scales with.",
+            help="For int8 of onnx and openvino: texts like yours (CoNLL, JSONL or plain lines) to find scales with.",
             show_default=False,
         ),
     ] = None,
@@ -65,6 +71,8 @@ def compile_(
     order = Order(backend, layout, precision, shapes, index_dtype, soc, name, atc, calibrate)  # type: ignore[arg-type]
     manifest = compile_artifact(checkpoint, out, order)
     _built(out, manifest, as_json)
+    if backend == "onnx" and manifest.precision == "int8" and calibrate is None:
+        _note("it computes a scale for each token; --calibrate FILE with texts like yours makes fixed ones: faster")
     if backend == "openvino" and manifest.precision == "int8":
         if calibrate is None:
             _note("its scales are of the golden texts alone; --calibrate FILE with texts like yours is more exact")
@@ -260,7 +268,9 @@ def _built(out: Path, manifest: Any, as_json: bool) -> None:
         lines.append(f"atc          {details['atc']['log']} ({details['atc']['seconds']:g} s; {out / 'atc.log'})")
     if "calibration" in details:
         body |= {"calibration": details["calibration"]}
-        lines.append(f"calibrated   with {details['calibration']['rows']} rows of {details['calibration']['texts']}")
+        lines.append(
+            f"calibrated   with {details['calibration']['windows']} windows of {details['calibration']['texts']}"
+        )
     if "command" in details:
         body |= {key: details.get(key) for key in ("command", "cann", "tried", "notes")}
         lines.append(f"command      {details['command']}")

@@ -38,8 +38,10 @@ def example_inputs(model: Encoder, dtype: torch.dtype, shape: tuple[int, int] = 
     return tuple(by_name[name] for name in model.inputs)
 
 
-def to_onnx(model: Encoder, path: Path, dtype: torch.dtype) -> None:
+def to_onnx(model: Encoder, path: Path, dtype: torch.dtype, *, fused: bool = False) -> None:
     """Writes an ONNX graph with free rows and length; parameters keep their names.
+
+    With ``fused``, attention is onnxruntime's own operator, which takes no mask; the model's attention is replaced.
 
     Weights over INLINE_BYTES go into a file beside it: the format allows 2 GB in one, and writing them apart
     needs no copy in memory.
@@ -49,6 +51,10 @@ def to_onnx(model: Encoder, path: Path, dtype: torch.dtype) -> None:
     """
     if version.parse(torch.__version__) < version.parse("2.6"):
         raise UsageError(f"--backend onnx needs torch >= 2.6 to export, and here is {torch.__version__}")
+    if fused and not hasattr(torch.onnx, "ops"):
+        raise UsageError(f"--layout equal needs torch >= 2.8 to export, and here is {torch.__version__}")
+    if fused:
+        replace(model, Attention, lambda plain: _OnnxruntimeAttention(plain.heads, plain.scale))
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of operators that we do not use
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own use of what torch deprecates
@@ -137,15 +143,32 @@ def _into_one_data_file(path: Path) -> None:
 class _PlainAttention(Attention):
     """``Attention`` with the sizes of heads as constants: its reshapes leave no arithmetic in a traced graph."""
 
-    def forward(self, qkv: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, qkv: Tensor, bias: Tensor | None) -> Tensor:
         rows, length, width = qkv.shape
         hidden = int(width) // 3
         query, key, value = (
             part.reshape(rows, length, self.heads, hidden // self.heads).transpose(1, 2)
             for part in qkv.split(hidden, -1)
         )
-        scores = (query * self.scale) @ key.transpose(-1, -2) + bias
+        scores = (query * self.scale) @ key.transpose(-1, -2)
+        if bias is not None:
+            scores = scores + bias
         return (scores.softmax(-1) @ value).transpose(1, 2).reshape(rows, length, hidden)
+
+
+class _OnnxruntimeAttention(Attention):
+    """``Attention`` without a mask as one operator of onnxruntime, which holds few of the scores at a time."""
+
+    def forward(self, qkv: Tensor, bias: Tensor | None) -> Tensor:
+        parts = qkv.chunk(3, dim=-1)
+        return torch.onnx.ops.symbolic(
+            "com.microsoft::MultiHeadAttention",
+            parts,
+            {"num_heads": self.heads, "scale": self.scale},
+            dtype=qkv.dtype,
+            shape=parts[0].shape,
+            version=1,
+        )
 
 
 def _plain_attention(model: nn.Module) -> None:

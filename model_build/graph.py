@@ -48,7 +48,9 @@ def export_graph(where: str, out: Path, form: Format, order: Order) -> dict[str,
     """
     if form not in get_args(Format):
         raise UsageError(f"--format {form}: nermill exports {', '.join(get_args(Format))}")
-    precision = check_order(order)
+    layout, precision = check_order(order)
+    if layout == "equal":
+        raise UsageError("--layout equal: its attention is onnxruntime's own; export takes packed, plain")
     if out.exists():
         raise UsageError(f"{out}: is there already; name a new file or remove it")
     checkpoint = open_checkpoint(where)
@@ -56,8 +58,10 @@ def export_graph(where: str, out: Path, form: Format, order: Order) -> dict[str,
     max_length = min(checkpoint.max_length, max((length for _, length in shapes), default=checkpoint.max_length))
     weights = checkpoint.weights()
     answers = golden(checkpoint, max_length)
-    model = build(checkpoint.architecture, weights, plain=order.layout == "plain")
-    manifest = replace(describe(checkpoint, order, precision, shapes, answers, model.inputs), model_file=out.name)
+    model = build(checkpoint.architecture, weights, layout=layout)
+    manifest = replace(
+        describe(checkpoint, order, layout, precision, shapes, answers, model.inputs), model_file=out.name
+    )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as aside:
@@ -77,7 +81,7 @@ def export_graph(where: str, out: Path, form: Format, order: Order) -> dict[str,
         "sha256": file_sha256(out),
         "bytes": sum(path.stat().st_size for path in (out, out.with_name(f"{out.name}.data")) if path.exists()),
         "format": form,
-        "layout": order.layout,
+        "layout": layout,
         "inputs": [{"name": entry.name, "dtype": entry.dtype} for entry in manifest.inputs],
         "output": {"name": "logits", "dtype": "float32", "labels": list(manifest.labels)},
         "shapes": [list(shape) for shape in shapes],
@@ -90,7 +94,7 @@ class _Script:
     """TorchScript as an engine, inputs in the manifest's order."""
 
     device = "cpu"
-    in_flight = 1
+    at_once = in_flight = 1
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.manifest = manifest

@@ -7,38 +7,33 @@ window's numbers depend on another's.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional
 
-from nermill.model_build.corpus import Text, encode, read_texts
+from nermill.model_build.calibration import Windows
 from nermill.model_build.export import to_onnx
 from nermill.worker.contracts.errors import UsageError
-from nermill.worker.contracts.manifest import TOKENIZER_FILE, Manifest, Precision
+from nermill.worker.contracts.manifest import Manifest, Precision
 from nermill.worker.engine.encoder import Encoder
 from nermill.worker.engine.golden import lay_rows
 from nermill.worker.engine.inputs import named_inputs
 from nermill.worker.engine.layers import Attention, replace
 
 MODEL_FILE = "model.xml"
-CALIBRATION_ROWS = 150  # packed rows that scales are found with
-ROW_LENGTH = 128
-MOST_TEXTS = 5000  # of a file that are tokenized, evenly spread
 
 Feeds = dict[str, NDArray[np.integer]]
-Windows = Sequence[Sequence[int]]
 
 
 class SummedAttention(Attention):
@@ -49,7 +44,8 @@ class SummedAttention(Attention):
     zeros of other windows change nothing.
     """
 
-    def forward(self, qkv: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, qkv: Tensor, bias: Tensor | None) -> Tensor:
+        assert bias is not None
         query, key, value = self.split(qkv)
         scores = (query * self.scale) @ key.transpose(-1, -2) + bias
         weights = (scores - scores.amax(-1, keepdim=True)).exp()
@@ -85,76 +81,31 @@ def import_nncf() -> Any:
     return nncf
 
 
-def calibration(
-    path: str | None, folder: Path, manifest: Manifest, golden: Windows
-) -> tuple[list[Feeds], dict[str, Any]]:
-    """Rows to find the scales of int8 with, of a file's texts or else the golden ones; none for another precision.
-
-    Args:
-        path: The file: CoNLL, JSONL or plain lines.
-        folder: Where the artifact's tokenizer is.
-        manifest: The artifact's, as far as it is known.
-        golden: Token ids of the golden texts.
-
-    Returns:
-        At most CALIBRATION_ROWS rows, evenly spread over the texts, each as the graph's inputs; and for the manifest
-        what they are.
-
-    Raises:
-        UsageError: the file cannot be read, or holds no text.
-    """
-    if manifest.precision != "int8":
-        return [], {}
-    windows, source = golden, f"{len(golden)} golden texts"
-    if path is not None:
-        texts = read_texts([path])
-        windows, source = list(_windows(texts, folder, manifest)), f"{len(texts)} texts of {Path(path).name}"
-    rows = list(_rows(windows, manifest))
-    step = max(1.0, len(rows) / CALIBRATION_ROWS)
-    chosen = [rows[int(at * step)] for at in range(min(len(rows), CALIBRATION_ROWS))]
-    return chosen, {"calibration": {"texts": source, "rows": len(chosen)}}
-
-
-def _windows(texts: Sequence[Text], folder: Path, manifest: Manifest) -> Iterator[Sequence[int]]:
-    step = max(1, len(texts) // MOST_TEXTS)
-    keep = min(manifest.max_length, ROW_LENGTH) - 2
-    for ids, _ in encode(Tokenizer.from_file(str(folder / TOKENIZER_FILE)), texts[::step]):
-        yield from ((manifest.cls_id, *ids[at : at + keep], manifest.sep_id) for at in range(0, len(ids), keep))
-
-
-def _rows(windows: Windows, manifest: Manifest) -> Iterator[Feeds]:
-    length = max(min(ROW_LENGTH, manifest.max_length), *map(len, windows))
-    rows: list[list[Sequence[int]]] = []
-    free = 0
-    for window in windows:
-        if len(window) > free or manifest.layout == "plain":
-            rows.append([])
-            free = length
-        rows[-1].append(window)
-        free -= len(window)
-    free_shapes = dataclasses.replace(manifest, shapes=())
-    return (named_inputs(lay_rows([row], (1, length), manifest), free_shapes) for row in rows)
-
-
-def to_openvino(model: Encoder, folder: Path, dtype: torch.dtype, rows: Sequence[Feeds]) -> None:
+def to_openvino(model: Encoder, folder: Path, dtype: torch.dtype, manifest: Manifest, windows: Windows) -> None:
     """Writes ``model.xml`` and ``model.bin`` with free rows and length.
 
     Args:
-        model: In float32; its attention is replaced.
+        model: In float32; its attention is replaced where rows are packed.
         folder: The artifact's folder.
         dtype: Of the inputs.
-        rows: What to find the scales of int8 with; none for a float32 graph.
+        manifest: The artifact's, as far as it is known.
+        windows: What to find the scales of int8 with; none for a float32 graph.
     """
     import openvino
 
-    replace(model, Attention, lambda plain: SummedAttention(plain.heads, plain.scale))
+    if manifest.layout != "equal":
+        replace(model, Attention, lambda plain: SummedAttention(plain.heads, plain.scale))
     with tempfile.TemporaryDirectory(dir=folder) as aside:
         path = Path(aside) / "model.onnx"
         to_onnx(model, path, dtype)
         graph = openvino.Core().read_model(path)
-        if rows:
-            graph = _quantized(graph, rows)
+        if windows:
+            graph = _quantized(graph, [_inputs(window, manifest) for window in windows])
         openvino.save_model(graph, folder / MODEL_FILE, compress_to_fp16=False)
+
+
+def _inputs(window: Sequence[int], manifest: Manifest) -> Feeds:
+    return named_inputs(lay_rows([[window]], (1, len(window)), manifest), replace_fields(manifest, shapes=()))
 
 
 def _quantized(graph: Any, rows: Sequence[Feeds]) -> Any:
@@ -173,4 +124,4 @@ def _quantized(graph: Any, rows: Sequence[Feeds]) -> Any:
 
 def _is_attended(operation: Any) -> bool:
     is_product: bool = operation.get_type_name() == "MatMul"
-    return is_product and operation.input_value(0).get_node().get_type_name() == "Exp"
+    return is_product and operation.input_value(0).get_node().get_type_name() in ("Exp", "Softmax")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from nermill.worker.contracts.costs import Costs, Way
+from nermill.worker.contracts.costs import Costs, Way, seconds_of_full_batches
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.manifest import Backend, Layout, Manifest
 from nermill.worker.tagging.batching import LOOK_AHEAD, place
@@ -138,6 +138,20 @@ def batches(lengths: Int, costs: Costs, manifest: Manifest, waiting: int = LOOK_
         float(lengths.sum()) / computed,
         sum(number * costs.seconds[shape] for shape, number in calls.items()),
     )
+
+
+def compare_equal(lengths: Int, costs: Costs) -> dict[Way, Batches]:
+    """A corpus in rows of the longest length, and in rows of equal length without padding.
+
+    Args:
+        lengths: Tokens of every window, int64, shape (windows,).
+        costs: Of a graph of layout ``equal``. A token of a window takes as long as one of the next longer rows.
+    """
+    distinct, counts = np.unique(lengths, return_counts=True)
+    windows = dict(zip(distinct.tolist(), counts.tolist(), strict=True))
+    seconds = seconds_of_full_batches(windows, costs, costs.longest, 0)
+    fill = {"padded": float(lengths.mean()) / costs.longest, "equal": 1.0}
+    return {way: Batches("equal", (), {}, fill[way], seconds[way]) for way in ("padded", "equal")}
 
 
 def compare(lengths: Int, costs: Costs, manifest: Manifest, count: int) -> dict[Way, Batches]:

@@ -66,8 +66,12 @@ def verify(
         windows = golden.windows
         alone = run_alone(engine, windows)
         checks += _compare("golden", alone, golden.logits, engine.manifest)
-        padded = [_padded(engine, ids) for ids in windows]
-        checks.append(_largest("padding", padded, alone, engine.manifest, "a window alone against padded"))
+        if engine.manifest.layout == "equal":
+            beside = [_beside_others(engine, ids) for ids in windows]
+            checks.append(_largest("batching", beside, alone, engine.manifest, "a window alone against among others"))
+        else:
+            padded = [_padded(engine, ids) for ids in windows]
+            checks.append(_largest("padding", padded, alone, engine.manifest, "a window alone against padded"))
         if engine.manifest.layout == "packed":
             packed = run_packed(engine, windows)
             checks.append(_largest("packing", packed, alone, engine.manifest, "a window alone against among others"))
@@ -150,6 +154,11 @@ def _padded(engine: Engine, ids: Ids) -> Logits:
     manifest = engine.manifest
     shape = _widest(manifest) or (3, min(len(ids) + PADDING, manifest.max_length))
     return engine.run(lay_rows([[]] * (shape[0] - 1) + [[ids]], shape, manifest))[-1, : len(ids)]
+
+
+def _beside_others(engine: Engine, ids: Ids) -> Logits:
+    """Logits of a window below another of its length, its tokens in reverse order."""
+    return engine.run(lay_rows([[ids[::-1]], [ids]], (2, len(ids)), engine.manifest))[1, :]
 
 
 def _widest(manifest: Manifest) -> tuple[int, int] | None:

@@ -25,7 +25,12 @@ LABEL_STYLES = {"PER": "bold green", "ORG": "bold cyan", "LOC": "bold yellow", "
 OTHER_LABEL_STYLE = "bold blue"
 _UNLIMITED = 1 << 20
 _LONGEST_BAR = 60
-_WAYS = {"padded": "padded to the longest", "bucketed": "one a row of the nearest length", "packed": "packed"}
+_WAYS = {
+    "padded": "padded to the longest",
+    "bucketed": "one a row of the nearest length",
+    "packed": "packed",
+    "equal": "rows of equal length",
+}
 
 
 def print_json(body: Any) -> None:

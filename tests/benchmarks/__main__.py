@@ -20,7 +20,7 @@ from typing import Any
 
 from nermill.worker.contracts.manifest import resolve_artifact
 from tests.benchmarks import host, report
-from tests.benchmarks.corpora import default_data, flops_of, read_corpora
+from tests.benchmarks.corpora import SAMPLE, default_data, flops_of, read_corpora
 from tests.benchmarks.peers import PEERS, make_graphs, missing
 from tests.benchmarks.side_by_side import WAYS, possible, say, side_by_side
 from tests.benchmarks.ways import Models
@@ -121,8 +121,9 @@ def bench(name: str, data: Path) -> dict[str, Any]:
             "best_mill_over_best_peer": {kind: best_over(taken, MILLS, BY_HAND) for kind, taken in measured.items()},
             "best_mill_over_pipeline": best_over(samples, MILLS, ["pipeline-32"]),
             "mill_over_peer": over_peers(samples),
-            "packed_over_bucketed": report.over(samples["engine"], samples["engine, nearest bucket"]),
-            "packed_over_512": report.over(samples["engine"], samples["engine, rows of 512"]),
+            "equal_over_packed": report.over(samples["engine"], samples["engine, packed"]),
+            "packed_over_bucketed": report.over(samples["engine, packed"], samples["engine, nearest bucket"]),
+            "packed_over_512": report.over(samples["engine, packed"], samples["engine, rows of 512"]),
             "mill_over_pipeline": report.over(samples["mill"], samples["pipeline-32"]),
             "mill_over_recipe": report.over(samples["mill"], samples["recipe"]),
             "mill_fp32_over_engine_fp32": report.over(samples["mill fp32"], samples["engine fp32"]),
@@ -166,12 +167,14 @@ def make_models(folder: Path) -> Models:
     checkpoint = folder / "checkpoint"
     recover(checkpoint)
     compile_(checkpoint, folder / "fp32", "--backend", "torch")
+    int8 = ("--precision", "int8", "--calibrate", str(SAMPLE))
+    compile_(checkpoint, folder / "packed", "--backend", "onnx", "--layout", "packed", *int8)
     openvino = None
     if missing("openvino sorted") is None:
         openvino = folder / "openvino"
-        compile_(checkpoint, openvino, "--backend", "openvino", "--precision", "int8")
+        compile_(checkpoint, openvino, "--backend", "openvino", *int8)
     make_graphs(checkpoint, folder / "peers")
-    return Models(resolve_artifact("demo"), folder / "fp32", checkpoint, openvino, folder / "peers")
+    return Models(resolve_artifact("demo"), folder / "packed", folder / "fp32", checkpoint, openvino, folder / "peers")
 
 
 def compile_(checkpoint: Path, out: Path, *options: str) -> None:

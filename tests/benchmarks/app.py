@@ -17,14 +17,14 @@ from nermill.model_build.shapes import parse_shapes
 from nermill.worker.contracts.costs import load_costs
 from nermill.worker.contracts.manifest import load_manifest
 from nermill.worker.engine import Engine
-from tests.benchmarks.engines import NullEngine, PacedEngine, by_shape, windows_per_second
+from tests.benchmarks.engines import NullEngine, PacedEngine, as_of_a_device, by_shape, windows_per_second
 
 RATE = float(os.environ.get("BENCH_RATE", "0"))
 
 
 def load_engine(artifact: Path, device: str = "cpu", threads: int = 0) -> Engine:
     """The engine that the environment describes; everything else is the artifact's."""
-    manifest = load_manifest(artifact)
+    manifest = as_of_a_device(load_manifest(artifact))
     if table := os.environ.get("BENCH_COSTS"):
         shapes = parse_shapes(os.environ["BENCH_SHAPES"], manifest.max_length, manifest.backend)
         account = Path(os.environ["BENCH_BUSY"])

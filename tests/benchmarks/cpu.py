@@ -23,9 +23,10 @@ from nermill.worker import Tagger
 from tests.benchmarks.corpora import CONLL, SAMPLE, default_data
 
 LENGTHS = (64, 128, 512)
-BASE = "onnx int8"  # what is shipped
+BASE = "onnx int8 packed"  # with a scale a token: what was shipped until layout equal
 ENGINES = (
     BASE,
+    "onnx int8",
     "openvino int8",
     "openvino bf16",
     "openvino fp32",
@@ -58,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     gold = [path for path in (default_data(), WIKIGOLD) if path.exists()]
     parser.add_argument("--gold", nargs="*", type=Path, default=gold, help="CoNLL files for F1; default %(default)s")
     calibrate = TRAIN if TRAIN.exists() else SAMPLE
-    parser.add_argument("--calibrate", type=Path, default=calibrate, help="for openvino int8; default %(default)s")
+    parser.add_argument(
+        "--calibrate", type=Path, default=calibrate, help="for int8 of onnx and openvino; default %(default)s"
+    )
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = options.checkpoint or _checkpoint(Path(folder), options.large)
@@ -88,11 +91,12 @@ def _compiled(checkpoint: Path, folder: Path, engines: Sequence[str], calibrate:
     """An artifact for each engine that this machine can build and run."""
     made = {}
     for name in engines:
-        backend, precision = name.split()
+        backend, precision, *layout = name.split()
         out = folder / name.replace(" ", "-")
         command = [sys.executable, "-m", "nermill.model_build.cli", "compile", str(checkpoint), "--out", str(out)]
         command += ["--backend", backend, "--precision", precision]
-        command += ["--calibrate", str(calibrate)] if name == "openvino int8" else []
+        command += ["--layout", *layout] if layout else []
+        command += ["--calibrate", str(calibrate)] if name in ("onnx int8", "openvino int8") else []
         print(f"compiling {name}", file=sys.stderr)
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +15,22 @@ from nermill.worker.contracts.manifest import Manifest
 from nermill.worker.engine import Batch
 
 ANSWERS = 1 << 16  # tokens of answers kept ready
+BATCH_TOKENS = 1024  # of a batch in packed rows
 ENTITY_TOKENS = 0.17  # share of CoNLL-2003's words that are inside an entity
 
 Pace = Callable[[Batch], float]
+
+
+def as_of_a_device(manifest: Manifest) -> Manifest:
+    """The manifest as if the model had been compiled for an accelerator: packed rows, and batches that fill it."""
+    return replace(manifest, layout="packed", token_budget=BATCH_TOKENS)
 
 
 class NullEngine:
     """Answers at once, with as many entities as news text has; see ``nermill.worker.engine.Engine``."""
 
     device = "cpu"
+    at_once = 1
     in_flight = 2
 
     def __init__(self, manifest: Manifest) -> None:

@@ -81,7 +81,7 @@ def speed(work: Path, checkpoint: Path) -> None:
     artifact = work / "free-fp32"
     run("compile", str(checkpoint), "--out", str(artifact), "--backend", "torch")
     corpus = read_corpora(default_data(), DOCUMENTS)["sentences"]
-    samples, peaks = side_by_side(corpus, Models(artifact, artifact, checkpoint), SPEED_WAYS, ROUNDS)
+    samples, peaks = side_by_side(corpus, Models(artifact, artifact, artifact, checkpoint), SPEED_WAYS, ROUNDS)
     flops, peak = flops_of(corpus, artifact), median(peaks)
     print(report.table(report.summarise(corpus, samples, flops, peak)))
     engine, mill = samples["engine fp32"], samples["mill fp32"]

@@ -91,7 +91,7 @@ def measure(texts: Sequence[Text], threads: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         recover(Path(folder) / "demo")
         checkpoint = open_checkpoint(str(Path(folder) / "demo"))
-        model = build(checkpoint.architecture, checkpoint.weights(), plain=True)
+        model = build(checkpoint.architecture, checkpoint.weights(), layout="plain")
     for swapped, (name, constant) in product((False, True), CONSTANTS.items()):
         model.masked = constant
         said, seconds = recipe(model, tokenizer, labels, texts, swapped=swapped)

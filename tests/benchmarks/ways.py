@@ -8,7 +8,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import count
@@ -35,6 +37,7 @@ class Models:
 
     Attributes:
         shipped: The artifact as shipped.
+        packed: The same in packed rows.
         fp32: Its fp32 artifact.
         checkpoint: Its Hugging Face checkpoint.
         openvino: Its int8 artifact for OpenVINO, where that is installed.
@@ -42,6 +45,7 @@ class Models:
     """
 
     shipped: Path
+    packed: Path
     fp32: Path
     checkpoint: Path
     openvino: Path | None = None
@@ -84,7 +88,7 @@ def recipe(texts: Sequence[str], models: Models, stack: ExitStack) -> Measure:
     from tests.benchmarks.recipe import recipe as tag
 
     checkpoint = open_checkpoint(str(models.checkpoint))
-    model = build(checkpoint.architecture, checkpoint.weights(), plain=True)
+    model = build(checkpoint.architecture, checkpoint.weights(), layout="plain")
     tokenizer = Tokenizer.from_file(str(models.checkpoint / TOKENIZER_FILE))
     labels = load_manifest(models.shipped).labels
     rows = [Text(tuple(text.split())) for text in texts]
@@ -192,12 +196,12 @@ def engine(form: str, lay: Lay = place) -> Way:
             batches.append(build_batch(work, manifest))
             waiting = np.delete(waiting, placement.window)
         padding = 1 - float(windows.lengths.sum()) / sum(batch.input_ids.size for batch in batches)
-        runner.run(batches[0])
+        threads = stack.enter_context(ThreadPoolExecutor(runner.at_once))
 
         def run() -> None:
-            for batch in batches:
-                runner.run(batch)
+            deque(threads.map(runner.run, batches), maxlen=0)
 
+        runner.run(batches[0])
         return lambda: timed(run, len(texts), padding)
 
     return way

@@ -52,7 +52,7 @@ class HashEngine:
     """
 
     device = "cpu"
-    in_flight = 1
+    at_once = in_flight = 1
 
     def __init__(self, manifest: Manifest, poison: int | None = None) -> None:
         self.manifest = manifest

@@ -21,6 +21,7 @@ RATIOS = {
     "engine_over_peak",
     "null_over_tokenizer",
     "best_mill_over_pipeline",
+    "equal_over_packed",
     "packed_over_bucketed",
     "packed_over_512",
 }

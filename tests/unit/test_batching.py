@@ -48,6 +48,15 @@ def test_free_shapes_keep_to_the_budget(layout: str, lengths: np.ndarray, budget
     assert len(placement.window) == 1 or placement.rows * placement.length <= budget
 
 
+@given(LENGTHS, st.integers(1, 600))
+def test_rows_of_equal_length_have_no_padding(lengths: np.ndarray, budget: int) -> None:
+    placement = place(lengths, manifest(token_budget=budget, layout="equal"))
+    assert_sound(placement, lengths)
+    assert padding(placement, lengths) == 0
+    assert len(placement.window) == min((lengths == lengths[0]).sum(), max(1, budget // int(lengths[0])))
+    assert (np.diff(placement.window) > 0).all()
+
+
 @given(LENGTHS, SHAPES)
 def test_a_whole_pool_is_served(lengths: np.ndarray, shapes: tuple[tuple[int, int], ...]) -> None:
     waiting, served = lengths, 0

@@ -46,6 +46,7 @@ LAYOUTS = [
     {"shapes": ((4, 64),)},
     {"shapes": ((1, 64), (8, 128))},
     {"shapes": ((4, 64),), "layout": "plain"},
+    {"layout": "equal", "token_budget": 64},
 ]
 
 
@@ -275,6 +276,22 @@ def test_a_shape_costs_what_the_device_took_for_it() -> None:
         work = pool.take()
         assert work is not None
         assert work.placement.rows == rows
+
+
+def test_a_device_that_computes_batches_at_once_is_given_as_many() -> None:
+    nothing, bounds = np.zeros(62, np.int64), np.array([0, 62])
+    tokens, windows = Tokens(nothing, bounds, nothing, nothing, nothing), split_into_windows(bounds, 64, 0)
+    pool = Pool(manifest(layout="equal", token_budget=640), at_once=2)
+    with ThreadPoolExecutor() as threads:
+        for _ in range(2):  # a single window each, far from a full batch
+            pool.put(Job(tokens, windows, np.zeros((62, 9), np.float32)))
+            assert threads.submit(pool.take).result(10) is not None
+        pool.put(Job(tokens, windows, np.zeros((62, 9), np.float32)))
+        third = threads.submit(pool.take)
+        with pytest.raises(TimeoutError):
+            third.result(0.2)
+        pool.finished()
+        assert third.result(10) is not None
 
 
 def test_the_device_has_spare_capacity_until_half_a_second_of_work_waits() -> None:

@@ -10,17 +10,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from operator import itemgetter
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.manifest import Layout
 
 Shape = tuple[int, int]
-Way = Literal["padded", "bucketed", "packed"]
+Way = Literal["padded", "bucketed", "packed", "equal"]
 
 SPECIAL_TOKENS = 2  # of each window
-WAYS: tuple[Way, ...] = ("padded", "bucketed", "packed")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,14 @@ class Costs:
     @property
     def way(self) -> Way:
         """How a worker fills the batches of this graph."""
+        if self.layout == "equal":
+            return "equal"
         return "bucketed" if self.layout == "plain" and not self.is_free else "packed"
+
+    @property
+    def ways(self) -> tuple[Way, ...]:
+        """The ways that this table says something about, the one with the most padding first."""
+        return ("padded", "equal") if self.layout == "equal" else ("padded", "bucketed", "packed")
 
     @property
     def longest(self) -> int:
@@ -109,9 +116,10 @@ def seconds_of_full_batches(lengths: Mapping[int, int], costs: Costs, window: in
 
     Returns:
         ``padded``: one window in a row of the longest length; ``bucketed``: one in a row of the length that takes it in
-        the least time; ``packed``: windows behind one another, rows without gaps.
+        the least time; ``packed``: windows behind one another, rows without gaps; ``equal``: windows of one length. Of
+        a graph of layout ``equal`` the first and the last, of others the first three.
     """
-    seconds: dict[Way, float] = dict.fromkeys(WAYS, 0.0)
+    seconds: dict[Way, float] = dict.fromkeys(get_args(Way), 0.0)
     padded = min(costs.row_seconds(shape) for shape in costs.seconds if shape[1] == costs.longest)
     for length, documents in lengths.items():
         windows, tokens = documents * window_count(length, window, overlap), min(length, window)
@@ -119,7 +127,8 @@ def seconds_of_full_batches(lengths: Mapping[int, int], costs: Costs, window: in
         seconds["padded"] += windows * padded
         seconds["bucketed"] += windows * min(map(costs.row_seconds, fitting))
         seconds["packed"] += windows * tokens * min(map(costs.token_seconds, fitting))
-    return seconds
+        seconds["equal"] += windows * tokens * costs.token_seconds(min(fitting, key=itemgetter(1)))
+    return {way: seconds[way] for way in costs.ways}
 
 
 def window_count(length: int, window: int, overlap: int) -> int:

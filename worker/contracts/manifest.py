@@ -18,7 +18,7 @@ TOKENIZER_FILE = "tokenizer.json"
 GOLDEN_FILE = "golden.json"
 
 Backend = Literal["onnx", "torch", "openvino", "aie", "om"]
-Layout = Literal["packed", "plain"]
+Layout = Literal["packed", "plain", "equal"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 
@@ -44,7 +44,8 @@ class Manifest:
         backend: The engine that runs it.
         model_file: The compiled graph, relative to the artifact's folder.
         layout: ``packed``: several windows a row, inputs ``input_ids, segments, position_ids``. ``plain``: one window
-            a row, inputs ``input_ids, attention_mask, token_type_ids``.
+            a row, inputs ``input_ids, attention_mask, token_type_ids``. ``equal``: one window a row, all of the same
+            length, so that there is no padding and no mask; input ``input_ids``.
         precision: Number format in which the graph computes.
         inputs: Inputs in the graph's order, all of shape (rows, length).
         shapes: The (rows, length) pairs that were compiled; empty where shapes are free.

@@ -36,11 +36,13 @@ class Engine(Protocol):
     Attributes:
         manifest: The artifact's word.
         device: What it runs on: ``cpu``, ``cuda:0``, ``npu:0``.
+        at_once: How many calls of ``run`` the device computes at the same time: a CPU one a core, others one.
         in_flight: How many calls of ``run`` may be under way at the same time to keep the device busy.
     """
 
     manifest: Manifest
     device: str
+    at_once: int
     in_flight: int
 
     def run(self, batch: Batch) -> NDArray[np.float32]:

@@ -42,6 +42,7 @@ def import_package() -> Any:
 class AieEngine:
     """A module compiled for an NPU; see ``nermill.worker.engine.Engine``. One process serves one chip."""
 
+    at_once = 1
     in_flight = 2
 
     def __init__(self, artifact: Path, manifest: Manifest, device: str = "npu:0") -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nermill.worker.contracts.manifest import Layout
 from nermill.worker.engine.layers import Attention, Linear, empty_int8, replace
 
 MASKED = -10_000.0  # dominates every score, and float16 holds it: no infinity, no NaN (fp32's minimum has both there)
@@ -63,7 +64,7 @@ class Layer(nn.Module):
         self.narrow = Linear(a.intermediate, a.hidden)
         self.narrow_norm = nn.LayerNorm(a.hidden, a.epsilon)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         x = self.attended_norm(x + self.attended(self.attention(self.qkv(x), bias)))
         return self.narrow_norm(x + self.narrow(self.wide(x)))
 
@@ -94,18 +95,25 @@ class Encoder(nn.Module):
         apart = (segments[:, None, :, None] - segments[:, None, None, :]).abs().clamp(max=1)
         return self.encode(input_ids, self.positions(position_ids), self.first_type, apart)
 
-    def encode(self, input_ids: Tensor, positions: Tensor, types: Tensor | None, apart: Tensor) -> Tensor:
-        """Logits from ids, embedded positions and types, and 1 where a token must not see another, else 0."""
+    def encode(self, input_ids: Tensor, positions: Tensor, types: Tensor | None, apart: Tensor | None) -> Tensor:
+        """Logits from ids, embedded positions and types, and 1 where a token must not see another, else 0.
+
+        Without ``apart`` every token sees its whole row.
+        """
         x = self.words(input_ids) + positions
         if types is not None:
             x = x + types
         x = self.norm(x)
         if self.project is not None:
             x = self.project(x)
-        bias = apart.to(x.dtype) * self.masked
+        bias = apart.to(x.dtype) * self.masked if apart is not None else None
         for layer in self.layers:
             x = layer(x, bias)
         return self.classifier(x).float()
+
+    def row_positions(self, input_ids: Tensor) -> Tensor:
+        """Embedded positions of rows that hold one window each, (length, embedding)."""
+        return self.positions.weight[self.position_offset : self.position_offset + input_ids.shape[1]]
 
 
 class PlainEncoder(Encoder):
@@ -120,25 +128,37 @@ class PlainEncoder(Encoder):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
         """Logits of padded rows; positions count from the row's beginning."""
-        positions = self.positions.weight[self.position_offset : self.position_offset + input_ids.shape[1]]
         types = self.types(token_type_ids) if self.types is not None else None
-        return self.encode(input_ids, positions, types, 1 - attention_mask[:, None, None, :])
+        return self.encode(input_ids, self.row_positions(input_ids), types, 1 - attention_mask[:, None, None, :])
 
 
-def build(a: Architecture, weights: dict[str, Tensor], *, plain: bool = False, int8: bool = False) -> Encoder:
+class EqualEncoder(Encoder):
+    """``(input_ids,)`` to logits: each row is one whole window, so nothing is masked."""
+
+    inputs = ("input_ids",)
+
+    def forward(self, input_ids: Tensor) -> Tensor:  # type: ignore[override]
+        """Logits of rows of equal length; positions count from the row's beginning."""
+        return self.encode(input_ids, self.row_positions(input_ids), self.first_type, None)
+
+
+_ENCODERS: dict[Layout, type[Encoder]] = {"packed": Encoder, "plain": PlainEncoder, "equal": EqualEncoder}
+
+
+def build(a: Architecture, weights: dict[str, Tensor], *, layout: Layout = "packed", int8: bool = False) -> Encoder:
     """An encoder with its weights, ready to run; the tensors are taken over, not copied.
 
     Args:
         a: Its sizes.
         weights: By the names of this module's parameters; emptied on the way.
-        plain: The recipe's contract instead of packed rows.
+        layout: What its rows are; see ``nermill.worker.contracts.manifest.Manifest``.
         int8: The weights of linear layers are int8, each with its scale.
     """
     with torch.device("meta"):
-        model = PlainEncoder(a) if plain else Encoder(a)
+        model = _ENCODERS[layout](a)
     if int8:
         replace(model, Linear, empty_int8)
-    if "types.weight" in weights and not plain:  # a checkpoint's table, of which packed rows need the first type alone
+    if "types.weight" in weights and layout != "plain":  # a checkpoint's table; these need its first row alone
         weights["first_type"] = weights.pop("types.weight")[0].clone()
     model.load_state_dict(weights, assign=True)
     weights.clear()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 KNOWN = {
     "packed": ("input_ids", "segments", "position_ids"),
     "plain": ("input_ids", "attention_mask", "token_type_ids"),
+    "equal": ("input_ids",),
 }
 
 
@@ -24,7 +25,7 @@ def named_inputs(batch: Batch, manifest: Manifest) -> dict[str, NDArray[np.integ
     """The graph's inputs by name, in the graph's order, each of shape (rows, length).
 
     Raises:
-        EngineError: the batch has a shape that was not compiled.
+        EngineError: the batch has a shape that was not compiled, or padding where the graph has no mask.
     """
     shape = batch.input_ids.shape
     if manifest.shapes and shape not in manifest.shapes:
@@ -33,6 +34,9 @@ def named_inputs(batch: Batch, manifest: Manifest) -> dict[str, NDArray[np.integ
     arrays = {"input_ids": batch.input_ids}
     if manifest.layout == "packed":
         arrays |= {"segments": batch.segments, "position_ids": batch.position_ids}
+    elif manifest.layout == "equal":
+        if not (batch.segments == 1).all():
+            raise EngineError(f"{manifest.name} takes rows that one window fills each")
     else:
         arrays |= {"attention_mask": np.minimum(batch.segments, 1), "token_type_ids": np.zeros_like(batch.segments)}
     return {entry.name: np.ascontiguousarray(arrays[entry.name], entry.dtype) for entry in manifest.inputs}

@@ -59,6 +59,7 @@ def import_session() -> Any:
 class OmEngine:
     """An offline model on one NPU; see ``nermill.worker.engine.Engine``. One process serves one chip."""
 
+    at_once = 1
     in_flight = 2  # one computes, the next waits for the session's thread with its arrays made
 
     def __init__(self, artifact: Path, manifest: Manifest, device: str = "npu:0") -> None:

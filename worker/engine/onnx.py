@@ -30,9 +30,11 @@ class OnnxEngine:
     def __init__(self, artifact: Path, manifest: Manifest, device: str = "cpu", threads: int = 0) -> None:
         self.manifest = manifest
         self.device = device
-        self.in_flight = 1 if device == "cpu" else 2
+        # a batch a core is faster than one batch on all cores: no thread waits for another
+        self.at_once = (threads or len(os.sched_getaffinity(0))) if device == "cpu" else 1
+        self.in_flight = self.at_once if device == "cpu" else 2
         try:
-            self._session = open_session(str(artifact / manifest.model_file), device, manifest, threads)
+            self._session = open_session(str(artifact / manifest.model_file), device, manifest)
         except ArtifactError:
             raise
         except Exception as error:
@@ -55,17 +57,15 @@ class OnnxEngine:
         del self._session
 
 
-def open_session(model: str | bytes, device: str, manifest: Manifest, threads: int) -> Any:
-    """A session of onnxruntime on a device; ``model`` is a file's path or a graph's bytes.
+def open_session(model: str | bytes, device: str, manifest: Manifest) -> Any:
+    """A session of onnxruntime on a device, each call on one thread; ``model`` is a file's path or a graph's bytes.
 
     Raises:
         ArtifactError: this onnxruntime cannot serve the device.
     """
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    # tokenizer and decoder run on the same cores: a thread that spins between batches takes their time
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # fused, skip and layer norm take twice the time that they take apart on a CPU (onnxruntime 1.32)
     slow = ["SkipLayerNormFusion"] if device == "cpu" else []
     return onnxruntime.InferenceSession(
@@ -79,6 +79,8 @@ def _providers(device: str, manifest: Manifest) -> list[Any]:
         raise ArtifactError(f"device {device!r}: write cpu, cuda:N or npu:N")
     if kind != "cpu" and manifest.precision == "int8":
         raise ArtifactError(f"{manifest.name}: its int8 graph runs on a CPU; for {device} compile fp16")
+    if kind != "cpu" and manifest.layout == "equal":
+        raise ArtifactError(f"{manifest.name}: layout equal is for CPUs; for {device} compile with --layout packed")
     provider, package = _PROVIDERS[kind]
     if provider not in onnxruntime.get_available_providers():
         raise ArtifactError(f"device {device}: this onnxruntime has no {provider}; pip install {package}")

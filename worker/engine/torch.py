@@ -27,6 +27,7 @@ class TorchEngine:
     def __init__(self, artifact: Path, manifest: Manifest, device: str = "cpu", threads: int = 0) -> None:
         self.manifest = manifest
         self.device = device
+        self.at_once = 1
         self.in_flight = 1 if device == "cpu" else 2
         target = _device(device)
         if manifest.precision == "int8" and target.type != "cpu":  # CUDA's _int_mm takes eights of labels alone
@@ -78,7 +79,7 @@ def _load(file: Path, manifest: Manifest, device: torch.device) -> Encoder:
     model = build(
         Architecture(**manifest.details["architecture"]),
         load_file(file),
-        plain=manifest.layout == "plain",
+        layout=manifest.layout,
         int8=manifest.precision == "int8",
     )
     fuse(model, device)

@@ -191,7 +191,8 @@ class MeteredEngine:
     """
 
     def __init__(self, engine: Engine, fill: Histogram) -> None:
-        self.manifest, self.device, self.in_flight = engine.manifest, engine.device, engine.in_flight
+        self.manifest, self.device = engine.manifest, engine.device
+        self.at_once, self.in_flight = engine.at_once, engine.in_flight
         self._engine = engine
         self._fill = fill
 

@@ -1,12 +1,14 @@
 """Chooses which windows form the next batch, and the position of each window in it; pure functions over lengths.
 
-There are two methods, and the artifact's manifest says which one its graph takes:
+There are three methods, and the artifact's manifest says which one its graph takes:
 
 - Layout ``packed``: several windows are placed one behind another in a row. A compiled accelerator graph has fixed
   shapes and windows have every length, so packing avoids most padding (Krell et al., Efficient Sequence Packing
   without Cross-contamination, arXiv:2107.02027).
 - Layout ``plain``: one window a row. Where shapes are free, windows of similar length share a batch that has at most
   ``token_budget`` tokens, padding included.
+- Layout ``equal``: one window a row, and all of a batch have the same length. A CPU takes about as long for a token of
+  a small batch as of a large one, so it needs neither padding nor packing.
 """
 
 from __future__ import annotations
@@ -80,6 +82,8 @@ def place(lengths: Int, manifest: Manifest, cost: Callable[[Shape], float] = cos
         manifest: Which shapes the model takes, and whether rows may be packed.
         cost: Time of one call with a shape, in any unit.
     """
+    if manifest.layout == "equal":
+        return place_equal(lengths, manifest.token_budget)
     if manifest.shapes:
         shapes = [shape for shape in manifest.shapes if shape[1] >= lengths[0]]
     elif manifest.layout == "packed":
@@ -157,6 +161,14 @@ def place_similar(lengths: Int, budget: int) -> Placement:
     row = np.arange(len(window))
     chosen = lengths[window]
     return Placement(len(window), int(chosen.max()), int(chosen.sum()), window, row, np.zeros_like(row))
+
+
+def place_equal(lengths: Int, budget: int) -> Placement:
+    """The oldest window, and as many of its length, oldest first, as ``budget`` tokens take."""
+    length = int(lengths[0])
+    window = np.flatnonzero(lengths == length)[: max(1, budget // length)]
+    row = np.arange(len(window))
+    return Placement(len(window), length, len(window) * length, window, row, np.zeros_like(row))
 
 
 def place_one_a_row(lengths: Int, shape: Shape) -> Placement:

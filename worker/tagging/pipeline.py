@@ -107,7 +107,7 @@ class Pipeline:
         self.manifest = manifest or engine.manifest
         self.labels = decode.ModelLabels(self.manifest.labels)
         self._tokenizer = CachedTokenizer(tokenizer)
-        self._pool = Pool(self.manifest)
+        self._pool = Pool(self.manifest, engine.at_once)
         self.clock = DeviceClock()
         self.broken: EngineError | None = None
         self._device = threading.Semaphore(engine.in_flight)

@@ -1,7 +1,8 @@
 """The pool of windows that wait for the device, of all shards that the process has begun.
 
 Task threads add tokenized jobs and wait for them. Compute threads take batches, which mix windows of any job. A batch
-is taken at once while the device is idle, and when it is full while the device is busy; there is no timer. The queue's
+is taken at once while the device has room for another call, and when it is full while the device is busy; there is no
+timer. The queue's
 consumer asks ``await_spare_capacity`` before it takes a shard, so that shards are left to idle workers.
 """
 
@@ -25,7 +26,7 @@ Int = NDArray[np.int64]
 
 SMOOTHING = 0.1  # weight of the newest batch in the moving averages of the device's times
 AHEAD_SECONDS = 0.5  # device time of the windows that should wait; leasing, reading and tokenizing a shard take less
-AHEAD_BATCHES = (2, 64)  # bounds of the same in batches
+AHEAD_BATCHES = (2, 64)  # bounds of the same, in batches for each that the device computes at the same time
 
 
 @dataclass(eq=False)
@@ -94,10 +95,12 @@ class Pool:
 
     Args:
         manifest: Shapes, layout and token budget of batches.
+        at_once: How many batches the device computes at the same time.
     """
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, at_once: int = 1) -> None:
         self._manifest = manifest
+        self._at_once = at_once
         self._jobs: list[Job] = []
         self._owner = np.zeros(0, np.int64)  # job of each waiting window, as an index into ``_jobs``
         self._windows = Windows(*[np.zeros(0, np.int64)] * 5)
@@ -156,7 +159,8 @@ class Pool:
     def take(self) -> Work | None:
         """Waits for the next batch and takes it out; None when the pool is closed.
 
-        A batch is due at once where no other is being computed, else when a full one waits.
+        A batch is due at once where fewer are being computed than the device computes at the same time, else when a
+        full one waits.
         """
         with self._lock:
             self._batch.wait_for(self._is_batch_due)
@@ -225,14 +229,14 @@ class Pool:
     def _has_spare_capacity(self) -> bool:
         if self._closed:
             return True
-        least, most = (batches * self._manifest.batch_tokens for batches in AHEAD_BATCHES)
+        least, most = (batches * self._at_once * self._manifest.batch_tokens for batches in AHEAD_BATCHES)
         has_time = self._tokens * self._seconds_a_token < AHEAD_SECONDS
         return self._tokens < (most if has_time else least)
 
     def _is_batch_due(self) -> bool:
         if self._closed:
             return True
-        return self._tokens > 0 and (not self._running or self._tokens >= self._manifest.batch_tokens)
+        return self._tokens > 0 and (self._running < self._at_once or self._tokens >= self._manifest.batch_tokens)
 
     def _work(self, placement: Placement) -> Work:
         placement = placement.reordered(self._owner[placement.window].argsort(kind="stable"))

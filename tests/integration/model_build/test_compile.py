@@ -111,7 +111,7 @@ def test_low_precision_stays_within_its_tolerance(compiled: Callable[..., Path],
 @pytest.mark.parametrize("backend", [pytest.param("onnx", marks=pytest.mark.slow), "torch"])
 def test_int8_owes_nothing_to_neighbours(bert: Path, compiled: Callable[..., Path], backend: str) -> None:
     """One loud window must not make its neighbours' numbers coarser, as one scale for a whole tensor does."""
-    engine = load_engine(compiled(backend, precision="int8"), "cpu", 1)
+    engine = load_engine(compiled(backend, precision="int8", layout="packed"), "cpu", 1)
     windows = windows_of(open_checkpoint(str(bert)), TEXTS, MAX_LENGTH)
     for alone, among in zip(run_alone(engine, windows), run_packed(engine, windows), strict=True):
         assert np.abs(alone - among).max() < 1e-4

@@ -37,7 +37,7 @@ def recovered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_artifact_is_what_the_card_says() -> None:
     folder = resolve_artifact("demo")
     manifest = load_manifest(folder)
-    assert (manifest.backend, manifest.precision, manifest.layout) == ("onnx", "int8", "packed")
+    assert (manifest.backend, manifest.precision, manifest.layout) == ("onnx", "int8", "equal")
     assert (manifest.shapes, manifest.max_length, manifest.scheme) == ((), 512, "IOB2")
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 25e6
     assert all(check.passed for check in verify(folder, threads=1))
@@ -57,13 +57,16 @@ def test_recovered_checkpoint_answers_as_the_artifact(recovered: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_quantizing_the_recovered_weights_again_changes_nothing(recovered: Path, tmp_path: Path) -> None:
-    from nermill.model_build.int8 import read_weights
+def test_quantizing_the_recovered_weights_again_moves_them_by_half_a_step_at_most(
+    recovered: Path, tmp_path: Path
+) -> None:
+    from nermill.model_build.int8 import WEIGHT_RANGE, read_weights
 
     compile_artifact(str(recovered), tmp_path / "int8", Order("onnx", precision="int8"))
     again = read_weights(tmp_path / "int8" / "model.onnx")
     for name, weight in read_weights(resolve_artifact("demo") / "model.onnx").items():
-        np.testing.assert_allclose(again[name], weight, rtol=1e-6, atol=1e-9, err_msg=name)
+        step = np.abs(weight).max(0) / WEIGHT_RANGE if weight.ndim == 2 else np.zeros_like(weight)
+        assert (np.abs(again[name] - weight) <= 0.51 * step + 1e-6).all(), name
 
 
 def bundled_tokenizer() -> Tokenizer:

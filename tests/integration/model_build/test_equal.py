@@ -1,0 +1,149 @@
+"""Layout ``equal`` and fixed scales: the checkpoint's answers, and not one bit from a window's neighbours."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import onnx
+from tokenizers import Tokenizer
+
+from nermill.model_build.artifact import Order, compile_artifact
+from nermill.model_build.calibration import MOST_WINDOWS, calibration_windows
+from nermill.model_build.checkpoint import open_checkpoint
+from nermill.model_build.int8 import divisors, input_scale
+from nermill.model_build.reference import reference_logits, windows_of
+from nermill.model_build.verify import run_batched, verify
+from nermill.worker.contracts.errors import ArtifactError, EngineError, UsageError
+from nermill.worker.contracts.manifest import TOKENIZER_FILE, load_manifest, resolve_artifact
+from nermill.worker.engine import load_engine
+from nermill.worker.engine.golden import lay_rows, run_alone
+from tests.checkpoints import FAMILIES, MAX_LENGTH
+
+TEXTS = ["george washington went to washington.", "oslo", "a very long train (of thought) left paris at 10.45"]
+SENTENCES = 3250
+ALONE = 300
+
+
+@pytest.mark.parametrize("backend", ["onnx", "torch"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_answers_as_its_checkpoint(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, family: str, backend: str
+) -> None:
+    folder = make_checkpoint(family)
+    manifest = compile_artifact(str(folder), tmp_path / "art", Order(backend, "equal"))  # type: ignore[arg-type]
+    assert ([entry.name for entry in manifest.inputs], manifest.layout) == (["input_ids"], "equal")
+    checkpoint = open_checkpoint(str(folder))
+    windows = windows_of(checkpoint, TEXTS, MAX_LENGTH)
+    engine = load_engine(tmp_path / "art", "cpu", 2)
+    for mine in (run_batched(engine, windows), run_alone(engine, windows)):
+        for logits, theirs in zip(mine, reference_logits(checkpoint, windows), strict=True):
+            np.testing.assert_allclose(logits, theirs, atol=1e-4)
+    with pytest.raises(EngineError, match="takes rows that one window fills each"):
+        engine.run(lay_rows([[windows[0][:5]]], (1, 9), replace(manifest, layout="packed")))
+    engine.close()
+    assert all(check.passed for check in verify(tmp_path / "art"))
+
+
+@pytest.mark.timeout(600)
+def test_no_bit_of_the_bundled_models_answers_comes_from_a_windows_neighbours(sample: Path) -> None:
+    artifact = resolve_artifact("demo")
+    manifest = load_manifest(artifact)
+    blocks = (sample / "wikigold.conll").read_text("utf-8").split("\n\n")
+    words = [line.split()[0] for block in blocks for line in block.splitlines() if line]
+    chance = random.Random(7)
+    starts = chance.sample(range(len(words) - 60), SENTENCES)
+    texts = [words[at : at + chance.choice((3, 8, 14, 20, 27, 60))] for at in starts]
+    tokenizer = Tokenizer.from_file(str(artifact / TOKENIZER_FILE))
+    encoded = tokenizer.encode_batch(texts, is_pretokenized=True, add_special_tokens=False)
+    windows = [(manifest.cls_id, *encoding.ids, manifest.sep_id) for encoding in encoded]
+    engine = load_engine(artifact)
+    together = run_batched(engine, windows)
+    engine.manifest = replace(manifest, token_budget=100)
+    order = chance.sample(range(SENTENCES), SENTENCES)
+    for number, logits in zip(order, run_batched(engine, [windows[n] for n in order]), strict=True):
+        assert np.array_equal(logits, together[number])
+    for logits, expected in zip(run_alone(engine, windows[:ALONE]), together, strict=False):
+        assert np.array_equal(logits, expected)
+    engine.close()
+
+
+def test_fixed_scales_leave_the_product_and_one_step_before_it(
+    bert: Path, compiled: Callable[..., Path], tmp_path: Path
+) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(TEXTS), "utf-8")
+    fixed = compiled("onnx", precision="int8", calibrate=str(texts))
+    manifest = load_manifest(fixed)
+    assert manifest.details["calibration"] == {"texts": "3 texts of texts.txt", "windows": 3}
+    operators = Counter(node.op_type for node in onnx.load(fixed / "model.onnx").graph.node)
+    products = operators["MatMulIntegerToFloat"]
+    assert operators["QuantizeLinear"] == products
+    assert not {"Abs", "ReduceMax", "Softmax", "MatMul"} & operators.keys()
+    dynamic = onnx.load(compiled("onnx", precision="int8") / "model.onnx").graph.node
+    assert Counter(node.op_type for node in dynamic)["Abs"] == products
+    windows = windows_of(open_checkpoint(str(bert)), TEXTS, MAX_LENGTH)
+    engine = load_engine(fixed, "cpu", 1)
+    for logits, theirs in zip(
+        run_batched(engine, windows), reference_logits(open_checkpoint(str(bert)), windows), strict=True
+    ):
+        np.testing.assert_allclose(logits, theirs, atol=manifest.tolerance)
+    engine.close()
+    assert all(check.passed for check in verify(fixed, threads=1))
+
+
+def test_scales_by_hand() -> None:
+    scale, zero_point = input_scale(-1.0, 1.55)
+    assert float(scale) == pytest.approx(0.01)
+    assert zero_point == 100
+    assert input_scale(0.0, 0.0)[1] == 0
+    usual = np.linspace(0.5, 1.0, 200, dtype=np.float32)
+    assert (divisors(usual) == 1).all()
+    largest = np.append(usual, np.float32(20.0))
+    divided = largest / divisors(largest)
+    assert divided.max() == pytest.approx(np.quantile(largest, 0.99))
+    assert (divisors(largest)[:190] == 1).all()
+
+
+def test_calibration_windows_are_spread_over_the_file(tmp_path: Path) -> None:
+    artifact = resolve_artifact("demo")
+    manifest = load_manifest(artifact)
+    texts = tmp_path / "texts.txt"
+    texts.write_text("".join(f"The {n} winters of {n % 97} rivers flow by .\n" for n in range(20_000)), "utf-8")
+    windows, told = calibration_windows(str(texts), artifact, manifest, [])
+    assert (len(windows), told["calibration"]["texts"]) == (MOST_WINDOWS, "20000 texts of texts.txt")
+    assert len(set(map(tuple, windows))) == MOST_WINDOWS
+    assert all(window[0] == manifest.cls_id and window[-1] == manifest.sep_id for window in windows)
+    tokenizer = Tokenizer.from_file(str(artifact / TOKENIZER_FILE))
+    last = tokenizer.decode(list(windows[-1]))
+    assert int(last.split()[1].replace(" ", "")) > 19_000
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        (Order("onnx", "equal", "fp16"), "--layout equal: is for CPUs and free shapes"),
+        (Order("torch", "equal", shapes="2x32"), "--layout equal: is for CPUs and free shapes"),
+        (Order("om", "equal"), "--layout equal: is for CPUs and free shapes"),
+        (Order("onnx", precision="fp32", calibrate="texts.txt"), "--calibrate: onnx fp32 has no scales to find"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(bert: Path, tmp_path: Path, order: Order, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        compile_artifact(str(bert), tmp_path / "art", order)
+    assert not (tmp_path / "art").exists()
+
+
+def test_another_device_is_refused(compiled: Callable[..., Path]) -> None:
+    artifact = compiled("onnx", layout="equal")
+    with pytest.raises(ArtifactError, match="layout equal is for CPUs; for cuda:0 compile with --layout packed"):
+        load_engine(artifact, "cuda:0")
