@@ -48,7 +48,6 @@ PRECISIONS: dict[Backend, tuple[Precision, ...]] = {
     "aie": ("fp16", "fp32"),
     "om": ("fp16",),
 }
-CPU_ONLY = (("onnx", "int8"), ("openvino", "fp32"), ("openvino", "bf16"), ("openvino", "int8"))
 # accepted difference of a golden logit, relative to the largest one (or to 1 where all are small)
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.15, "int8": 0.1}
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}
@@ -73,8 +72,8 @@ class Order:
 
     Attributes:
         backend: Who runs it.
-        layout: What rows are (``Manifest.layout``); where it is None, ``equal`` for what runs on CPUs alone with free
-            shapes, else ``packed``.
+        layout: What rows are (``Manifest.layout``); where it is None, ``equal`` for ``onnx`` in int8 with free shapes,
+            which runs on CPUs alone, else ``packed``: ``openvino`` compiles each new shape, and ``equal`` has hundreds.
         precision: Of the weights and products; the backend's first one where it is None.
         shapes: ``auto`` or ``BxL,...``.
         index_dtype: ``int64`` or ``int32``: type of the graph's inputs.
@@ -229,7 +228,9 @@ def check_order(order: Order) -> tuple[Layout, Precision]:
             "--precision int8"
         )
     has_free_shapes = order.shapes == "auto" and order.backend not in ("aie", "om")
-    layout = order.layout or ("equal" if has_free_shapes and (order.backend, precision) in CPU_ONLY else "packed")
+    layout = order.layout or (
+        "equal" if has_free_shapes and (order.backend, precision) == ("onnx", "int8") else "packed"
+    )
     if layout == "equal" and (not has_free_shapes or precision == "fp16"):
         raise UsageError(
             "--layout equal: is for CPUs and free shapes; take --backend onnx, torch or openvino, --shapes auto, and "

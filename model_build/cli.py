@@ -37,7 +37,7 @@ def compile_(
         typer.Option(
             "--layout",
             help="packed rows, plain: input_ids, attention_mask, token_type_ids, or equal: windows of one length, for "
-            "CPUs; default: equal for onnx int8 and openvino with free shapes, else packed.",
+            "CPUs; default: equal for onnx int8 with free shapes, else packed.",
             show_default=False,
         ),
     ] = None,
