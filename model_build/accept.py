@@ -98,11 +98,9 @@ def accept(checkpoint: str, device: str, on_step: Callable[[Step], None]) -> dic
     with tempfile.TemporaryDirectory(prefix="nermill-accept-") as name:
         folder = Path(name)
 
-        usual = "equal" if kind == "cpu" else "packed"
-
-        def tried(backend: str, precision: str, layout: str = usual) -> tuple[dict[str, Any], Path]:
+        def tried(backend: str, precision: str, layout: str = "") -> tuple[dict[str, Any], Path]:
             """What ``bench`` says of an artifact that was compiled and verified; empty where it does not serve."""
-            artifact = folder / "-".join([backend, precision, *([] if layout == usual else [layout])])
+            artifact = folder / "-".join([backend, precision, *([layout] if layout else [])])
             if done(_compile(checkpoint, artifact, backend, precision, layout)).state != "passed":
                 return {}, artifact
             verified = done(_verify(artifact, device))
@@ -122,7 +120,7 @@ def accept(checkpoint: str, device: str, on_step: Callable[[Step], None]) -> dic
             if "tokens_per_second" in plain:
                 done(_layouts(best, plain))
             done(_memory(artifact, device))
-            slowest = max(shape["seconds"] for shape in best["shapes"] if "seconds" in shape)
+            slowest = best["at_once"] * max(shape["seconds"] for shape in best["shapes"] if "seconds" in shape)
             for step in _runs(artifact, device, folder, max(HANG_SECONDS, HANG_CALLS * slowest)):
                 done(step)
     return {
@@ -174,8 +172,8 @@ def _runtime(kind: str) -> Step:
 
 
 def _compile(checkpoint: str, artifact: Path, backend: str, precision: str, layout: str) -> Step:
-    options = ("--backend", backend, "--precision", precision, "--layout", layout, "--out", str(artifact))
-    name, answer = _ask("compile", artifact, checkpoint, *options)
+    options = ["--backend", backend, "--precision", precision, *(["--layout", layout] if layout else [])]
+    name, answer = _ask("compile", artifact, checkpoint, *options, "--out", str(artifact))
     if answer.code == 0:
         size = answer.body["bytes"]
         return Step(name, "passed", answer.seconds, f"{size / 1e6:,.1f} MB", {"bytes": size})

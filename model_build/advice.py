@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from nermill.model_build.corpus import Text, encode, read_texts
 from nermill.model_build.shapes import Batches, compare
 from nermill.worker.contracts.costs import Way, load_costs
+from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.manifest import TOKENIZER_FILE, Manifest, load_manifest
 from nermill.worker.tagging.windows import split_into_windows
 
@@ -37,9 +38,12 @@ def advise(
         A JSON object, and its lines for a person.
 
     Raises:
-        UsageError: an input or the table cannot be read, or no shape takes the longest window.
+        UsageError: an input or the table cannot be read, the table is of a graph of layout ``equal``, or no shape takes
+            the longest window.
     """
     costs, manifest, texts = load_costs(table), load_manifest(artifact), read_texts(inputs, unit)
+    if costs.layout == "equal":
+        raise UsageError(f"--costs {table}: its graph takes every length without padding: no shapes to choose")
     windows = window_lengths(texts, artifact, min(manifest.max_length, costs.longest))
     ways = compare(windows, costs, manifest, count)
     described = describe(ways, len(texts))
@@ -73,8 +77,7 @@ def describe(ways: dict[Way, Batches], documents: int) -> dict[str, Any]:
     """The ways as JSON: shapes, rows, fill, device seconds and documents a second of each."""
     return {
         way: {
-            "shapes": [list(shape) for shape in made.shapes],
-            "rows": made.rows,
+            **({"shapes": [list(shape) for shape in made.shapes], "rows": made.rows} if made.shapes else {}),
             "fill": round(made.fill, 4),
             "device_seconds": round(made.seconds, 4),
             "documents_per_second": round(documents / made.seconds, 1),
@@ -93,7 +96,7 @@ def lines_of_ways(ways: dict[str, Any], word: str) -> list[str]:
     lines = []
     for way in reversed(ways):
         about = ways[way]
-        shapes = ",".join(f"{rows}x{length}" for rows, length in about["shapes"])
+        shapes = ",".join(f"{rows}x{length}" for rows, length in about.get("shapes", ()))
         rows = f"{about['rows']:,} rows of {shapes}, " if shapes else ""
         lines.append(
             f"{way:<12} {rows}fill {about['fill']:.1%}, "

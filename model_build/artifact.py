@@ -40,7 +40,7 @@ from nermill.worker.engine.golden import Golden, golden_difference, load_golden
 from nermill.worker.engine.onnx import OnnxEngine
 
 TOKEN_BUDGET = 1024  # padded tokens of a batch where shapes are free
-EQUAL_TOKEN_BUDGET = 512  # of a batch on one core: larger ones are no faster, and want more memory
+EQUAL_TOKEN_BUDGET = 512  # where rows have equal length: larger batches are no faster on a core, and want more memory
 PRECISIONS: dict[Backend, tuple[Precision, ...]] = {
     "onnx": ("fp32", "fp16", "int8"),
     "torch": ("fp32", "fp16", "bf16", "int8"),
@@ -228,9 +228,8 @@ def check_order(order: Order) -> tuple[Layout, Precision]:
             "--precision int8"
         )
     has_free_shapes = order.shapes == "auto" and order.backend not in ("aie", "om")
-    layout = order.layout or (
-        "equal" if has_free_shapes and (order.backend, precision) == ("onnx", "int8") else "packed"
-    )
+    is_for_cpus = (order.backend, precision) == ("onnx", "int8") and has_free_shapes and export.HAS_OPERATORS
+    layout = order.layout or ("equal" if is_for_cpus else "packed")
     if layout == "equal" and (not has_free_shapes or precision == "fp16"):
         raise UsageError(
             "--layout equal: is for CPUs and free shapes; take --backend onnx, torch or openvino, --shapes auto, and "

@@ -47,10 +47,10 @@ def bench(
     Returns:
         A table of costs (``nermill.worker.contracts.costs``); ``shapes`` holds for each shape rows, length, seconds
         (the median of one call), documents_per_second (one document a row), tokens_per_second, gflops and peak_share.
-        Where the device computes several calls at once, seconds are those of as many calls over their number. A shape
-        that the device refused holds ``refused`` instead. ``ways`` says what padded, bucketed and packed rows of these
-        shapes, or rows of equal length, take for the texts, each call as measured here; windows are as long as the
-        longest of them.
+        Where the device computes several calls at once (``at_once``), seconds are those of as many calls over their
+        number. A shape that the device refused holds ``refused`` instead. ``ways`` says what padded, bucketed and
+        packed rows of these shapes, or rows of equal length, take for the texts, each call as measured here; windows
+        are as long as the longest of them.
     """
     engine = load_engine(artifact, device, threads)
     try:
@@ -70,6 +70,7 @@ def bench(
             "is_free": not manifest.shapes,
             "device": device,
             "threads": threads,
+            "at_once": engine.at_once,
             "peak_gflops": peak,
             "shapes": measured,
             "documents": len(texts),

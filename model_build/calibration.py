@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ def input_ranges(model: Encoder, windows: Windows, manifest: Manifest) -> Ranges
         For each layer two arrays of shape (inputs,); 0 is within each range.
     """
     ranges: Ranges = {}
+    free = replace(manifest, shapes=())
 
     def watch(name: str, layer: Linear) -> Any:
         def note(_: object, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -81,7 +83,7 @@ def input_ranges(model: Encoder, windows: Windows, manifest: Manifest) -> Ranges
     hooks = [watch(name, layer) for name, layer in model.named_modules() if isinstance(layer, Linear)]
     with torch.inference_mode():
         for window in windows:
-            batch = named_inputs(lay_rows([[window]], (1, len(window)), manifest), manifest)
+            batch = named_inputs(lay_rows([[window]], (1, len(window)), free), free)
             model(*map(torch.from_numpy, batch.values()))
     for hook in hooks:
         hook.remove()

@@ -18,6 +18,7 @@ from nermill.worker.engine.layers import Attention, replace
 
 OPSET = 18
 INLINE_BYTES = 500_000_000
+HAS_OPERATORS = hasattr(torch.onnx, "ops")  # those of onnxruntime can be named: torch 2.8
 TRACED_OPSET = 13  # CANN's own recipes use 11 to 13; Clip takes integers since 12
 ONE_FILE_BYTES = 1_900_000_000  # protobuf's limit is 2 GB
 
@@ -51,8 +52,10 @@ def to_onnx(model: Encoder, path: Path, dtype: torch.dtype, *, fused: bool = Fal
     """
     if version.parse(torch.__version__) < version.parse("2.6"):
         raise UsageError(f"--backend onnx needs torch >= 2.6 to export, and here is {torch.__version__}")
-    if fused and not hasattr(torch.onnx, "ops"):
-        raise UsageError(f"--layout equal needs torch >= 2.8 to export, and here is {torch.__version__}")
+    if fused and not HAS_OPERATORS:
+        raise UsageError(
+            f"--layout equal needs torch >= 2.8 to export, and here is {torch.__version__}; or take --layout packed"
+        )
     if fused:
         replace(model, Attention, lambda plain: _OnnxruntimeAttention(plain.heads, plain.scale))
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of operators that we do not use

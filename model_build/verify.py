@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer
 from nermill.model_build.corpus import Text, encode
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.manifest import TOKENIZER_FILE, Manifest
-from nermill.worker.engine import load_engine
+from nermill.worker.engine import Batch, load_engine
 from nermill.worker.engine.golden import lay_rows, load_golden, run_alone
 from nermill.worker.tagging.batching import place
 
@@ -118,9 +119,9 @@ def run_packed(engine: Engine, windows: Sequence[Ids]) -> list[Logits]:
 
 def run_batched(engine: Engine, windows: Sequence[Ids]) -> list[Logits]:
     """Logits of many windows, in the batches that a worker would make."""
-    logits: dict[int, Logits] = {}
     waiting = np.arange(len(windows))
     lengths = np.array([len(ids) for ids in windows])
+    batches: list[tuple[Batch, list[tuple[int, int, int]]]] = []  # with number, row and column of each window
     while len(waiting):
         placement = place(lengths[waiting], engine.manifest)
         taken = waiting[placement.window]
@@ -128,10 +129,15 @@ def run_batched(engine: Engine, windows: Sequence[Ids]) -> list[Logits]:
         order = np.lexsort((placement.column, placement.row))
         for number, row in zip(taken[order].tolist(), placement.row[order].tolist(), strict=True):
             rows[row].append(windows[number])
-        answer = engine.run(lay_rows(rows, (placement.rows, placement.length), engine.manifest))
-        for number, row, column in zip(taken.tolist(), placement.row.tolist(), placement.column.tolist(), strict=True):
-            logits[number] = answer[row, column : column + len(windows[number])]
+        places = list(zip(taken.tolist(), placement.row.tolist(), placement.column.tolist(), strict=True))
+        batches.append((lay_rows(rows, (placement.rows, placement.length), engine.manifest), places))
         waiting = np.delete(waiting, placement.window)
+    logits: dict[int, Logits] = {}
+    with ThreadPoolExecutor(engine.at_once) as threads:
+        answers = threads.map(engine.run, [batch for batch, _ in batches])
+        for (_, places), answer in zip(batches, answers, strict=True):
+            for number, row, column in places:
+                logits[number] = answer[row, column : column + len(windows[number])]
     return [logits[number] for number in range(len(windows))]
 
 

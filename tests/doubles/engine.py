@@ -63,6 +63,7 @@ class HashEngine:
     def run(self, batch: Batch) -> NDArray[np.float32]:
         rows, length = batch.input_ids.shape
         assert not self.manifest.shapes or (rows, length) in self.manifest.shapes
+        assert self.manifest.layout != "equal" or (batch.segments == 1).all()
         self.batches.append(batch)
         if self.poison is not None and (batch.input_ids == self.poison).any():
             raise EngineError("poison")

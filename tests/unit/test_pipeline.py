@@ -294,6 +294,21 @@ def test_a_device_that_computes_batches_at_once_is_given_as_many() -> None:
         assert third.result(10) is not None
 
 
+def test_few_windows_are_shared_out_among_idle_cores() -> None:
+    nothing, bounds = np.zeros(62, np.int64), np.array([0, 62])
+    tokens, windows = Tokens(nothing, bounds, nothing, nothing, nothing), split_into_windows(bounds, 64, 0)
+    for layout in ("equal", "packed"):
+        pool = Pool(manifest(layout=layout, token_budget=1024), at_once=4)
+        for _ in range(8):
+            pool.put(Job(tokens, windows, np.zeros((62, 9), np.float32)))
+        rows = []
+        while pool.waiting_tokens():
+            work = pool.take()
+            assert work is not None
+            rows.append(work.placement.tokens // 64)
+        assert rows == [2, 2, 2, 2], layout
+
+
 def test_the_device_has_spare_capacity_until_half_a_second_of_work_waits() -> None:
     nothing, bounds = np.zeros(62, np.int64), np.array([0, 62])
     tokens, windows = Tokens(nothing, bounds, nothing, nothing, nothing), split_into_windows(bounds, 64, 0)

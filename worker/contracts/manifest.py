@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from nermill.worker.contracts.errors import ArtifactError, UsageError
 from nermill.worker.contracts.plan import Options
@@ -170,6 +170,9 @@ def _parse(body: dict[str, Any], sha256: str) -> Manifest:
     known = {f.name for f in fields(Manifest)}
     if unknown := body.keys() - known:
         raise ValueError(f"unknown {', '.join(sorted(unknown))}")
+    for name, kind in (("backend", Backend), ("layout", Layout), ("precision", Precision)):
+        if body[name] not in get_args(kind):
+            raise ValueError(f"{name} {body[name]!r}: this nermill knows {', '.join(get_args(kind))}")
     body["inputs"] = tuple(GraphInput(**entry) for entry in body["inputs"])
     body["shapes"] = tuple((int(rows), int(length)) for rows, length in body["shapes"])
     body["labels"] = tuple(body["labels"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import platform
 import re
 from functools import cache
@@ -9,6 +11,19 @@ from pathlib import Path
 
 _INT8_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
 _BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
+
+
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of processor time in a period, and the period
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: those of its affinity, or fewer where its container has a limit."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = _QUOTA.read_text("utf-8").split()
+        return max(1, min(cores, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no cgroup v2, or no limit: "max 100000"
+        return cores
 
 
 @cache

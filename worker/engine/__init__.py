@@ -36,7 +36,8 @@ class Engine(Protocol):
     Attributes:
         manifest: The artifact's word.
         device: What it runs on: ``cpu``, ``cuda:0``, ``npu:0``.
-        at_once: How many calls of ``run`` the device computes at the same time: a CPU one a core, others one.
+        at_once: How many calls of ``run`` the device computes at the same time: onnxruntime and OpenVINO on a CPU one a
+            core, others one.
         in_flight: How many calls of ``run`` may be under way at the same time to keep the device busy.
     """
 

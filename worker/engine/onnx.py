@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from nermill.worker.contracts.errors import ArtifactError
 from nermill.worker.contracts.manifest import Manifest
+from nermill.worker.contracts.processor import usable_cores
 from nermill.worker.engine import Batch
 from nermill.worker.engine.inputs import check_names, lines_of, named_inputs, refusal
 
@@ -31,7 +32,7 @@ class OnnxEngine:
         self.manifest = manifest
         self.device = device
         # a batch a core is faster than one batch on all cores: no thread waits for another
-        self.at_once = (threads or len(os.sched_getaffinity(0))) if device == "cpu" else 1
+        self.at_once = (threads or usable_cores()) if device == "cpu" else 1
         self.in_flight = self.at_once if device == "cpu" else 2
         try:
             self._session = open_session(str(artifact / manifest.model_file), device, manifest)

@@ -1,8 +1,7 @@
-"""The engine on OpenVINO: the fastest one on CPUs with VNNI or AMX, where int8 activations have fixed scales."""
+"""The engine on OpenVINO, for CPUs; the activations of its int8 graphs have fixed scales."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from nermill.worker.contracts.errors import ArtifactError
 from nermill.worker.contracts.manifest import Manifest, Precision
+from nermill.worker.contracts.processor import usable_cores
 from nermill.worker.engine import Batch
 from nermill.worker.engine.inputs import check_names, lines_of, named_inputs, refusal
 
@@ -25,7 +25,7 @@ class OpenvinoEngine:
         if device != "cpu":
             raise ArtifactError(f"{artifact}: backend openvino runs on CPUs; for {device} compile with --backend torch")
         check_precision(manifest.precision, str(artifact))
-        self.at_once = self.in_flight = threads or len(os.sched_getaffinity(0))
+        self.at_once = self.in_flight = threads or usable_cores()
         try:
             compiled = openvino.Core().compile_model(
                 str(artifact / manifest.model_file), "CPU", settings(manifest, self.at_once)

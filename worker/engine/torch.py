@@ -32,6 +32,8 @@ class TorchEngine:
         target = _device(device)
         if manifest.precision == "int8" and target.type != "cpu":  # CUDA's _int_mm takes eights of labels alone
             raise ArtifactError(f"{artifact}: int8 is for CPUs; for {device} build it with --precision fp16")
+        if manifest.layout == "equal" and target.type != "cpu":
+            raise ArtifactError(f"{artifact}: layout equal is for CPUs; for {device} compile with --layout packed")
         if threads:
             torch.set_num_threads(threads)
         try:

@@ -135,7 +135,7 @@ class Pipeline:
             batch = blank_batch(shape, self.manifest)
             for _ in range(2):
                 _, seconds = self._call(batch)
-            self._pool.record_duration(shape, shape[0] * shape[1], seconds)
+            self._pool.record_duration(shape, shape[0] * shape[1], seconds / self.engine.at_once)
 
     def waiting_tokens(self) -> int:
         """Number of tokens that wait for the device."""

@@ -1,16 +1,15 @@
 """The pool of windows that wait for the device, of all shards that the process has begun.
 
 Task threads add tokenized jobs and wait for them. Compute threads take batches, which mix windows of any job. A batch
-is taken at once while the device has room for another call, and when it is full while the device is busy; there is no
-timer. The queue's
-consumer asks ``await_spare_capacity`` before it takes a shard, so that shards are left to idle workers.
+is taken at once while the device can compute another, and when it is full while the device is busy; there is no timer.
+The queue's consumer asks ``await_spare_capacity`` before it takes a shard, so that shards are left to idle workers.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +17,13 @@ from numpy.typing import NDArray
 from nermill.worker.contracts.errors import EngineError
 from nermill.worker.contracts.manifest import Manifest
 from nermill.worker.engine import Batch
-from nermill.worker.tagging.batching import Placement, Shape, cost, place, spread
+from nermill.worker.tagging.batching import CPU_MIN_TOKENS, Placement, Shape, cost, place, spread
 from nermill.worker.tagging.tokens import Tokens
 from nermill.worker.tagging.windows import Windows, concatenate
 
 Int = NDArray[np.int64]
 
-SMOOTHING = 0.1  # weight of the newest batch in the moving averages of the device's times
+SMOOTHING = 0.1  # weight of the newest batch, where it is full, in the moving averages of the device's times
 AHEAD_SECONDS = 0.5  # device time of the windows that should wait; leasing, reading and tokenizing a shard take less
 AHEAD_BATCHES = (2, 64)  # bounds of the same, in batches for each that the device computes at the same time
 
@@ -166,7 +165,7 @@ class Pool:
             self._batch.wait_for(self._is_batch_due)
             if self._closed:
                 return None
-            placement = place(self._windows.lengths, self._manifest, self._cost)
+            placement = place(self._windows.lengths, self._shared_out(), self._cost)
             work = self._work(placement)
             kept = np.ones(len(self._windows), bool)
             kept[placement.window] = False
@@ -189,10 +188,19 @@ class Pool:
         """
         with self._lock:
             known = self._seconds_a_token or seconds / tokens
-            self._seconds_a_token = known + SMOOTHING * (seconds / tokens - known)
+            weight = SMOOTHING * min(1.0, tokens / self._manifest.batch_tokens)
+            self._seconds_a_token = known + weight * (seconds / tokens - known)
             if shape in self._manifest.shapes:
                 known = self._seconds.get(shape, seconds)
                 self._seconds[shape] = known + SMOOTHING * (seconds - known)
+
+    def _shared_out(self) -> Manifest:
+        """The manifest, with smaller batches where so few windows wait that full ones would leave the device idle."""
+        idle = self._at_once - self._running
+        share = max(CPU_MIN_TOKENS, -(-self._tokens // max(1, idle)))
+        if self._manifest.shapes or idle < 2 or share >= self._manifest.token_budget:
+            return self._manifest
+        return replace(self._manifest, token_budget=share)
 
     def _cost(self, shape: Shape) -> float:
         """Seconds of a compiled shape once all have been measured; until then, and for free shapes, an estimate."""

@@ -17,12 +17,15 @@ pytest.importorskip("transformers")
 import onnx
 from tokenizers import Tokenizer
 
+from nermill.model_build.advice import advise
 from nermill.model_build.artifact import Order, compile_artifact
 from nermill.model_build.calibration import MOST_WINDOWS, calibration_windows
 from nermill.model_build.checkpoint import open_checkpoint
 from nermill.model_build.int8 import divisors, input_scale
 from nermill.model_build.reference import reference_logits, windows_of
+from nermill.model_build.shapes import compare_equal
 from nermill.model_build.verify import run_batched, verify
+from nermill.worker.contracts.costs import Costs
 from nermill.worker.contracts.errors import ArtifactError, EngineError, UsageError
 from nermill.worker.contracts.manifest import TOKENIZER_FILE, load_manifest, resolve_artifact
 from nermill.worker.engine import load_engine
@@ -125,7 +128,7 @@ def test_calibration_windows_are_spread_over_the_file(tmp_path: Path) -> None:
     assert all(window[0] == manifest.cls_id and window[-1] == manifest.sep_id for window in windows)
     tokenizer = Tokenizer.from_file(str(artifact / TOKENIZER_FILE))
     last = tokenizer.decode(list(windows[-1]))
-    assert int(last.split()[1].replace(" ", "")) > 19_000
+    assert int(last.split()[1]) > 19_000
 
 
 @pytest.mark.parametrize(
@@ -143,7 +146,39 @@ def test_what_does_not_go_together_is_refused(bert: Path, tmp_path: Path, order:
     assert not (tmp_path / "art").exists()
 
 
-def test_another_device_is_refused(compiled: Callable[..., Path]) -> None:
-    artifact = compiled("onnx", layout="equal")
+@pytest.mark.parametrize("layout", ["packed", "plain"])
+def test_scales_are_found_whatever_shapes_are_compiled(
+    compiled: Callable[..., Path], tmp_path: Path, layout: str
+) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(TEXTS), "utf-8")
+    artifact = compiled("onnx", precision="int8", layout=layout, shapes="2x64", calibrate=str(texts))
+    assert load_manifest(artifact).details["calibration"]["windows"] == 3
+    assert all(check.passed for check in verify(artifact, threads=1))
+
+
+def test_a_table_of_costs_by_hand() -> None:
+    seconds = {(4, 10): 0.4, (2, 20): 0.6}  # 0.01 and 0.015 a token
+    costs = Costs("table", "measured", "", seconds, "equal", is_free=True)
+    assert (costs.way, costs.ways) == ("equal", ("padded", "equal"))
+    ways = compare_equal(np.array([5, 10, 11, 20]), costs)
+    assert ways["equal"].seconds == pytest.approx(15 * 0.01 + 31 * 0.015)
+    assert ways["padded"].seconds == pytest.approx(4 * 0.3)
+    assert ways["equal"].fill == 1.0
+    assert ways["padded"].fill == pytest.approx(46 / 80)
+
+
+def test_there_are_no_shapes_to_choose_from_a_table_of_every_length() -> None:
+    artifact = resolve_artifact("demo")
+    with pytest.raises(UsageError, match="its graph takes every length without padding"):
+        advise([], 2, str(artifact / "bench.json"), artifact, None)
+
+
+@pytest.mark.parametrize("backend", ["onnx", "torch"])
+def test_another_device_is_refused(
+    compiled: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    artifact = compiled(backend, layout="equal")
     with pytest.raises(ArtifactError, match="layout equal is for CPUs; for cuda:0 compile with --layout packed"):
         load_engine(artifact, "cuda:0")
