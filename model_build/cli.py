@@ -36,8 +36,8 @@ def compile_(
         str | None,
         typer.Option(
             "--layout",
-            help="packed rows, plain: input_ids, attention_mask, token_type_ids, or equal: windows of one length, for "
-            "CPUs; default: equal for onnx int8 with free shapes, else packed.",
+            help="packed rows, plain (input_ids, attention_mask, token_type_ids), or equal (windows of one length, for "
+            "CPUs); default: equal for onnx int8 with free shapes, else packed.",
             show_default=False,
         ),
     ] = None,
@@ -186,7 +186,9 @@ def bench(
     artifact: Artifact,
     inputs: Annotated[
         list[str] | None,
-        typer.Argument(help="Texts like yours (default: the sample): padded, bucketed, packed.", show_default=False),
+        typer.Argument(
+            help="Texts like yours (default: the sample), to compare ways of filling rows on.", show_default=False
+        ),
     ] = None,
     device: Device = "cpu",
     threads: Threads = 0,

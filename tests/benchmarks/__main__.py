@@ -64,11 +64,21 @@ SIZES = {
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--smoke", action="store_true", help="a tiny run that shows only that everything works")
+    parser.add_argument(
+        "--ways",
+        nargs="+",
+        choices=tuple(WAYS),
+        metavar="WAY",
+        help="these alone, on sentences and long documents: a table",
+    )
     parser.add_argument("--data", type=Path, default=default_data(), help="CoNLL file; default %(default)s")
     options = parser.parse_args(arguments)
     name = "smoke" if options.smoke else os.environ.get("BENCH") or "full"
     if name not in SIZES:
         parser.error(f"BENCH={name}: say quick or full")
+    if options.ways:
+        compare_ways(SIZES[name], options.data, options.ways)
+        return
     begun = time.monotonic()
     body = bench(name, options.data)
     body["seconds"] = round(time.monotonic() - begun, 1)
@@ -80,6 +90,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for ratio, value in body["ratios"].items():
         print(f"{ratio:22} {value}")
     print(f"\n{out}/bench.json, {out}/bench.svg; {body['seconds']:.0f} s")
+
+
+def compare_ways(size: Size, data: Path, ways: Sequence[str]) -> None:
+    """Prints a table of some ways for each of two corpora, and each way's ratio to the first one of them."""
+    corpora = read_corpora(data, size.documents)
+    with tempfile.TemporaryDirectory() as folder:
+        models = make_models(Path(folder))
+        for kind in ("sentences", "long"):
+            samples, peaks = side_by_side(corpora[kind], models, [*possible(ways), "peak"], size.rounds)
+            rows = report.summarise(corpora[kind], samples, flops_of(corpora[kind]), median(peaks))
+            print(f"\n{kind}\n{report.table(rows)}")
+            first, *others = samples
+            for way in others:
+                print(f"{first} over {way}: {report.over(samples[first], samples[way])}")
 
 
 def bench(name: str, data: Path) -> dict[str, Any]:
