@@ -127,9 +127,13 @@ class Queue:
 
     def end_stream(self, run_id: str) -> None:
         """Says that no more shards will be added to a stream, and that it has no producer any more."""
+        self.seal(run_id)
+        self.leave_stream(run_id)
+
+    def seal(self, run_id: str) -> None:
+        """Says that no more shards will be added; the last step is due where all that the server knows are recorded."""
         with self.ledger() as ledger:
             is_due = ledger.seal(run_id)
-        self.leave_stream(run_id)
         if is_due:
             self.promote()
 

@@ -12,7 +12,7 @@ from nermill.producer.runs.recovery import finish_swap, recover, recover_by_valu
 from nermill.producer.runs.status import PartTotals, Status, artifact_of_parts, look
 from nermill.producer.sources.files import absolute, suggestion
 from nermill.worker.contracts.errors import BrokerError, StoreError, UsageError
-from nermill.worker.contracts.layout import FIRST_LAYOUT, PLAN_FILE, SUCCESS_FILE, RunFolder
+from nermill.worker.contracts.layout import FIRST_LAYOUT, PLAN_FILE, REPORT_JSON, SUCCESS_FILE, RunFolder
 from nermill.worker.contracts.ledger import Ledger
 from nermill.worker.contracts.message import PRIORITIES
 from nermill.worker.contracts.part import mark_complete
@@ -64,6 +64,8 @@ def open_runs(uris: Iterable[str]) -> list[tuple[RunFolder, Plan]]:
 def send(run: RunFolder, plan: Plan, queue: Queue, high_water: int = HIGH_WATER, on_wait: OnStatus = ignore) -> int:
     """Sends the shards that have no part; those that wait or are at work already are left alone.
 
+    Where all parts are there and the run's report is not, workers make it: the run's last step is due again.
+
     Args:
         run: The run's folder.
         plan: Its plan.
@@ -81,6 +83,7 @@ def send(run: RunFolder, plan: Plan, queue: Queue, high_water: int = HIGH_WATER,
     committed = run.committed()
     missing = [shard for shard in plan.shards if shard.index not in committed]
     _check_documents(run, missing)
+    lacks_report = not missing and _lacks_report(run, plan)
     run.sync(PLAN_FILE)
     with queue.ledger() as ledger:
         done = ledger.done(plan.run_id)
@@ -92,6 +95,8 @@ def send(run: RunFolder, plan: Plan, queue: Queue, high_water: int = HIGH_WATER,
             ledger.forget(plan.run_id, shard)
     if missing:
         run.remove(SUCCESS_FILE)  # a part of a complete run was taken away
+    elif lacks_report:
+        missing = [shard for shard in plan.shards if shard.index not in done]  # workers record the parts that they find
     else:
         finish(run, plan, queue)
     totals = PartTotals(run)
@@ -101,6 +106,8 @@ def send(run: RunFolder, plan: Plan, queue: Queue, high_water: int = HIGH_WATER,
             on_wait(look(run, plan, queue, totals))
             time.sleep(_POLL_SECONDS[1])
         sent += send_shards(queue, plan, missing[at : at + _BATCH])
+    if lacks_report:
+        queue.seal(plan.run_id)
     return sent
 
 
@@ -267,6 +274,16 @@ def is_much(progress: Progress, high_water: int) -> bool:
 
 def _is_busy(progress: Progress) -> bool:
     return bool(progress.waiting or progress.leased)
+
+
+def _lacks_report(run: RunFolder, plan: Plan) -> bool:
+    """Whether workers have to evaluate a run whose parts are all there."""
+    if plan.is_open or not plan.has_gold:
+        return False
+    if not run.exists(REPORT_JSON):
+        return True
+    run.sync(REPORT_JSON)
+    return False
 
 
 def _check_documents(run: RunFolder, shards: list[Shard]) -> None:

@@ -309,6 +309,24 @@ def test_the_last_step_is_due_once_when_all_shards_are_recorded(ledger: Ledger) 
     assert ledger.progress("r").ok == 20
 
 
+def test_a_run_that_is_sealed_again_has_its_last_step_once(ledger: Ledger) -> None:
+    begin(ledger, 1)
+    queue = Delivery(ledger)
+    assert ledger.complete(queue.one(now=0), "w", ok=10, rejected=0, tokens=1, computed=1).last
+    [message] = due(ledger, now=0)
+    ledger.open("r", "/out", Options())
+    assert not ledger.seal("r"), "its message was sent"
+    finish = ledger.lease("r", message.shard, worker(), LEASE, 0)
+    assert isinstance(finish, Claim)
+    ledger.open("r", "/out", Options())
+    assert not ledger.seal("r"), "a worker is at it"
+    assert due(ledger, now=0) == []
+    assert ledger.renew(finish, LEASE, 0)
+    assert ledger.close("r", finish)
+    ledger.open("r", "/out", Options())
+    assert ledger.seal("r"), "it is due again"
+
+
 def test_a_stream_has_its_last_step_when_it_is_sealed(ledger: Ledger) -> None:
     ledger.open("r", "/out", Options(), state=RunState.OPEN)
     ledger.add("r", [shard(0)])

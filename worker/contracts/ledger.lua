@@ -130,6 +130,7 @@ local function finish_when_done(run)
   if now ~= 'closed' then return 0 end
   if redis.call('HLEN', key(run, 'results')) < redis.call('HLEN', key(run, 'shards')) then return 0 end
   move(run, 'finishing')
+  if redis.call('HEXISTS', key(run, 'leases'), FINISH) + redis.call('HEXISTS', key(run, 'sent'), FINISH) > 0 then return 0 end
   return wait(run, FINISH)
 end
 

@@ -144,6 +144,24 @@ def test_a_waiting_producer_ends_though_the_only_worker_died_in_the_evaluation(
     assert not run.exists(REPORT_JSON), "what the command does next"
 
 
+@pytest.mark.parametrize("is_forgotten", [False, True])
+def test_a_complete_run_that_lost_its_report_is_evaluated_again_when_it_is_sent_again(
+    fleet: Harness, is_forgotten: bool
+) -> None:
+    run, plan = submit(fleet, 4, per_shard=2)
+    fleet.worker()
+    await_report(fleet, run)
+    await_closed(fleet, plan)
+    for name in (REPORT_JSON, REPORT_HTML):
+        run.remove(name)
+    queue = fleet.queue()
+    if is_forgotten:
+        queue.drop(plan.run_id)
+    send(run, plan, queue)
+    assert await_report(fleet, run)["documents"] == 4
+    await_closed(fleet, plan)
+
+
 def test_an_evaluation_that_ends_every_process_is_left_alone(fleet: Harness) -> None:
     trace = fleet.folder / "trace"
     run, plan = submit(fleet, 4, per_shard=4)
