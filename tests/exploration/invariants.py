@@ -394,7 +394,7 @@ class Watch:
             wanted = set()
         else:
             shards = self._planned(files) if self.is_compacted else set(map(_part, range(scenario.shards)))
-            wanted = {"_SUCCESS", *shards} | (set() if self._is_unevaluated else {"_report.json"})
+            wanted = {"_SUCCESS", *shards} | (set() if self._is_unevaluated else {"_report.json", "_report.html"})
         if not wanted <= files.keys():
             violated(f"the work is done, and the run has {sorted(files)}")
         if not ends <= ({"finished", "cancelled"} if scenario.cancels else {"finished"}):

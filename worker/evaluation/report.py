@@ -17,7 +17,7 @@ _INVISIBLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u20
 
 
 def write_report(run: RunFolder, report: dict[str, Any]) -> None:
-    """Writes both files into the run's folder.
+    """Writes both files into the run's folder, last the one by which others know that the run has its report.
 
     Args:
         run: The run's folder.
@@ -27,8 +27,8 @@ def write_report(run: RunFolder, report: dict[str, Any]) -> None:
         StoreError: a file cannot be written.
     """
     html = render_report(report)
-    run.write(REPORT_JSON, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
     run.write(REPORT_HTML, html.encode())
+    run.write(REPORT_JSON, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def render_report(report: dict[str, Any]) -> str:

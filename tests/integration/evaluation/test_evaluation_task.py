@@ -44,7 +44,7 @@ def deeds(trace: Path) -> Counter[str]:
 
 
 def await_report(fleet: Harness, run: RunFolder) -> dict[str, Any]:
-    fleet.until(lambda: run.exists(REPORT_HTML), 60)
+    fleet.until(lambda: run.exists(REPORT_JSON), 60)
     report: dict[str, Any] = json.loads(run.read(REPORT_JSON))
     return report
 

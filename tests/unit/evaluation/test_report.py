@@ -52,6 +52,14 @@ def page_of(run: RunFolder) -> tuple[str, Page]:
     return html, Page(html)
 
 
+def test_who_finds_the_scores_finds_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path, [Doc(["Ada"], ["B-PER"], ["B-PER"], id="a")])
+    written: list[str] = []
+    monkeypatch.setattr(RunFolder, "write", lambda self, name, data: written.append(name))
+    write_report(run, evaluate(run))
+    assert written == [REPORT_HTML, REPORT_JSON]
+
+
 @pytest.fixture
 def hostile_run(tmp_path: Path) -> RunFolder:
     tags = ["B-PER", "O", "B-<b>LOC</b>", "I-$x$", "O"]
