@@ -47,7 +47,7 @@ SHARDS, LEASES, FINISH, POISON, PARTS, PART = (
     "worker/tagging/parts.py",
     "worker/contracts/part.py",
 )
-RUN = "producer/runs/run.py"
+RUN, REPORT = "producer/runs/run.py", "worker/evaluation/report.py"
 
 MUTANTS = (
     Mutant(
@@ -273,6 +273,31 @@ MUTANTS = (
         RUN,
         "if is_idle and was_idle and answered == began:",
         "if False:",
+    ),
+    Mutant(
+        "a run that lacks its report is closed",
+        RUN,
+        "lacks_report = not missing and _lacks_report(run, plan)",
+        "lacks_report = False",
+        ("alone",),
+    ),
+    Mutant(
+        "a run's last step is due again while a worker is at it",
+        LUA,
+        "  if redis.call('HEXISTS', key(run, 'leases'), FINISH) + redis.call('HEXISTS', key(run, 'sent'), FINISH) > 0",
+        "  if false",
+        ("alone",),
+    ),
+    Mutant(
+        "a report's scores are written before its page",
+        REPORT,
+        """    run.write(REPORT_HTML, html.encode())
+    run.write(REPORT_JSON, (json.dumps(report, indent=1, ensure_ascii=False) + "\\n").encode())
+""",
+        """    run.write(REPORT_JSON, (json.dumps(report, indent=1, ensure_ascii=False) + "\\n").encode())
+    run.write(REPORT_HTML, html.encode())
+""",
+        ("alone",),
     ),
     Mutant("a run is sent again whole", RUN, "if shard.index not in committed]", "]"),
 )
