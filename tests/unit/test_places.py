@@ -8,6 +8,7 @@ import re
 import time
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -192,6 +193,20 @@ def test_sweeping_takes_what_no_living_writer_can_own(tmp_path: Path) -> None:
     assert run.remove_stale_files() == len(of_committed + old)
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert left == set(young + others)
+
+
+def test_a_disk_that_fails_while_stale_files_are_looked_for_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(str(tmp_path))
+    (tmp_path / f"._plan.json.{uuid.uuid4().hex}").touch()
+
+    def fail(path: str) -> os.stat_result:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("nermill.worker.contracts.layout.os", SimpleNamespace(stat=fail))
+    with pytest.raises(StoreError, match=r"_plan.*cannot look at it \(Input/output error\)"):
+        run.remove_stale_files()
 
 
 def test_a_disk_without_hard_links_is_looked_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,6 +133,9 @@ class RunFolder:
 
         A temporary file of a part that is committed is removed at once, since it cannot be committed any more. Any
         other is removed when it is older than TEMPORARY_SECONDS. Object stores have no temporary files.
+
+        Raises:
+            StoreError: the disk does not answer.
         """
         if not self.is_local:
             return 0
@@ -163,7 +166,8 @@ def _numbers(pattern: re.Pattern[str], names: list[str]) -> set[int]:
 
 
 def _age(path: str) -> float:
-    try:
-        return time.time() - os.stat(path).st_mtime
-    except FileNotFoundError:
-        return 0.0
+    with store_errors("look at", path):
+        try:
+            return time.time() - os.stat(path).st_mtime
+        except FileNotFoundError:
+            return 0.0
