@@ -80,25 +80,29 @@ def send(run: RunFolder, plan: Plan, queue: Queue, high_water: int = HIGH_WATER,
         UsageError: a shard's documents are gone.
         BrokerError: the broker does not answer.
     """
+    # Parts are listed last: one that is recorded, or that the mark speaks for, and is not there was taken away.
+    is_marked = run.exists(SUCCESS_FILE)
+    with queue.ledger() as ledger:
+        done = ledger.done(plan.run_id)
     committed = run.committed()
     missing = [shard for shard in plan.shards if shard.index not in committed]
     _check_documents(run, missing)
     lacks_report = not missing and _lacks_report(run, plan)
     run.sync(PLAN_FILE)
     with queue.ledger() as ledger:
-        done = ledger.done(plan.run_id)
         if plan.details.get("compacted") and done - {shard.index for shard in plan.shards}:
             queue.drop(plan.run_id)  # it knows the shards of before
             done = set()
         open_ledger(ledger, run, plan)
         for shard in done - committed:
             ledger.forget(plan.run_id, shard)
-    if missing:
-        run.remove(SUCCESS_FILE)  # a part of a complete run was taken away
-    elif lacks_report:
+    if missing and is_marked:
+        run.remove(SUCCESS_FILE)
+    if lacks_report:
         missing = [shard for shard in plan.shards if shard.index not in done]  # workers record the parts that they find
-    else:
+    elif not missing:
         finish(run, plan, queue)
+        return 0
     totals = PartTotals(run)
     sent = 0
     for at in range(0, len(missing), _BATCH):
@@ -106,8 +110,8 @@ def send(run: RunFolder, plan: Plan, queue: Queue, high_water: int = HIGH_WATER,
             on_wait(look(run, plan, queue, totals))
             time.sleep(_POLL_SECONDS[1])
         sent += send_shards(queue, plan, missing[at : at + _BATCH])
-    if lacks_report:
-        queue.seal(plan.run_id)
+    if not plan.is_open:
+        queue.seal(plan.run_id)  # where workers recorded all of it meanwhile
     return sent
 
 

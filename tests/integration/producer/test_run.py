@@ -25,8 +25,10 @@ from nermill.producer.runs.status import Status, look
 from nermill.producer.sources import ReadOptions
 from nermill.worker.contracts.broker import redis_client
 from nermill.worker.contracts.errors import BrokerError, StoreError, UsageError
-from nermill.worker.contracts.layout import SUCCESS_FILE, part_name
+from nermill.worker.contracts.layout import SUCCESS_FILE, RunFolder, part_name
 from nermill.worker.contracts.ledger import Ledger
+from nermill.worker.contracts.plan import Plan
+from nermill.worker.contracts.records import Progress
 from tests.harness import rows, texts
 from tests.stand_in import next_claim
 
@@ -107,6 +109,45 @@ def test_resume_sends_only_what_has_no_part(broker, serving, planned):
     assert runs.send(run, plan, queue) == 1
     with serving():
         assert runs.wait(run, plan, queue).state == "complete"
+
+
+def await_end(ledger: Ledger, plan: Plan) -> Progress:
+    """What the ledger says once the run is finished, or after ten seconds."""
+    deadline = time.monotonic() + 10
+    while (told := ledger.progress(plan.run_id)).state != "finished" and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return told
+
+
+@pytest.mark.parametrize(
+    "call", [(Ledger, "done"), (runs, "open_ledger"), (runs, "send_shards")], ids=lambda call: call[1]
+)
+def test_a_run_that_ends_while_it_is_sent_again_stays_ended(broker, serving, planned, monkeypatch, call):
+    run, plan = planned
+    queue, (owner, name) = Queue(broker), call
+    runs.send(run, plan, queue)
+    original = getattr(owner, name)
+
+    def late(*arguments, **named):
+        monkeypatch.setattr(owner, name, original)
+        with serving() as ledger:
+            await_end(ledger, plan)
+        runs.finish(run, plan, queue)  # as the run's last step does
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, late)
+    forgotten: list[int] = []
+    forget = Ledger.forget
+    monkeypatch.setattr(Ledger, "forget", lambda self, of, shard: forgotten.append(shard) or forget(self, of, shard))
+    removed: list[str] = []
+    remove = RunFolder.remove
+    monkeypatch.setattr(RunFolder, "remove", lambda self, file: removed.append(file) or remove(self, file))
+    assert runs.send(run, plan, queue) == 0
+    with serving() as ledger:
+        progress = await_end(ledger, plan)
+    assert (progress.state, progress.done, forgotten) == ("finished", 4, [])
+    assert run.exists(SUCCESS_FILE)
+    assert SUCCESS_FILE not in removed
 
 
 def test_wait_mends_a_ledger_that_was_lost(broker, serving, planned):
