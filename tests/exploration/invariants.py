@@ -86,9 +86,9 @@ class Watch:
                 del self._leases[key]
             elif name == "release" and told:
                 self._world.violated(f"{actor.process.name} releases a lease of shard {key[1]} that it does not hold")
-        elif name == "quarantine":
+        elif name == "quarantine" and told:
             self._leases.pop((arguments[1], arguments[2]), None)
-        elif name == "close" and told:
+        elif name in ("add", "close") and told:
             self._leases.pop((arguments[1], FINISH), None)
         elif name == "drop":
             self._leases = {key: held for key, held in self._leases.items() if key[0] != arguments[1]}

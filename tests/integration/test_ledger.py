@@ -327,6 +327,24 @@ def test_a_run_that_is_sealed_again_has_its_last_step_once(ledger: Ledger) -> No
     assert ledger.seal("r"), "it is due again"
 
 
+def test_a_last_step_that_began_before_more_shards_came_has_no_say(ledger: Ledger) -> None:
+    begin(ledger, 1)
+    queue = Delivery(ledger)
+    complete(ledger, queue.one(now=0))
+    early = queue.one(now=0)
+    assert early.shard is None
+    ledger.add("r", [shard(1)])
+    assert not ledger.renew(early, LEASE, 0)
+    ledger.quarantine(early, "1 parts are missing")
+    complete(ledger, queue.one(now=0))
+    assert not ledger.close("r", early)
+    last = queue.one(now=0)
+    assert last.shard is None
+    ledger.quarantine(early, "1 parts are missing")
+    assert ledger.close("r", last)
+    assert ledger.progress("r").quarantined == 0
+
+
 def test_a_stream_has_its_last_step_when_it_is_sealed(ledger: Ledger) -> None:
     ledger.open("r", "/out", Options(), state=RunState.OPEN)
     ledger.add("r", [shard(0)])

@@ -99,6 +99,13 @@ local function unlease(run, shard)
   redis.call('ZREM', prefix .. 'leases', join(run, shard))
 end
 
+-- shards come after the run's last step was due: who is at it lost its lease, and what it says does not count
+local function put_off_finish(run)
+  unsend(run, FINISH)
+  unlease(run, FINISH)
+  redis.call('ZREM', key(run, 'pending'), FINISH)
+end
+
 -- what a late step writes for a run that ended is forgotten with the run
 local function end_with_run(run)
   if state(run) == 'finished' or state(run) == 'cancelled' then expire(run, redis.call('TTL', key(run))) end
@@ -191,10 +198,7 @@ function step.open(run, to, artifact, priority, ...)
     return redis.error_reply('run ' .. run .. ' cannot go from ' .. state(run) .. ' to ' .. to)
   end
   leave(run)
-  if to == 'open' then -- the last step of a stream that goes on is not due any more
-    unsend(run, FINISH)
-    redis.call('ZREM', key(run, 'pending'), FINISH)
-  end
+  if to == 'open' then put_off_finish(run) end -- a stream goes on
   redis.call('HSET', key(run), 'priority', priority, ...)
   redis.call('HDEL', key(run), 'blocked', 'last_error')
   redis.call('DEL', key(run, 'unable'), key(run, 'quarantined'))
@@ -223,8 +227,7 @@ function step.add(run, ...)
   end
   if added > 0 then
     if state(run) == 'finishing' or state(run) == 'finished' then move(run, 'closed') end
-    unsend(run, FINISH)
-    redis.call('ZREM', key(run, 'pending'), FINISH)
+    put_off_finish(run)
     expire(run, FORGET_SECONDS)
   end
   return added
@@ -418,8 +421,9 @@ function step.unable(run, worker, milliseconds, reason, now)
 end
 
 -- a shard that must not be served until it is sent again, for a reason that people should see
-function step.quarantine(run, shard, last_error)
+function step.quarantine(run, shard, lease, last_error)
   if state(run) == 'unknown' then return 0 end
+  if shard == FINISH and not holds(run, shard, lease) then return 0 end
   redis.call('HSET', key(run), 'last_error', last_error)
   redis.call('HSET', key(run, 'quarantined'), shard, last_error)
   unlease(run, shard)

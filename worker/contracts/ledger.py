@@ -159,7 +159,7 @@ class Ledger:
             )
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             reason = f"run {run_id} shard {number}: the ledger's entry does not fit the contract ({error})"
-            self.step("quarantine", run_id, number, reason)
+            self.step("quarantine", run_id, number, lease, reason)
             raise MessageError(reason) from None
 
     def renew(
@@ -194,8 +194,8 @@ class Ledger:
         return bool(self.step("unable", run_id, worker, _ms(UNABLE_SECONDS), reason, _now(now)))
 
     def quarantine(self, claim: Claim, last_error: str) -> None:
-        """Takes a shard that must not be served out of the queue, until it is sent again."""
-        self.step("quarantine", claim.run_id, claim.key, last_error)
+        """Takes a shard that must not be served out of the queue, until it is sent again; only a holder the last step."""
+        self.step("quarantine", *lease_of(claim), last_error)
 
     def complete(
         self,

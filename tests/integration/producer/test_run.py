@@ -10,6 +10,7 @@ import time
 from base64 import b64decode
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pytest
@@ -136,18 +137,17 @@ def test_a_run_that_ends_while_it_is_sent_again_stays_ended(broker, serving, pla
         return original(*arguments, **named)
 
     monkeypatch.setattr(owner, name, late)
-    forgotten: list[int] = []
-    forget = Ledger.forget
-    monkeypatch.setattr(Ledger, "forget", lambda self, of, shard: forgotten.append(shard) or forget(self, of, shard))
-    removed: list[str] = []
-    remove = RunFolder.remove
-    monkeypatch.setattr(RunFolder, "remove", lambda self, file: removed.append(file) or remove(self, file))
-    assert runs.send(run, plan, queue) == 0
+    with monkeypatch.context() as patch:
+        forget, remove = Mock(side_effect=Ledger.forget), Mock(side_effect=RunFolder.remove)
+        patch.setattr(Ledger, "forget", lambda *arguments: forget(*arguments))
+        patch.setattr(RunFolder, "remove", lambda *arguments: remove(*arguments))
+        assert runs.send(run, plan, queue) == 0
     with serving() as ledger:
         progress = await_end(ledger, plan)
-    assert (progress.state, progress.done, forgotten) == ("finished", 4, [])
+    assert (progress.state, progress.done) == ("finished", 4)
     assert run.exists(SUCCESS_FILE)
-    assert SUCCESS_FILE not in removed
+    assert not forget.called, "its parts are there"
+    assert SUCCESS_FILE not in [removed.args[1] for removed in remove.call_args_list]
 
 
 def test_wait_mends_a_ledger_that_was_lost(broker, serving, planned):
