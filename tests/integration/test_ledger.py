@@ -327,6 +327,18 @@ def test_a_run_that_is_sealed_again_has_its_last_step_once(ledger: Ledger) -> No
     assert ledger.seal("r"), "it is due again"
 
 
+@pytest.mark.parametrize("end", ["close", "cancel"])
+def test_a_run_that_ended_before_it_is_sealed_stays_so(ledger: Ledger, end: str) -> None:
+    begin(ledger, 1)
+    queue = Delivery(ledger)
+    complete(ledger, queue.one(now=0))
+    getattr(ledger, end)("r")
+    before = ledger.progress("r").state
+    assert not ledger.seal("r")
+    assert ledger.progress("r").state == before
+    assert queue.next(now=0) is None
+
+
 def test_a_last_step_that_began_before_more_shards_came_has_no_say(ledger: Ledger) -> None:
     begin(ledger, 1)
     queue = Delivery(ledger)

@@ -466,9 +466,10 @@ function step.complete(run, shard, lease, worker, ok, rejected, tokens, computed
   return {newly, finish_when_done(run)}
 end
 
--- no more shards will be added; answers whether the run's last step is due
+-- no more shards will be added; answers whether the run's last step is due. A run that ended meanwhile stays so
 function step.seal(run)
-  if not move(run, 'closed') then return 0 end
+  local now = state(run)
+  if now == 'finished' or now == 'cancelled' or not move(run, 'closed') then return 0 end
   return finish_when_done(run)
 end
 

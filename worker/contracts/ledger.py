@@ -194,7 +194,7 @@ class Ledger:
         return bool(self.step("unable", run_id, worker, _ms(UNABLE_SECONDS), reason, _now(now)))
 
     def quarantine(self, claim: Claim, last_error: str) -> None:
-        """Takes a shard that must not be served out of the queue, until it is sent again; only a holder the last step."""
+        """Takes a shard that must not be served out of the queue until it is sent again; a last step, if it is held."""
         self.step("quarantine", *lease_of(claim), last_error)
 
     def complete(
