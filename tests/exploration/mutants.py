@@ -288,6 +288,7 @@ MUTANTS = (
         "  if false",
         ("alone",),
     ),
+    Mutant("a run is sealed that was cancelled", LUA, "or now == 'cancelled' or not move", "or not move", ("cancel",)),
     Mutant(
         "a report's scores are written before its page",
         REPORT,

@@ -103,6 +103,7 @@ end
 local function put_off_finish(run)
   unsend(run, FINISH)
   unlease(run, FINISH)
+  redis.call('HDEL', key(run, 'attempts'), FINISH) -- what comes later is another last step
   redis.call('ZREM', key(run, 'pending'), FINISH)
 end
 
