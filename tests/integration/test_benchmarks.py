@@ -81,14 +81,24 @@ def test_engines_of_a_cpu_stand_side_by_side(root: Path, sample: Path, tmp_path:
     from tests.checkpoints import write_checkpoint
 
     command = [sys.executable, "-m", "tests.benchmarks.cpu", "--checkpoint", str(write_checkpoint(tmp_path, "bert"))]
-    command += ["--engines", "onnx int8", "openvino fp32", "torch fp32", "--rounds", "1", "--lengths", "16"]
+    command += [
+        "--engines",
+        "onnx int8 packed",
+        "onnx int8",
+        "openvino fp32",
+        "torch fp32",
+        "--rounds",
+        "1",
+        "--lengths",
+        "16",
+    ]
     done = subprocess.run(
         [*command, "--gold", str(sample / "wikigold.conll")], cwd=root, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    (shipped,) = (line for line in lines if line.startswith("| onnx int8 "))
-    assert re.search(r"GFLOP/s, [\d.]+ fp32, [\d.]+ int8, 1.00 × \| 0\.\d{4} \|$", shipped)
+    (before,) = (line for line in lines if line.startswith("| onnx int8 packed "))
+    assert re.search(r"GFLOP/s, [\d.]+ fp32, [\d.]+ int8, 1.00 × \| 0\.\d{4} \|$", before)
     assert any(line.startswith("| torch fp32 ") for line in lines)
     has_openvino = find_spec("openvino") is not None
     assert any(line.startswith("| openvino fp32 ") for line in lines) == has_openvino
