@@ -394,7 +394,8 @@ class Watch:
             wanted = set()
         else:
             shards = self._planned(files) if self.is_compacted else set(map(_part, range(scenario.shards)))
-            wanted = {"_SUCCESS", *shards} | (set() if self._is_unevaluated else {"_report.json", "_report.html"})
+            has_report = scenario.has_gold and not self._is_unevaluated
+            wanted = {"_SUCCESS", *shards} | ({"_report.json", "_report.html"} if has_report else set())
         if not wanted <= files.keys():
             violated(f"the work is done, and the run has {sorted(files)}")
         if not ends <= ({"finished", "cancelled"} if scenario.cancels else {"finished"}):

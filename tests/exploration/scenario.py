@@ -76,6 +76,7 @@ class Scenario:
         compacts: Whether the run is compacted when it is complete.
         cancels: Seconds after which somebody cancels the run; 0 where nobody does.
         polls: Seconds between the first two looks of a producer that waits, and between later ones at most.
+        has_gold: Whether the documents have gold tags, so that the run is evaluated.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Scenario:
     polls: tuple[float, float] = (1.0, 9.0)
     compacts: bool = False
     cancels: float = 0.0
+    has_gold: bool = True
 
     @property
     def is_disk(self) -> bool:
@@ -110,7 +112,7 @@ SCENARIOS = {
     for scenario in (
         Scenario("disk", **_IN_STEP),
         Scenario("store", out="sim://bucket/out", seconds=(5.0, 5.0), **_IN_STEP),
-        Scenario("slow", seconds=(15.0, 15.0)),
+        Scenario("slow", seconds=(15.0, 15.0), has_gold=False),
         Scenario("queue", documents=tuple("abcdefgh"), seconds=(6.0,) * 8, shard_documents=1),
         Scenario("poison", documents=(POISON, "b", "c", "d")),
         Scenario("alone", waits=False, **_IN_STEP),
@@ -567,7 +569,9 @@ class Mill:
         source = SimpleNamespace(
             file=SimpleNamespace(uri="/in.jsonl", position=lambda: 0),
             format="jsonl",
-            documents=lambda options: iter([replace(d, gold_tags=()) for d in documents]),
+            documents=lambda options: iter(
+                [replace(d, gold_tags=() if scenario.has_gold else None) for d in documents]
+            ),
         )
         limits = ShardLimits(documents=scenario.shard_documents)
         request = Request(("/in.jsonl",), scenario.out, limits=limits)
@@ -586,7 +590,7 @@ class Mill:
 
     def _wait(self, folder: RunFolder, plan: Plan, queue: Queue) -> None:
         told = wait(folder, plan, queue)
-        if told.state == "complete" and not folder.exists(REPORT_JSON):
+        if told.state == "complete" and plan.has_gold and not folder.exists(REPORT_JSON):
             _evaluate(folder.uri)
         if told.state != "complete" and not self.scenario.cancels:
             self.world.violated(f"the producer waited until the run was {told.state}")
