@@ -726,6 +726,15 @@ def test_a_declared_shard_waits_once_its_documents_are_there(ledger: Ledger) -> 
     assert documents.needed("r") == {0, 2}
 
 
+def test_a_message_of_a_lost_server_leases_no_shard_whose_documents_have_not_come(ledger: Ledger) -> None:
+    documents = declared(ledger, 2)
+    assert ledger.lease("r", 0, worker(), LEASE) == "unknown"
+    documents.offer("r", shard(0), b"some")
+    claim = ledger.lease("r", 0, worker(), LEASE)
+    assert isinstance(claim, Claim)
+    assert claim.packed
+
+
 def test_a_run_by_value_ends_when_the_last_declared_shard_is_recorded(ledger: Ledger) -> None:
     documents = declared(ledger, 2)
     queue = Delivery(ledger)

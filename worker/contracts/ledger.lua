@@ -339,11 +339,13 @@ function step.lease(run, shard, lease, worker, artifact, milliseconds, now)
   if shard == FINISH and state(run) ~= 'finishing' then return {'not due'} end
   local held = redis.call('ZSCORE', prefix .. 'leases', join(run, shard))
   if held and tonumber(held) > now then return {'leased elsewhere'} end
+  local is_known = shard == FINISH or is_there(run, shard)
   unsend(run, shard)
   if redis.call('HEXISTS', key(run, 'results'), shard) == 1 then return {'done'} end
   if state(run) == 'cancelled' then return {'cancelled'} end
   if redis.call('HEXISTS', key(run), 'blocked') == 1 then return {'blocked'} end
   if redis.call('HEXISTS', key(run, 'quarantined'), shard) == 1 then return {'quarantined'} end
+  if not is_known then return {'unknown'} end -- declared, and its documents have not come: the message is of a lost server
   local bound = get(run, 'artifact')
   if shard ~= FINISH and bound ~= '' and bound ~= artifact then
     wait(run, shard)
