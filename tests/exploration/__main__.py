@@ -12,7 +12,18 @@ from functools import partial
 
 from tests.exploration.agreement import disagreements
 from tests.exploration.scenario import SCENARIOS, Scenario
-from tests.exploration.search import Failure, Schedule, Tally, at_writes, exhaust, follow, shrink, wander, wandering
+from tests.exploration.search import (
+    Failure,
+    Schedule,
+    Tally,
+    at_a_second_command,
+    at_writes,
+    exhaust,
+    follow,
+    shrink,
+    wander,
+    wandering,
+)
 from tests.exploration.world import Fault, World
 
 MUTANT_SECONDS = 240.0
@@ -67,11 +78,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def hunt(names: tuple[str, ...], seconds: float) -> int:
-    """Ends with the first failure: of single faults, of pairs at writes, then of random walks in all scenarios."""
+    """Ends with the first failure: of single faults, of pairs at certain steps, then of random walks."""
     begun = time.monotonic()
     for search in (
         *(partial(exhaust, SCENARIOS[name], 1, seconds=seconds / 2) for name in names),
-        *(partial(exhaust, SCENARIOS[name], 2, where=at_writes, seconds=seconds / 2) for name in names),
+        *(
+            partial(exhaust, SCENARIOS[name], 2, where=where, seconds=seconds / 2)
+            for where in (at_a_second_command, at_writes)
+            for name in names
+        ),
         *(partial(wandering, some, itertools.count(), seconds=seconds / 2) for some in (names, tuple(SCENARIOS))),
     ):
         tally = search()

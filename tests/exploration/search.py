@@ -141,6 +141,13 @@ def at_writes(actor: Actor, fault: Fault) -> bool:
     return is_write and fault.kind in ("kill", "pause", "fail")
 
 
+def at_a_second_command(actor: Actor, fault: Fault) -> bool:
+    """Calls of the producer that fail after they took effect, so it is started again; the host's failure at a write."""
+    if actor.process.slot == "producer":
+        return fault.kind == "after" and actor.label.startswith("ledger.")
+    return fault.kind == "power" and actor.writes and actor.label.startswith("disk.")
+
+
 class _Search:
     """What an exhaustive search knows.
 
