@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,6 +29,7 @@ from nermill.worker.contracts.errors import ArtifactError, EngineError, UsageErr
 from nermill.worker.contracts.manifest import TOKENIZER_FILE, load_manifest, resolve_artifact
 from nermill.worker.engine import load_engine
 from nermill.worker.engine.golden import lay_rows, run_alone
+from tests.bits import batched, same_bits, sample_windows, shuffled
 from tests.checkpoints import FAMILIES, MAX_LENGTH
 
 TEXTS = ["george washington went to washington.", "oslo", "a very long train (of thought) left paris at 10.45"]
@@ -60,23 +60,11 @@ def test_every_family_answers_as_its_checkpoint(
 @pytest.mark.timeout(600)
 def test_no_bit_of_the_bundled_models_answers_comes_from_a_windows_neighbours(sample: Path) -> None:
     artifact = resolve_artifact("demo")
-    manifest = load_manifest(artifact)
-    blocks = (sample / "wikigold.conll").read_text("utf-8").split("\n\n")
-    words = [line.split()[0] for block in blocks for line in block.splitlines() if line]
-    chance = random.Random(7)
-    starts = chance.sample(range(len(words) - 60), SENTENCES)
-    texts = [words[at : at + chance.choice((3, 8, 14, 20, 27, 60))] for at in starts]
-    tokenizer = Tokenizer.from_file(str(artifact / TOKENIZER_FILE))
-    encoded = tokenizer.encode_batch(texts, is_pretokenized=True, add_special_tokens=False)
-    windows = [(manifest.cls_id, *encoding.ids, manifest.sep_id) for encoding in encoded]
+    windows = sample_windows(artifact, sample, SENTENCES)
     engine = load_engine(artifact)
-    together = run_batched(engine, windows)
-    engine.manifest = replace(manifest, token_budget=100)
-    order = chance.sample(range(SENTENCES), SENTENCES)
-    for number, logits in zip(order, run_batched(engine, [windows[n] for n in order]), strict=True):
-        assert np.array_equal(logits, together[number])
-    for logits, expected in zip(run_alone(engine, windows[:ALONE]), together, strict=False):
-        assert np.array_equal(logits, expected)
+    windows, expected = shuffled(windows, run_batched(engine, windows))
+    same_bits(batched(engine, windows, 100), expected)
+    same_bits(run_alone(engine, windows[:ALONE]), expected[:ALONE])
     engine.close()
 
 

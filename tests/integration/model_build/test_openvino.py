@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import random
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +17,6 @@ pytest.importorskip("openvino")
 pytest.importorskip("nncf")
 pytest.importorskip("transformers")
 
-from tokenizers import Tokenizer
 
 from nermill.model_build import cli
 from nermill.model_build.artifact import Order, compile_artifact
@@ -30,10 +28,11 @@ from nermill.model_build.reference import reference_logits, windows_of
 from nermill.model_build.verify import run_batched, run_packed, verify
 from nermill.producer import doctor
 from nermill.worker.contracts.errors import ArtifactError
-from nermill.worker.contracts.manifest import TOKENIZER_FILE, load_manifest
-from nermill.worker.engine import Engine, load_engine
+from nermill.worker.contracts.manifest import load_manifest
+from nermill.worker.engine import load_engine
 from nermill.worker.engine import openvino as engine_module
 from nermill.worker.engine.golden import run_alone
+from tests.bits import batched, same_bits, sample_windows, shuffled
 from tests.checkpoints import FAMILIES, MAX_LENGTH
 
 TEXTS = ["george washington went to washington.", "oslo", "a very long train (of thought) left paris at 10.45"]
@@ -85,51 +84,19 @@ def demo(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     return folder / "demo-openvino"
 
 
-def windows_for(artifact: Path, sample: Path) -> list[tuple[int, ...]]:
-    """Windows of the shipped model from stretches of the sample's sentences, all different, 3 to 60 words long."""
-    blocks = (sample / "wikigold.conll").read_text("utf-8").split("\n\n")
-    words = [line.split()[0] for block in blocks for line in block.splitlines() if line]
-    chance = random.Random(7)
-    starts = chance.sample(range(len(words) - 60), SENTENCES)
-    tokenizer = Tokenizer.from_file(str(artifact / TOKENIZER_FILE))
-    texts = [words[at : at + chance.choice((3, 8, 14, 20, 27, 60))] for at in starts]
-    manifest = load_manifest(artifact)
-    encoded = tokenizer.encode_batch(texts, is_pretokenized=True, add_special_tokens=False)
-    return [(manifest.cls_id, *encoding.ids, manifest.sep_id) for encoding in encoded]
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_no_bit_of_int8_comes_from_a_windows_neighbours(demo: Path, sample: Path) -> None:
-    windows = windows_for(demo, sample)
-    assert len(set(windows)) > 0.99 * SENTENCES
+    windows = sample_windows(demo, sample, SENTENCES)
     engine = load_engine(demo)
-    together = run_batched(engine, windows)
-    order = random.Random(0).sample(range(SENTENCES), SENTENCES)
-    shuffled = [windows[number] for number in order]
-    expected = [together[number] for number in order]
+    windows, expected = shuffled(windows, run_batched(engine, windows))
     for budget, shapes in ((512, ()), (1024, ((16, 64), (8, 128), (2, 512)))):
-        same_bits(batched(engine, shuffled, budget, shapes), expected)
-    same_bits(run_alone(engine, shuffled[:ALONE]), expected[:ALONE])
+        same_bits(batched(engine, windows, budget, shapes), expected)
+    same_bits(run_alone(engine, windows[:ALONE]), expected[:ALONE])
     engine.close()
     few = load_engine(demo, threads=1)
-    same_bits(batched(few, shuffled[:ALONE], 2048, ()), expected[:ALONE])
+    same_bits(batched(few, windows[:ALONE], 2048), expected[:ALONE])
     few.close()
-
-
-def batched(
-    engine: Engine, windows: Sequence[tuple[int, ...]], budget: int, shapes: tuple[tuple[int, int], ...]
-) -> list[np.ndarray]:
-    manifest = engine.manifest
-    engine.manifest = replace(manifest, token_budget=budget, shapes=shapes)
-    logits = run_batched(engine, windows)
-    engine.manifest = manifest
-    return logits
-
-
-def same_bits(mine: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> None:
-    different = [number for number, (a, b) in enumerate(zip(mine, theirs, strict=True)) if not np.array_equal(a, b)]
-    assert different == []
 
 
 @pytest.mark.slow
