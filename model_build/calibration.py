@@ -24,6 +24,7 @@ MOST_WINDOWS = 500  # of those texts that are computed, evenly spread
 WINDOW = 128  # tokens
 
 Windows = Sequence[Sequence[int]]
+Inputs = dict[str, NDArray[np.integer]]
 Float = NDArray[np.float32]
 Ranges = dict[str, tuple[Float, Float]]
 
@@ -58,6 +59,12 @@ def calibration_windows(
     return windows, {"calibration": {"texts": source, "windows": len(windows)}}
 
 
+def window_inputs(window: Sequence[int], manifest: Manifest) -> Inputs:
+    """A graph's inputs for one window in a row of its own length, whatever shapes will be compiled."""
+    free = replace(manifest, shapes=())
+    return named_inputs(lay_rows([[window]], (1, len(window)), free), free)
+
+
 def input_ranges(model: Encoder, windows: Windows, manifest: Manifest) -> Ranges:
     """Smallest and largest values of every ``Linear``'s inputs over some windows, by the layer's name.
 
@@ -70,7 +77,6 @@ def input_ranges(model: Encoder, windows: Windows, manifest: Manifest) -> Ranges
         For each layer two arrays of shape (inputs,); 0 is within each range.
     """
     ranges: Ranges = {}
-    free = replace(manifest, shapes=())
 
     def watch(name: str, layer: Linear) -> Any:
         def note(_: object, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -83,8 +89,7 @@ def input_ranges(model: Encoder, windows: Windows, manifest: Manifest) -> Ranges
     hooks = [watch(name, layer) for name, layer in model.named_modules() if isinstance(layer, Linear)]
     with torch.inference_mode():
         for window in windows:
-            batch = named_inputs(lay_rows([[window]], (1, len(window)), free), free)
-            model(*map(torch.from_numpy, batch.values()))
+            model(*map(torch.from_numpy, window_inputs(window, manifest).values()))
     for hook in hooks:
         hook.remove()
     return ranges

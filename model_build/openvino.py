@@ -12,28 +12,21 @@ import logging
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from nermill.model_build.calibration import Windows
+from nermill.model_build.calibration import Inputs, Windows, window_inputs
 from nermill.model_build.export import to_onnx
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.manifest import Manifest, Precision
 from nermill.worker.engine.encoder import Encoder
-from nermill.worker.engine.golden import lay_rows
-from nermill.worker.engine.inputs import named_inputs
 from nermill.worker.engine.layers import Attention, replace
 
 MODEL_FILE = "model.xml"
-
-Feeds = dict[str, NDArray[np.integer]]
 
 
 class SummedAttention(Attention):
@@ -100,15 +93,11 @@ def to_openvino(model: Encoder, folder: Path, dtype: torch.dtype, manifest: Mani
         to_onnx(model, path, dtype)
         graph = openvino.Core().read_model(path)
         if windows:
-            graph = _quantized(graph, [_inputs(window, manifest) for window in windows])
+            graph = _quantized(graph, [window_inputs(window, manifest) for window in windows])
         openvino.save_model(graph, folder / MODEL_FILE, compress_to_fp16=False)
 
 
-def _inputs(window: Sequence[int], manifest: Manifest) -> Feeds:
-    return named_inputs(lay_rows([[window]], (1, len(window)), manifest), replace_fields(manifest, shapes=()))
-
-
-def _quantized(graph: Any, rows: Sequence[Feeds]) -> Any:
+def _quantized(graph: Any, rows: Sequence[Inputs]) -> Any:
     nncf = import_nncf()
     # the weights of attention reach from 0 to 1 with most of them near 0: eight bits do not hold them
     attended = [op.get_friendly_name() for op in graph.get_ops() if _is_attended(op)]
