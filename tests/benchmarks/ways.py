@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from nermill.worker.contracts.manifest import TOKENIZER_FILE, Manifest, load_manifest
-from nermill.worker.tagging.batching import Placement, place
+from nermill.worker.tagging.batching import Placement, in_own_rows, place
 
 PEAK_SIZES = ((1024, 384, 1536), (2048, 1024, 4096))  # the demo model's largest product, and one of BERT-large's
 PEAK_SECONDS = 0.3
@@ -37,7 +37,7 @@ class Models:
 
     Attributes:
         shipped: The artifact as shipped.
-        packed: The same in packed rows.
+        packed: Its weights in packed rows, with scales found on the sample.
         fp32: Its fp32 artifact.
         checkpoint: Its Hugging Face checkpoint.
         openvino: Its int8 artifact for OpenVINO, where that is installed.
@@ -166,8 +166,7 @@ def padded(*lengths: int) -> Lay:
         nearest = np.array(lengths)[np.searchsorted(lengths, waiting)]
         length = int(nearest[0])
         window = np.flatnonzero(nearest == length)[: manifest.token_budget // length]
-        row = np.arange(len(window))
-        return Placement(len(window), length, int(waiting[window].sum()), window, row, np.zeros_like(row))
+        return in_own_rows(waiting, window, (len(window), length))
 
     return lay
 

@@ -158,17 +158,14 @@ def place_similar(lengths: Int, budget: int) -> Placement:
     costs = np.maximum((end - begin) * longest, CPU_MIN_TOKENS) * (1 + longest * ATTENTION_SHARE)
     best = int(((tokens[end] - tokens[begin]) / costs).argmax())
     window = order[begin[best] : end[best]]
-    row = np.arange(len(window))
-    chosen = lengths[window]
-    return Placement(len(window), int(chosen.max()), int(chosen.sum()), window, row, np.zeros_like(row))
+    return in_own_rows(lengths, window, (len(window), int(longest[best])))
 
 
 def place_equal(lengths: Int, budget: int) -> Placement:
     """The oldest window, and as many of its length, oldest first, as ``budget`` tokens take."""
     length = int(lengths[0])
     window = np.flatnonzero(lengths == length)[: max(1, budget // length)]
-    row = np.arange(len(window))
-    return Placement(len(window), length, len(window) * length, window, row, np.zeros_like(row))
+    return in_own_rows(lengths, window, (len(window), length))
 
 
 def place_one_a_row(lengths: Int, shape: Shape) -> Placement:
@@ -177,8 +174,19 @@ def place_one_a_row(lengths: Int, shape: Shape) -> Placement:
     others = np.flatnonzero(lengths[1:] <= length) + 1
     longest = others[np.argsort(-lengths[others], kind="stable")]
     window = np.concatenate([np.zeros(1, np.int64), longest])[:rows]
+    return in_own_rows(lengths, window, shape)
+
+
+def in_own_rows(lengths: Int, window: Int, shape: Shape) -> Placement:
+    """A batch of a shape whose first rows hold the chosen windows, one each.
+
+    Args:
+        lengths: Length in tokens of every waiting window; int64, shape (windows,).
+        window: The chosen ones, as indices into ``lengths``; int64, shape (n,).
+        shape: Of the batch.
+    """
     row = np.arange(len(window))
-    return Placement(rows, length, int(lengths[window].sum()), window, row, np.zeros_like(row))
+    return Placement(*shape, int(lengths[window].sum()), window, row, np.zeros_like(row))
 
 
 def pack(lengths: Int, shape: Shape) -> Placement:
