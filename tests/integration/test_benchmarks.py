@@ -54,6 +54,19 @@ def test_a_tiny_run_writes_every_ratio_and_the_chart(root: Path, tmp_path: Path)
     assert "<svg" in (tmp_path / "bench.svg").read_text("utf-8")
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_some_ways_are_measured_alone(root: Path) -> None:
+    pytest.importorskip("torch")
+    command = [sys.executable, "-m", "tests.benchmarks", "--smoke", "--ways", "engine", "engine, packed"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^engine over engine, packed: [\d.]+$", done.stdout, re.MULTILINE)) == 2
+    assert len(re.findall(r"^engine, packed  ", done.stdout, re.MULTILINE)) == 2
+    nothing = subprocess.run([*command[:-2], "peak"], cwd=root, capture_output=True, text=True)
+    assert nothing.returncode == 2
+
+
 def test_the_tokenizers_have_a_command(root: Path) -> None:
     command = [sys.executable, "-m", "tests.benchmarks.host", "tokens", "--documents", "30", "--rounds", "1"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
