@@ -98,18 +98,18 @@ def send(run: RunFolder, plan: Plan, queue: Queue, high_water: int = HIGH_WATER,
             ledger.forget(plan.run_id, shard)
     if missing and is_marked:
         run.remove(SUCCESS_FILE)
-    if lacks_report:
-        missing = [shard for shard in plan.shards if shard.index not in done]  # workers record the parts that they find
-    elif not missing:
+    if not missing and not lacks_report:
         finish(run, plan, queue)
         return 0
+    # workers record the parts that they find; the report is due when all are recorded
+    unrecorded = [shard for shard in plan.shards if shard.index not in done] if lacks_report else missing
     totals = PartTotals(run)
     sent = 0
-    for at in range(0, len(missing), _BATCH):
+    for at in range(0, len(unrecorded), _BATCH):
         while at and is_above(queue, plan, high_water):
             on_wait(look(run, plan, queue, totals))
             time.sleep(_POLL_SECONDS[1])
-        sent += send_shards(queue, plan, missing[at : at + _BATCH])
+        sent += send_shards(queue, plan, unrecorded[at : at + _BATCH])
     if not plan.is_open:
         queue.seal(plan.run_id)  # where workers recorded all of it meanwhile
     return sent
