@@ -130,7 +130,7 @@ def _measure(
     }
 
 
-def _seconds(call: Callable[[], object], repeats: int, at_once: int = 1) -> float:
+def _seconds(call: Callable[[], object], repeats: int, at_once: int) -> float:
     """Seconds over calls, ``at_once`` of which are under way at any time; the median of ``repeats`` measurements."""
     with ThreadPoolExecutor(at_once) as threads:
 

@@ -2,7 +2,7 @@
 
 The usual dynamic quantization takes one scale for a whole tensor, so that a token's logits depend on the other
 documents of its batch. Here an activation's scale is fixed, found with calibration texts when the artifact is built, or
-it is the token's own. A fixed scale takes about two thirds of the time: nothing is computed but the product.
+it is the token's own. With fixed scales a batch takes about two thirds of the time: no largest value is looked for.
 """
 
 from __future__ import annotations

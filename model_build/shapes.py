@@ -150,8 +150,8 @@ def compare_equal(lengths: Int, costs: Costs) -> dict[Way, Batches]:
     distinct, counts = np.unique(lengths, return_counts=True)
     windows = dict(zip(distinct.tolist(), counts.tolist(), strict=True))
     seconds = seconds_of_full_batches(windows, costs, costs.longest, 0)
-    fill = {"padded": float(lengths.mean()) / costs.longest, "equal": 1.0}
-    return {way: Batches("equal", (), {}, fill[way], seconds[way]) for way in ("padded", "equal")}
+    fill: dict[Way, float] = {"padded": float(lengths.mean()) / costs.longest, "equal": 1.0}
+    return {way: Batches("equal", (), {}, fill[way], taken) for way, taken in seconds.items()}
 
 
 def compare(lengths: Int, costs: Costs, manifest: Manifest, count: int) -> dict[Way, Batches]:

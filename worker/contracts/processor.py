@@ -11,8 +11,6 @@ from pathlib import Path
 
 _INT8_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
 _BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
-
-
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of processor time in a period, and the period
 
 
