@@ -47,7 +47,7 @@ class Settings:
     hang_seconds: float = 120.0
     grace_seconds: float = 25.0
     allowed_roots: str = ""
-    concurrency: int = 8
+    concurrency: int = 16
     threads: int = 0
     metrics_port: int = 0
     start_attempts: int = 0
