@@ -28,7 +28,7 @@ from nermill.worker.contracts.plan import Options
 from nermill.worker.contracts.shard import shard_table
 from nermill.worker.engine import Batch
 from nermill.worker.tagging.pipeline import Pipeline
-from nermill.worker.tagging.pool import Job, Pool, build_batch
+from nermill.worker.tagging.pool import Job, Pool, Work, build_batch, distribute_logits
 from nermill.worker.tagging.tagger import Tagger
 from nermill.worker.tagging.tokens import Tokens
 from nermill.worker.tagging.windows import SPECIAL_TOKENS, Windows, split_into_windows
@@ -248,16 +248,39 @@ def test_the_next_batch_is_made_while_the_device_works(tokenizer: Tokenizer, mon
                 assert made_batches.acquire(timeout=10), "nobody makes a second batch while the first one is computed"
             return super().run(batch)
 
-    monkeypatch.setattr("nermill.worker.tagging.pipeline.build_batch", build_batch_and_tell)
+    monkeypatch.setattr("nermill.worker.tagging.compute.build_batch", build_batch_and_tell)
     with tagger(tokenizer, Patient(manifest(token_budget=32))) as made:
         assert len(made.tag(["London and Paris and Rome"] * 20)) == 20
+
+
+def test_the_device_does_not_wait_while_logits_are_distributed(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distributed, second_call = itertools.count(), threading.Event()
+
+    class Telling(HashEngine):
+        def run(self, batch: Batch) -> NDArray[np.float32]:
+            if self.batches:
+                second_call.set()
+            return super().run(batch)
+
+    def distribute_after_second_call(work: Work, logits: NDArray[np.float32], seconds: float) -> None:
+        if next(distributed) == 0:
+            assert second_call.wait(10), (
+                "the second batch is not computed before the first one's logits are distributed"
+            )
+        distribute_logits(work, logits, seconds)
+
+    monkeypatch.setattr("nermill.worker.tagging.compute.distribute_logits", distribute_after_second_call)
+    with tagger(tokenizer, Telling(manifest(token_budget=32))) as made:
+        assert len(made.tag(["London and Paris and Rome"] * 40)) == 40
 
 
 def test_an_error_of_ours_ends_the_wait_for_the_device(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> Batch:
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr("nermill.worker.tagging.pipeline.build_batch", broken)
+    monkeypatch.setattr("nermill.worker.tagging.compute.build_batch", broken)
     with tagger(tokenizer, HashEngine(manifest())) as made, pytest.raises(EngineError, match="ZeroDivisionError: ours"):
         made.tag(["a"])
 

@@ -1,13 +1,12 @@
 """Tags documents: tokenization, inference and decoding run in parallel.
 
-Any number of threads call ``Pipeline.annotate``. Each tokenizes and decodes its own shard; the compute threads run the
-model on batches that mix windows of all shards. The pipeline does not limit how many windows wait: callers may call
-``await_spare_capacity`` before they begin a shard.
+Any number of threads call ``Pipeline.annotate``. Each tokenizes and decodes its own shard; the threads of ``compute``
+run the model on batches that mix windows of all shards. The pipeline does not limit how many windows wait: callers may
+call ``await_spare_capacity`` before they begin a shard.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from nermill.worker.contracts.document import Document, Fault
 from nermill.worker.contracts.errors import EngineError
@@ -25,11 +23,11 @@ from nermill.worker.contracts.labels import choice_of
 from nermill.worker.contracts.manifest import TOKENIZER_FILE, Manifest
 from nermill.worker.contracts.plan import Options
 from nermill.worker.contracts.shard import shard_table
-from nermill.worker.engine import Batch, Engine, load_engine
-from nermill.worker.engine.warmup import blank_batch, token_budget
+from nermill.worker.engine import Engine, load_engine
+from nermill.worker.engine.warmup import token_budget
 from nermill.worker.tagging import decode
-from nermill.worker.tagging.clock import DeviceClock
-from nermill.worker.tagging.pool import Job, Pool, Work, build_batch, distribute_logits, mark_failed, split_work
+from nermill.worker.tagging.compute import Compute
+from nermill.worker.tagging.pool import Job, Pool
 from nermill.worker.tagging.table import (
     Prediction,
     TaggableDocuments,
@@ -44,7 +42,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 FEW_WINDOWS = 32
-WARM_ROWS = 1  # rows of the batch that warms an engine whose shapes are free
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +95,6 @@ class Pipeline:
         manifest: Shapes, layout and token budget of batches; None takes the engine's manifest.
 
     Attributes:
-        broken: Set when the device failed for good; nothing is tagged from then on.
         clock: Measures the calls of the engine.
     """
 
@@ -108,34 +104,21 @@ class Pipeline:
         self.labels = decode.ModelLabels(self.manifest.labels)
         self._tokenizer = CachedTokenizer(tokenizer)
         self._pool = Pool(self.manifest, engine.at_once)
-        self.clock = DeviceClock()
-        self.broken: EngineError | None = None
-        self._device = threading.Semaphore(engine.in_flight)
-        self._threads = [  # one more than calls may be under way: it prepares the next batch
-            threading.Thread(target=self._compute, name=f"compute-{n}", daemon=True)
-            for n in range(engine.in_flight + 1)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._compute = Compute(engine, self._pool, self.manifest)
+        self.clock = self._compute.clock
+
+    @property
+    def broken(self) -> EngineError | None:
+        """The error with which the device failed for good, if it did; nothing is tagged from then on."""
+        return self._compute.broken
 
     def close(self) -> None:
-        """Stops the compute threads and releases the device; shards that are being tagged raise EngineError."""
-        self._pool.close()
-        for thread in self._threads:
-            thread.join()
-        self.engine.close()
+        """Stops the threads and releases the device; shards that are being tagged raise EngineError."""
+        self._compute.close()
 
     def warm_up(self) -> None:
-        """Runs every compiled shape twice: once to load kernels, once to measure its time.
-
-        Raises:
-            EngineError: the device refuses a shape.
-        """
-        for shape in self.manifest.shapes or ((WARM_ROWS, min(64, self.manifest.window)),):
-            batch = blank_batch(shape, self.manifest)
-            for _ in range(2):
-                _, seconds = self._call(batch)
-            self._pool.record_duration(shape, shape[0] * shape[1], seconds / self.engine.at_once)
+        """Runs the engine on blank batches; raises EngineError where the device refuses a shape."""
+        self._compute.warm_up()
 
     def waiting_tokens(self) -> int:
         """Number of tokens that wait for the device."""
@@ -229,67 +212,6 @@ class Pipeline:
         prediction = Prediction(tokens, windows, units, spans, labels)
         part = part_table(rename_gold_labels(table, choice, changes), documents, prediction, faults, options, first)
         return part, changes
-
-    def _compute(self) -> None:
-        """Body of a compute thread: takes a batch, runs it and distributes its logits, until the pool is closed.
-
-        A batch is prepared while the device computes others, so that the device does not wait for it.
-        """
-        try:
-            while work := self._pool.take():
-                batch = build_batch(work, self.manifest)
-                with self._device:
-                    done = self._run(work, batch)
-                if done:
-                    distribute_logits(work, *done)
-                self._pool.finished()
-        except Exception as error:
-            self._fail(EngineError(f"{type(error).__name__}: {error}"))
-
-    def _call(self, batch: Batch) -> tuple[NDArray[np.float32], float]:
-        """Logits of a batch, and the seconds of the device."""
-        return self.clock.measure(lambda: self.engine.run(batch))
-
-    def _run(self, work: Work, batch: Batch) -> tuple[NDArray[np.float32], float] | None:
-        """Runs a batch.
-
-        Returns:
-            Logits and seconds of the device; None where the batch failed and was run again in parts.
-        """
-        try:
-            logits, seconds = self._call(batch)
-        except EngineError as error:
-            self._retry_in_halves(work, error)
-            return None
-        self._pool.record_duration(batch.input_ids.shape, work.placement.tokens, seconds)
-        return logits, seconds
-
-    def _retry_in_halves(self, work: Work, error: EngineError) -> None:
-        """Runs a failed batch again, and what fails again in halves, down to single windows.
-
-        So a document on which the model fails costs that document alone, and a batch that was only too large for the
-        device's memory costs none. Where the device fails on blank batches too, it is taken to be broken.
-        """
-        try:
-            self.warm_up()
-        except EngineError:
-            self._fail(error)
-            return
-        pending = [work]
-        while pending:
-            part = pending.pop()
-            batch = build_batch(part, self.manifest)
-            try:
-                distribute_logits(part, *self._call(batch))
-            except EngineError as reason:
-                if len(part.windows) > 1:
-                    pending += split_work(part, self.manifest)
-                else:
-                    mark_failed(part, str(reason))
-
-    def _fail(self, error: EngineError) -> None:
-        self.broken = error
-        self._pool.close(error)
 
 
 def load_pipeline(

@@ -1,0 +1,140 @@
+"""The threads that call the engine, and those that prepare its batches and distribute its logits.
+
+A thread that calls the engine does nothing between two calls but take the next batch, which other threads have prepared
+meanwhile: Python runs one thread at a time, so a device would wait while logits are distributed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nermill.worker.contracts.errors import EngineError
+from nermill.worker.contracts.manifest import Manifest
+from nermill.worker.engine import Batch, Engine
+from nermill.worker.engine.warmup import blank_batch
+from nermill.worker.tagging.clock import DeviceClock
+from nermill.worker.tagging.pool import Pool, Work, build_batch, distribute_logits, mark_failed, split_work
+
+WARM_ROWS = 1  # rows of the batch that warms an engine whose shapes are free
+
+Computed = tuple[Work, NDArray[np.float32], float]  # a batch, its logits, the device's seconds
+
+
+class Compute:
+    """Runs an engine on the windows of a pool.
+
+    Args:
+        engine: The model; closed with this.
+        pool: The windows that wait.
+        manifest: Shapes, layout and token budget of batches.
+
+    Attributes:
+        broken: Set when the device failed for good; nothing is computed from then on.
+        clock: Measures the calls of the engine.
+    """
+
+    def __init__(self, engine: Engine, pool: Pool, manifest: Manifest) -> None:
+        self.engine = engine
+        self.clock = DeviceClock()
+        self.broken: EngineError | None = None
+        self._pool = pool
+        self._manifest = manifest
+        self._prepared: SimpleQueue[tuple[Work, Batch] | None] = SimpleQueue()
+        self._computed: SimpleQueue[Computed | None] = SimpleQueue()
+        # each of these has one batch at most, so one more is prepared than calls may be under way
+        self._preparing = [_started(self._prepare, f"prepare-{n}") for n in range(engine.in_flight + 1)]
+        self._calling = [_started(self._call_engine, f"compute-{n}") for n in range(engine.in_flight)]
+
+    def close(self) -> None:
+        """Stops the threads and releases the device; jobs that are not done end with an EngineError."""
+        self._pool.close()
+        for thread in self._preparing:
+            thread.join()
+        for _ in self._calling:
+            self._prepared.put(None)
+        for thread in self._calling:
+            thread.join()
+        self.engine.close()
+
+    def warm_up(self) -> None:
+        """Runs every compiled shape twice: once to load kernels, once to measure its time.
+
+        Raises:
+            EngineError: the device refuses a shape.
+        """
+        for shape in self._manifest.shapes or ((WARM_ROWS, min(64, self._manifest.window)),):
+            batch = blank_batch(shape, self._manifest)
+            for _ in range(2):
+                _, seconds = self._call(batch)
+            self._pool.record_duration(shape, shape[0] * shape[1], seconds / self.engine.at_once)
+
+    def _prepare(self) -> None:
+        """Body of a thread that prepares a batch, then distributes the logits of the batch that is computed next."""
+        try:
+            while work := self._pool.take():
+                self._prepared.put((work, build_batch(work, self._manifest)))
+                if computed := self._computed.get():
+                    done, logits, seconds = computed
+                    distribute_logits(done, logits, seconds)
+                    self._pool.record_duration(logits.shape[:2], done.placement.tokens, seconds)
+                self._pool.finished()
+        except Exception as error:
+            self._fail(EngineError(f"{type(error).__name__}: {error}"))
+
+    def _call_engine(self) -> None:
+        """Body of a thread that calls the engine, until there is None in the place of a batch."""
+        while prepared := self._prepared.get():
+            self._computed.put(None if self.broken else self._run(*prepared))
+
+    def _call(self, batch: Batch) -> tuple[NDArray[np.float32], float]:
+        """Logits of a batch, and the seconds of the device."""
+        return self.clock.measure(lambda: self.engine.run(batch))
+
+    def _run(self, work: Work, batch: Batch) -> Computed | None:
+        """Runs a batch; None where it failed, and was run again in parts or ended its jobs."""
+        try:
+            try:
+                return (work, *self._call(batch))
+            except EngineError as error:
+                self._retry_in_halves(work, error)
+        except Exception as error:
+            self._fail(EngineError(f"{type(error).__name__}: {error}"))
+        return None
+
+    def _retry_in_halves(self, work: Work, error: EngineError) -> None:
+        """Runs a failed batch again, and what fails again in halves, down to single windows.
+
+        So a document on which the model fails costs that document alone, and a batch that was only too large for the
+        device's memory costs none. Where the device fails on blank batches too, it is taken to be broken.
+        """
+        try:
+            self.warm_up()
+        except EngineError:
+            self._fail(error)
+            return
+        pending = [work]
+        while pending:
+            part = pending.pop()
+            batch = build_batch(part, self._manifest)
+            try:
+                distribute_logits(part, *self._call(batch))
+            except EngineError as reason:
+                if len(part.windows) > 1:
+                    pending += split_work(part, self._manifest)
+                else:
+                    mark_failed(part, str(reason))
+
+    def _fail(self, error: EngineError) -> None:
+        self.broken = error
+        self._pool.close(error)
+
+
+def _started(body: Callable[[], None], name: str) -> threading.Thread:
+    thread = threading.Thread(target=body, name=name, daemon=True)
+    thread.start()
+    return thread
