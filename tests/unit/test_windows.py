@@ -33,12 +33,21 @@ def test_windows_stay_in_their_document_and_overlap_as_asked(counts: list[int], 
     windows = split_into_windows(bounds, max_length, overlap)
     assert (windows.start >= bounds[windows.document]).all()
     assert (windows.end <= bounds[windows.document + 1]).all()
-    capacity = max_length - SPECIAL_TOKENS
+    least = min(overlap, (max_length - SPECIAL_TOKENS) // 2)
     for left in range(len(windows) - 1):
         if windows.document[left] == windows.document[left + 1]:
             shared = windows.end[left] - windows.start[left + 1]
-            assert shared >= min(overlap, capacity // 2)
-            assert windows.end[left] - windows.start[left] == capacity
+            assert least <= shared < least + (windows.document == windows.document[left]).sum()
+            assert windows.lengths[left] == windows.lengths[left + 1]
+
+
+@given(st.integers(1, 400), st.integers(8, 70), st.integers(0, 40))
+def test_a_document_has_no_window_more_than_it_needs(count: int, max_length: int, overlap: int) -> None:
+    windows = split_into_windows(bounds_of([count]), max_length, overlap)
+    capacity = max_length - SPECIAL_TOKENS
+    shared, fewer = min(overlap, capacity // 2), len(windows) - 1
+    assert windows.end[-1] == count
+    assert fewer * capacity - max(0, fewer - 1) * shared < count
 
 
 @given(st.integers(1, 400), st.integers(8, 70), st.integers(0, 40))

@@ -62,8 +62,9 @@ def concatenate(*parts: Windows) -> Windows:
 def split_into_windows(bounds: Int, max_length: int, overlap: int) -> Windows:
     """Splits documents into windows of at most ``max_length`` tokens, special tokens included.
 
-    A document that fits is one window. A longer document is covered by windows of full length; neighbours share at
-    least ``overlap`` tokens, and the last window ends with the document. A document without tokens has no window.
+    A document that fits is one window. A longer one is covered by as few windows as can be, all of one length;
+    neighbours share ``overlap`` tokens, or a few more where the length does not divide. A document without tokens has
+    no window.
 
     Args:
         bounds: First token of each document, and the number of tokens, int64, shape (documents + 1,).
@@ -71,14 +72,15 @@ def split_into_windows(bounds: Int, max_length: int, overlap: int) -> Windows:
         overlap: Tokens that neighbours share; more than half a window's content is reduced to half.
     """
     capacity = max_length - SPECIAL_TOKENS
-    step = capacity - min(overlap, capacity // 2)
+    shared = min(overlap, capacity // 2)
     counts = np.diff(bounds)
-    windows = np.where(counts > capacity, 1 + -(-(counts - capacity) // step), np.minimum(counts, 1))
+    windows = np.where(counts > capacity, -(-(counts - shared) // (capacity - shared)), np.minimum(counts, 1))
+    size = -(-(counts + (windows - 1) * shared) // np.maximum(windows, 1))
     document = np.repeat(np.arange(len(counts)), windows)
     nth = np.arange(len(document)) - np.repeat(np.cumsum(windows) - windows, windows)
-    first, last = bounds[:-1][document], bounds[1:][document]
-    start = np.maximum(np.minimum(first + nth * step, last - capacity), first)
-    end = np.minimum(start + capacity, last)
+    first, last, length = bounds[:-1][document], bounds[1:][document], size[document]
+    start = np.minimum(first + nth * (length - shared), last - length)
+    end = start + length
     keep_start, keep_end = start.copy(), end.copy()
     joined = np.flatnonzero(document[1:] == document[:-1])
     middle = (start[joined + 1] + end[joined]) // 2
