@@ -66,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = options.checkpoint or _checkpoint(Path(folder), options.large)
         artifacts = _compiled(checkpoint, Path(folder), options.engines, options.calibrate)
+        if not artifacts:
+            raise SystemExit("no engine can be measured here; the lines above say why")
         rounds = []
         for number in range(options.rounds):
             print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
