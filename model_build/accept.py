@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from nermill.worker.contracts.command import python_command
 from nermill.worker.contracts.errors import UsageError
-from nermill.worker.contracts.processor import processor_flags, processor_name
+from nermill.worker.contracts.processor import processor_flags, processor_name, usable_cores
 
 # What the public recipe reports for BERT-large-NER on one 310P3: rows of 512 tokens, one a batch, in a second.
 RECIPE = {"torch_aie": 39.69, "om": 63.31}
@@ -129,7 +129,7 @@ def accept(checkpoint: str, device: str, on_step: Callable[[Step], None]) -> dic
         "checkpoint": checkpoint,
         "machine": {
             "processor": processor_name(),
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": usable_cores(),
             "system": platform.platform(),
             "python": platform.python_version(),
         },

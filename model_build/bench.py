@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from nermill.model_build.shapes import compare, compare_equal
 from nermill.worker.contracts.costs import Costs
 from nermill.worker.contracts.errors import EngineError
 from nermill.worker.contracts.manifest import Manifest
-from nermill.worker.contracts.processor import processor_name
+from nermill.worker.contracts.processor import processor_name, usable_cores
 from nermill.worker.engine import load_engine
 from nermill.worker.engine.encoder import Architecture
 from nermill.worker.engine.golden import lay_rows
@@ -97,7 +96,7 @@ def _machine(device: str) -> str:
     """The device, and for a CPU which one and how much of it."""
     if device != "cpu":
         return device
-    return f"{len(os.sched_getaffinity(0))} cores of {processor_name()}"
+    return f"{usable_cores()} cores of {processor_name()}"
 
 
 def _shapes(engine: Engine) -> list[tuple[int, int]]:

@@ -20,7 +20,7 @@ from nermill.worker.contracts.errors import BrokerError, NermillError
 from nermill.worker.contracts.labels import bare_labels
 from nermill.worker.contracts.layout import RunFolder
 from nermill.worker.contracts.manifest import Manifest, load_manifest, resolve_artifact
-from nermill.worker.contracts.processor import has_bf16, has_int8_products, processor_name
+from nermill.worker.contracts.processor import has_bf16, has_int8_products, processor_name, usable_cores
 
 _RUNTIMES = {
     "onnx": ("onnxruntime", "worker"),
@@ -191,7 +191,7 @@ def _compiler() -> Finding:
 def _device(name: str) -> Finding:
     device = find_device(name)
     if name == "auto" or (device and device.kind == "cpu"):
-        return Finding("device", True, f"{name}: {len(os.sched_getaffinity(0))} cores")
+        return Finding("device", True, f"{name}: {usable_cores()} cores")
     if device is None:
         return Finding("device", False, f"{name!r} is no device", "say auto, cpu, cuda:N or npu:N")
     path = _DEVICE_FILES[device.kind].format(device.number)

@@ -145,7 +145,7 @@ def test_bench_names_a_shape_that_the_device_refuses(compiled: Compiled, monkeyp
     from nermill.worker.contracts.errors import EngineError
     from nermill.worker.engine.torch import TorchEngine
 
-    run_it = TorchEngine.run
+    artifact, run_it = compiled("torch", shapes="2x32,1x80"), TorchEngine.run
 
     def refuse_long(self: TorchEngine, batch: object) -> object:
         if batch.input_ids.shape == (1, 80):  # type: ignore[attr-defined]
@@ -154,7 +154,7 @@ def test_bench_names_a_shape_that_the_device_refuses(compiled: Compiled, monkeyp
 
     monkeypatch.setattr(TorchEngine, "run", refuse_long)
     monkeypatch.setattr(module, "MIN_SECONDS", 0.001)
-    short, long = module.bench(compiled("torch", shapes="2x32,1x80"), threads=1, repeats=1)["shapes"]
+    short, long = module.bench(artifact, threads=1, repeats=1)["shapes"]
     assert short["seconds"] > 0
     assert long == {"rows": 1, "length": 80, "refused": "out of memory"}
 
