@@ -7,7 +7,8 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -28,7 +29,7 @@ from nermill.worker.contracts.plan import Options
 from nermill.worker.contracts.shard import shard_table
 from nermill.worker.engine import Batch
 from nermill.worker.tagging.pipeline import Pipeline
-from nermill.worker.tagging.pool import Job, Pool, Work, build_batch, distribute_logits
+from nermill.worker.tagging.pool import Job, Pool, build_batch, distribute_logits
 from nermill.worker.tagging.tagger import Tagger
 from nermill.worker.tagging.tokens import Tokens
 from nermill.worker.tagging.windows import SPECIAL_TOKENS, Windows, split_into_windows
@@ -253,27 +254,51 @@ def test_the_next_batch_is_made_while_the_device_works(tokenizer: Tokenizer, mon
         assert len(made.tag(["London and Paris and Rome"] * 20)) == 20
 
 
-def test_the_device_does_not_wait_while_logits_are_distributed(
+def test_a_thread_that_calls_the_engine_leaves_all_else_to_others(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    distributed, second_call = itertools.count(), threading.Event()
+    calling: set[threading.Thread] = set()
+    others: set[threading.Thread] = set()
 
-    class Telling(HashEngine):
+    class Noting(HashEngine):
         def run(self, batch: Batch) -> NDArray[np.float32]:
-            if self.batches:
-                second_call.set()
+            calling.add(threading.current_thread())
             return super().run(batch)
 
-    def distribute_after_second_call(work: Work, logits: NDArray[np.float32], seconds: float) -> None:
-        if next(distributed) == 0:
-            assert second_call.wait(10), (
-                "the second batch is not computed before the first one's logits are distributed"
-            )
-        distribute_logits(work, logits, seconds)
+    def noted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            others.add(threading.current_thread())
+            return function(*arguments)
 
-    monkeypatch.setattr("nermill.worker.tagging.compute.distribute_logits", distribute_after_second_call)
-    with tagger(tokenizer, Telling(manifest(token_budget=32))) as made:
+        return call
+
+    for function in (build_batch, distribute_logits):
+        monkeypatch.setattr(f"nermill.worker.tagging.compute.{function.__name__}", noted(function))
+    with tagger(tokenizer, Noting(manifest(token_budget=32))) as made:
         assert len(made.tag(["London and Paris and Rome"] * 40)) == 40
+    assert len(calling) == 1
+    assert others
+    assert not calling & others
+
+
+def test_a_finished_job_is_freed_while_the_device_is_idle(tokenizer: Tokenizer) -> None:
+    jobs: list[weakref.ref[Job]] = []
+    table = shard_table([Document("a", text="London and Paris")])
+    with tagger(tokenizer, HashEngine(manifest())) as made:
+        made.pipeline.annotate(table, Options(), on_fed=lambda job: jobs.append(weakref.ref(job)))
+        deadline = time.monotonic() + 10
+        while jobs[0]() is not None:
+            assert time.monotonic() < deadline, "its logits stay in memory"
+            time.sleep(0.01)
+
+
+def test_an_engine_that_wants_to_end_the_process_ends_the_wait_for_it(tokenizer: Tokenizer) -> None:
+    class Leaving(HashEngine):
+        def run(self, batch: Batch) -> NDArray[np.float32]:
+            raise SystemExit(3)
+
+    with tagger(tokenizer, Leaving(manifest())) as made, pytest.raises(EngineError, match="SystemExit: 3"):
+        made.tag(["a"])
 
 
 def test_an_error_of_ours_ends_the_wait_for_the_device(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,12 +33,12 @@ def test_windows_stay_in_their_document_and_overlap_as_asked(counts: list[int], 
     windows = split_into_windows(bounds, max_length, overlap)
     assert (windows.start >= bounds[windows.document]).all()
     assert (windows.end <= bounds[windows.document + 1]).all()
-    least = min(overlap, (max_length - SPECIAL_TOKENS) // 2)
-    for left in range(len(windows) - 1):
-        if windows.document[left] == windows.document[left + 1]:
-            shared = windows.end[left] - windows.start[left + 1]
-            assert least <= shared < least + (windows.document == windows.document[left]).sum()
-            assert windows.lengths[left] == windows.lengths[left + 1]
+    for document in range(len(counts)):
+        mine = windows.of(windows.document == document)
+        shared = mine.end[:-1] - mine.start[1:]
+        assert (shared >= min(overlap, (max_length - SPECIAL_TOKENS) // 2)).all()
+        assert len(set(mine.lengths.tolist())) <= 1
+        assert not len(shared) or np.ptp(shared) <= 1
 
 
 @given(st.integers(1, 400), st.integers(8, 70), st.integers(0, 40))

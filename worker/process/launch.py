@@ -74,7 +74,7 @@ def launch(
         int | None, typer.Option("--metrics-port", help="First Prometheus port; device N listens on port + N.")
     ] = None,
     concurrency: Annotated[
-        int | None, typer.Option("--concurrency", help="Most shards in a process at once; default: 8.")
+        int | None, typer.Option("--concurrency", help="Most shards in a process at once; default: 16.")
     ] = None,
     threads: Annotated[
         int | None, typer.Option("--threads", help="Compute threads on a CPU; default: one a core.")

@@ -1,7 +1,7 @@
 """The threads that call the engine, and those that prepare its batches and distribute its logits.
 
-A thread that calls the engine does nothing between two calls but take the next batch, which other threads have prepared
-meanwhile: Python runs one thread at a time, so a device would wait while logits are distributed.
+Python runs one thread at a time. A thread that distributed the logits of its call itself would keep the next call from
+beginning, so the threads that call the engine take a batch that is prepared, and leave its logits to other threads.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Compute:
     """
 
     def __init__(self, engine: Engine, pool: Pool, manifest: Manifest) -> None:
-        self.engine = engine
+        self._engine = engine
         self.clock = DeviceClock()
         self.broken: EngineError | None = None
         self._pool = pool
@@ -47,19 +47,19 @@ class Compute:
         self._prepared: SimpleQueue[tuple[Work, Batch] | None] = SimpleQueue()
         self._computed: SimpleQueue[Computed | None] = SimpleQueue()
         # each of these has one batch at most, so one more is prepared than calls may be under way
-        self._preparing = [_started(self._prepare, f"prepare-{n}") for n in range(engine.in_flight + 1)]
+        self._serving = [_started(self._serve, f"batches-{n}") for n in range(engine.in_flight + 1)]
         self._calling = [_started(self._call_engine, f"compute-{n}") for n in range(engine.in_flight)]
 
     def close(self) -> None:
         """Stops the threads and releases the device; jobs that are not done end with an EngineError."""
         self._pool.close()
-        for thread in self._preparing:
+        for thread in self._serving:
             thread.join()
         for _ in self._calling:
             self._prepared.put(None)
         for thread in self._calling:
             thread.join()
-        self.engine.close()
+        self._engine.close()
 
     def warm_up(self) -> None:
         """Runs every compiled shape twice: once to load kernels, once to measure its time.
@@ -71,29 +71,46 @@ class Compute:
             batch = blank_batch(shape, self._manifest)
             for _ in range(2):
                 _, seconds = self._call(batch)
-            self._pool.record_duration(shape, shape[0] * shape[1], seconds / self.engine.at_once)
+            self._pool.record_duration(shape, shape[0] * shape[1], seconds / self._engine.at_once)
 
-    def _prepare(self) -> None:
-        """Body of a thread that prepares a batch, then distributes the logits of the batch that is computed next."""
+    def _serve(self) -> None:
+        """Body of a thread that prepares a batch and distributes the logits of whichever is computed next."""
         try:
-            while work := self._pool.take():
-                self._prepared.put((work, build_batch(work, self._manifest)))
-                if computed := self._computed.get():
-                    done, logits, seconds = computed
-                    distribute_logits(done, logits, seconds)
-                    self._pool.record_duration(logits.shape[:2], done.placement.tokens, seconds)
-                self._pool.finished()
-        except Exception as error:
+            while self._prepare():
+                self._distribute()
+        except BaseException as error:
             self._fail(EngineError(f"{type(error).__name__}: {error}"))
+
+    def _prepare(self) -> bool:
+        """Prepares a batch; False where the pool is closed."""
+        work = self._pool.take()
+        if work is not None:
+            self._prepared.put((work, build_batch(work, self._manifest)))
+        return work is not None
+
+    def _distribute(self) -> None:
+        """Waits for a batch that is computed, and distributes its logits."""
+        if computed := self._computed.get():
+            work, logits, seconds = computed
+            distribute_logits(work, logits, seconds)
+            self._pool.record_duration(logits.shape[:2], work.placement.tokens, seconds)
+        self._pool.finished()
 
     def _call_engine(self) -> None:
         """Body of a thread that calls the engine, until there is None in the place of a batch."""
-        while prepared := self._prepared.get():
+        while self._call_next():
+            pass
+
+    def _call_next(self) -> bool:
+        """Computes the next prepared batch; each has one answer in ``_computed``, whatever happens."""
+        prepared = self._prepared.get()
+        if prepared is not None:
             self._computed.put(None if self.broken else self._run(*prepared))
+        return prepared is not None
 
     def _call(self, batch: Batch) -> tuple[NDArray[np.float32], float]:
         """Logits of a batch, and the seconds of the device."""
-        return self.clock.measure(lambda: self.engine.run(batch))
+        return self.clock.measure(lambda: self._engine.run(batch))
 
     def _run(self, work: Work, batch: Batch) -> Computed | None:
         """Runs a batch; None where it failed, and was run again in parts or ended its jobs."""
@@ -102,7 +119,7 @@ class Compute:
                 return (work, *self._call(batch))
             except EngineError as error:
                 self._retry_in_halves(work, error)
-        except Exception as error:
+        except BaseException as error:  # what is no Exception too: somebody waits for the answer
             self._fail(EngineError(f"{type(error).__name__}: {error}"))
         return None
 

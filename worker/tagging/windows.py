@@ -62,8 +62,8 @@ def concatenate(*parts: Windows) -> Windows:
 def split_into_windows(bounds: Int, max_length: int, overlap: int) -> Windows:
     """Splits documents into windows of at most ``max_length`` tokens, special tokens included.
 
-    A document that fits is one window. A longer one is covered by as few windows as can be, all of one length;
-    neighbours share ``overlap`` tokens, or a few more where the length does not divide. A document without tokens has
+    A document that fits is one window. A longer one is covered by as few windows as can be, all of one length. Its
+    neighbours share at least ``overlap`` tokens, all pairs the same number or one more. A document without tokens has
     no window.
 
     Args:
@@ -78,9 +78,8 @@ def split_into_windows(bounds: Int, max_length: int, overlap: int) -> Windows:
     size = -(-(counts + (windows - 1) * shared) // np.maximum(windows, 1))
     document = np.repeat(np.arange(len(counts)), windows)
     nth = np.arange(len(document)) - np.repeat(np.cumsum(windows) - windows, windows)
-    first, last, length = bounds[:-1][document], bounds[1:][document], size[document]
-    start = np.minimum(first + nth * (length - shared), last - length)
-    end = start + length
+    start = bounds[:-1][document] + nth * (counts - size)[document] // np.maximum(windows - 1, 1)[document]
+    end = start + size[document]
     keep_start, keep_end = start.copy(), end.copy()
     joined = np.flatnonzero(document[1:] == document[:-1])
     middle = (start[joined + 1] + end[joined]) // 2
