@@ -51,6 +51,6 @@ def test_the_double_of_a_card_refuses_what_a_card_refuses(tmp_path: Path) -> Non
     told = done.stdout.splitlines()
     assert told[0].startswith("RuntimeError Expected all tensors to be on the same device")
     assert told[1].startswith("RuntimeError can't convert cuda:0 device type tensor to numpy")
-    assert "Torch not compiled with CUDA enabled" in told[2]
+    assert "Torch not compiled with CUDA enabled" in told[2] or "no NVIDIA driver" in told[2], "by the build of torch"
     assert told[3:] == ["OutOfMemoryError CUDA out of memory."] * 2
     assert len((tmp_path / "violations").read_text("utf-8").splitlines()) == 2
