@@ -122,7 +122,8 @@ def seconds_of_full_batches(lengths: Mapping[int, int], costs: Costs, window: in
     seconds: dict[Way, float] = dict.fromkeys(get_args(Way), 0.0)
     padded = min(costs.row_seconds(shape) for shape in costs.seconds if shape[1] == costs.longest)
     for length, documents in lengths.items():
-        windows, tokens = documents * window_count(length, window, overlap), min(length, window)
+        windows, tokens = windows_of(length, window, overlap)
+        windows *= documents
         fitting = [shape for shape in costs.seconds if shape[1] >= tokens]
         seconds["padded"] += windows * padded
         seconds["bucketed"] += windows * min(map(costs.row_seconds, fitting))
@@ -131,10 +132,12 @@ def seconds_of_full_batches(lengths: Mapping[int, int], costs: Costs, window: in
     return {way: seconds[way] for way in costs.ways}
 
 
-def window_count(length: int, window: int, overlap: int) -> int:
-    """Into how many windows of at most ``window`` tokens a document of ``length`` tokens is split, special tokens
-    included; ``nermill.worker.tagging.windows`` splits it so."""
+def windows_of(length: int, window: int, overlap: int) -> tuple[int, int]:
+    """Into how many windows of at most ``window`` tokens a document of ``length`` tokens is split, and the tokens of
+    each, special tokens included; ``nermill.worker.tagging.windows`` splits it so."""
     if length <= window:
-        return 1
-    content = window - SPECIAL_TOKENS
-    return 1 + -(-(length - window) // (content - min(overlap, content // 2)))
+        return 1, length
+    content, capacity = length - SPECIAL_TOKENS, window - SPECIAL_TOKENS
+    shared = min(overlap, capacity // 2)
+    windows = -(-(content - shared) // (capacity - shared))
+    return windows, -(-(content + (windows - 1) * shared) // windows) + SPECIAL_TOKENS

@@ -81,6 +81,8 @@ class Compute:
         except BaseException as error:
             self._fail(EngineError(f"{type(error).__name__}: {error}"))
 
+    # What one round of a loop holds ends with its method: a thread that waits keeps no job's logits in memory.
+
     def _prepare(self) -> bool:
         """Prepares a batch; False where the pool is closed."""
         work = self._pool.take()

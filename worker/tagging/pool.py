@@ -2,8 +2,8 @@
 
 Task threads add tokenized jobs and wait for them. The threads of ``compute`` take batches, which mix windows of any
 job. A batch is taken at once while the device can compute another, and when it is full while the device is busy; there
-is no timer.
-The queue's consumer asks ``await_spare_capacity`` before it takes a shard, so that shards are left to idle workers.
+is no timer. The queue's consumer asks ``await_spare_capacity`` before it takes a shard, so that shards are left to idle
+workers.
 """
 
 from __future__ import annotations
