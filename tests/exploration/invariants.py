@@ -188,7 +188,7 @@ class Watch:
         """A run is about to be evaluated."""
         self.evaluations += 1
         files = self._files()
-        if "_SUCCESS" not in files or not self._planned(files) <= files.keys():
+        if "_SUCCESS" not in files or not self._planned_whole(files) <= files.keys():
             self._world.violated("the run is evaluated and is not whole")
 
     # After every step
@@ -237,6 +237,11 @@ class Watch:
     def _planned(files: dict[str, bytes]) -> set[str]:
         return {_part(shard) for shard in _shards(files["_plan.json"])}
 
+    def _planned_whole(self, files: dict[str, bytes]) -> set[str]:
+        """Parts of a complete run; a plan that is not compacted has all shards."""
+        planned = self._planned(files)
+        return planned if self.is_compacted else planned | set(map(_part, range(self._scenario.shards)))
+
     def _check_compacted(self, files: dict[str, bytes]) -> None:
         """Whoever goes by the plan, or lists the folder and then finds ``_SUCCESS``, reads each document once.
 
@@ -273,8 +278,10 @@ class Watch:
             violated(f"_plan.json is there, {lost} are not")
         if "_SUCCESS" in files:
             durable = self._durable()
-            if not self._planned(files) <= durable.keys():
-                violated(f"_SUCCESS is there, {sorted(self._planned(files) - durable.keys())} are not durable")
+            if missing := self._planned_whole(files) - durable.keys():
+                violated(f"_SUCCESS is there, {sorted(missing)} are not durable")
+            if self._planned(files) != self._planned_whole(files):
+                violated("_SUCCESS is there, and _plan.json does not name all shards")
             rejected = [row for name in sorted(self._parts) for row in _rejected(self._parts[name])]
             told = _column(files["_rejects/rejects.parquet"]) if "_rejects/rejects.parquet" in files else []
             if told != rejected:
@@ -326,8 +333,12 @@ class Watch:
             self._was_blocked |= "blocked" in header  # what is received meanwhile is added again by who resumes the run
             self._was_cancelled |= header.get("state") == "cancelled"
             is_added = not (self._was_blocked or self._was_cancelled)  # else what is in no place waits until it is
-            if is_added and not shards <= somewhere:
-                violated(f"shard {min(shards - somewhere)} of {run} is in no place")
+            documents = self._hash(f"run:{run}:documents").keys()
+            taken = documents if self._scenario.by_value else shards  # by value others are declared and wait for theirs
+            if is_added and not taken <= somewhere:
+                violated(f"shard {min(taken - somewhere)} of {run} is in no place")
+            if stored := documents & results:
+                violated(f"the documents of shard {min(stored)} of {run} are in Redis, and it is recorded")
             if header.get("state") == "finishing" and FINISH not in somewhere:
                 violated(f"the last step of {run} is in no place")
             if header.get("state") == "finished" and FINISH in pending | sent | leases:
@@ -365,7 +376,9 @@ class Watch:
         durable = self._durable()
         if self.is_compacted:
             return
-        if self._hash(f"run:{run}:shards") and not {"_plan.json", *_sources(durable)} <= durable.keys():
+        if self._scenario.by_value:
+            self._check_documents(run, durable)
+        elif self._hash(f"run:{run}:shards") and not {"_plan.json", *_sources(durable)} <= durable.keys():
             violated("the ledger knows the run; its plan or its documents are not durable")
         for shard, text in self._hash(f"run:{run}:results").items():
             if shard == FINISH:
@@ -380,6 +393,14 @@ class Watch:
                 violated(f"shard {shard} is recorded with {text}, its part says {told}")
         if self._hash(f"run:{run}").get("state") == "finished" and "_SUCCESS" not in durable:
             violated("the run is finished, and _SUCCESS is not durable")
+
+    def _check_documents(self, run: str, durable: dict[str, bytes]) -> None:
+        """Documents by value are in Redis until they are in the run's folder, with the plan."""
+        parts = ("pending", "sent", "leases", "results")
+        taken = {shard for part in parts for shard in self._hash(f"run:{run}:{part}")} - {FINISH}
+        for shard in taken - self._hash(f"run:{run}:documents").keys():
+            if not {"_plan.json", f"_shards/shard-{int(shard):05d}.arrow"} <= durable.keys():
+                self._world.violated(f"the documents of shard {shard}, or the plan, are neither in Redis nor durable")
 
     # When the work is done
 

@@ -48,6 +48,7 @@ SHARDS, LEASES, FINISH, POISON, PARTS, PART = (
     "worker/contracts/part.py",
 )
 RUN, REPORT = "producer/runs/run.py", "worker/evaluation/report.py"
+BY_VALUE = "worker/queue/by_value.py"
 
 MUTANTS = (
     Mutant(
@@ -299,6 +300,42 @@ MUTANTS = (
     run.write(REPORT_HTML, html.encode())
 """,
         ("alone",),
+    ),
+    Mutant(
+        "a run by value is closed by a ledger that lost it",
+        BY_VALUE,
+        "if not leases.renew(claim):",
+        "if False:",
+        ("value",),
+    ),
+    Mutant(
+        "documents by value leave Redis before they are in the run's folder",
+        BY_VALUE,
+        "    data, sha256 = encode_shard(table)\n",
+        "    data, sha256 = encode_shard(table)\n"
+        "    patiently(lambda: documents.stored(claim, replace(shard, sha256=sha256)))\n",
+        ("value",),
+    ),
+    Mutant(
+        "documents by value stay in Redis",
+        LUA,
+        "  remove_documents(run, shard)\n  return 1\n",
+        "  return 1\n",
+        ("value",),
+    ),
+    Mutant(
+        "documents by value are taken twice",
+        LUA,
+        "elseif takes and not is_there(run, shard) then",
+        "elseif takes then",
+        ("value",),
+    ),
+    Mutant(
+        "a plan by value replaces one that is there",
+        BY_VALUE,
+        '"{plan_json(opened, indent=1)}\\n".encode(), exclusive=True)',
+        '"{plan_json(opened, indent=1)}\\n".encode())',
+        ("value",),
     ),
     Mutant("a run is sent again whole", RUN, "if shard.index not in committed]", "]"),
 )

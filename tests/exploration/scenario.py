@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pyarrow import ipc
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from nermill.producer.runs import compact, planning, recovery, run, status
+from nermill.producer.runs import by_value, compact, planning, recovery, run, status
 from nermill.producer.runs import queue as producer_queue
 from nermill.producer.runs import shards as producer_shards
 from nermill.producer.runs.planning import Found, Request, make_plan
@@ -77,6 +77,7 @@ class Scenario:
         cancels: Seconds after which somebody cancels the run; 0 where nobody does.
         polls: Seconds between the first two looks of a producer that waits, and between later ones at most.
         has_gold: Whether the documents have gold tags, so that the run is evaluated.
+        by_value: Whether the documents go through the broker; the producer then does not see the disk.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Scenario:
     compacts: bool = False
     cancels: float = 0.0
     has_gold: bool = True
+    by_value: bool = False
 
     @property
     def is_disk(self) -> bool:
@@ -119,6 +121,7 @@ SCENARIOS = {
         Scenario("blind", waits=False, blind=("w0",)),
         Scenario("compact", out="sim://bucket/out", restart=4.0, operator=8.0, pause=40.0, compacts=True),
         Scenario("cancel", seconds=(2.0,) * 4, shard_documents=1, cancels=1.0, **_IN_STEP),
+        Scenario("value", by_value=True, **_IN_STEP),
         Scenario("threads", workers=1, concurrency=2, documents=("a", "b", "c"), seconds=(1.0,) * 3, shard_documents=1),
     )
 }
@@ -160,6 +163,12 @@ class _Client:
 
     def hkeys(self, name: str) -> list[str]:
         return list(self._step("hkeys", lambda: self._world.server.hkeys(name)))
+
+    def zrange(self, name: str, first: int, last: int) -> list[str]:
+        return list(self._step("zrange", lambda: self._world.server.zrange(name, str(first), str(last))))
+
+    def info(self, section: str) -> dict[str, Any]:
+        return dict(self._step(f"info {section}", dict))
 
     def hget(self, name: str, key: str) -> str | None:
         found: str | None = self._step("hget", lambda: self._world.server.hget(name, key))
@@ -407,7 +416,7 @@ def install() -> None:
     World.opaque = (World, Watch, Mill, Actor, Process, Scenario, Ledger, Dispatcher, Queue, ShardWorker, RunFolder)
     World.opaque += (_Pipeline, _Client, _Settings, Metrics, Leases, Capacity, Watchdog, Isolation)
     fsspec.register_implementation("sim", Bucket, clobber=True)
-    for module in (ledger, shards, capacity, layout, run, producer_queue, status, planning):
+    for module in (ledger, shards, capacity, layout, run, by_value, producer_queue, status, planning):
         module.time = simulated.clock  # type: ignore[attr-defined]
     for module in (ledger, store, compact):
         module.uuid = simulated.identifiers  # type: ignore[attr-defined]
@@ -444,7 +453,8 @@ class Mill:
         world.deliver, world.is_over = self._deliver, self._is_over
         world.at_death = self._died
         world.shared, world.memory = self._shared, self._memory
-        world.may_drop, world.blind = scenario.waits, scenario.blind
+        world.may_drop = scenario.waits
+        world.blind = (*scenario.blind, "producer") if scenario.by_value else scenario.blind
         self.watch = Watch(world, scenario)
         for number in range(scenario.workers):
             self._start_worker(f"w{number}")
@@ -576,6 +586,9 @@ class Mill:
         limits = ShardLimits(documents=scenario.shard_documents)
         request = Request(("/in.jsonl",), scenario.out, limits=limits)
         found = Found([source], [("0" * 64, 1)], [])  # type: ignore[list-item]
+        if scenario.by_value:
+            self._send(request, found)
+            return
         folder, plan = make_plan(request, found=found)
         self.run_uri = folder.uri
         queue = self._queue()
@@ -587,6 +600,16 @@ class Mill:
         if scenario.compacts:
             self.watch.is_compacted = True
             compact.compact(folder, read_plan(folder))
+
+    def _send(self, request: Request, found: Found) -> None:
+        """``nermill submit --by-value --wait``."""
+        by_value.find_inputs = lambda request: found
+        with by_value.packed(request) as packed:
+            queue = self._queue()
+            by_value.send(packed, queue)
+            told = wait(packed.run, packed.plan, queue)
+        if told.state != "complete":
+            self.world.violated(f"the producer waited until the run was {told.state}")
 
     def _wait(self, folder: RunFolder, plan: Plan, queue: Queue) -> None:
         told = wait(folder, plan, queue)

@@ -277,7 +277,7 @@ class Server:
         def run(server: Server, keys: list[str], arguments: list[Any]) -> Any:
             at[:] = [server]
             try:
-                answer = program(table(keys), table([str(argument) for argument in arguments]))
+                answer = program(table(keys), table([_text(argument) for argument in arguments]))
             except lua51.LuaError as error:
                 raise ResponseError(str(error)) from None
             return _answer(answer)
@@ -325,7 +325,7 @@ def _number(score: float) -> str:
 def _text(value: Any) -> str:
     if isinstance(value, float):
         return _number(value)
-    return str(value)
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _is_above(score: float, bound: str) -> bool:

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 
 from nermill.worker.contracts.document import Document
-from nermill.worker.contracts.layout import RunFolder
-from nermill.worker.contracts.plan import Options, Plan, Shard
+from nermill.worker.contracts.layout import SUCCESS_FILE, RunFolder
+from nermill.worker.contracts.plan import BY_VALUE, Options, Plan, Shard, read_plan
 from nermill.worker.contracts.records import Claim, Completion
 from nermill.worker.contracts.schema import part_schema
 from nermill.worker.contracts.shard import encode_shard, shard_table
@@ -80,3 +80,27 @@ def test_a_late_part_stays_unless_its_run_was_compacted_meanwhile(tmp_path: Path
     worker = ShardWorker(pipeline, Ledger(), dispatcher, settings, Metrics())  # type: ignore[arg-type]
     told = worker.tag_shard("task", "r", run.uri, 0)["state"]
     assert (told, run.committed()) == (("lease lost", set()) if is_compacted else ("committed", {0}))
+
+
+def test_a_run_by_value_stays_open_where_the_server_lost_its_memory_in_the_last_step(tmp_path: Path) -> None:
+    run = RunFolder(f"{tmp_path}/run=r")
+    Plan("r", "", {}, Options(), (), (), is_open=True, details={BY_VALUE: True}).write(run)
+
+    class Ledger:
+        client = SimpleNamespace(hgetall=lambda key: {})  # of the run's shards
+
+        def key(self, *_: Any) -> str:
+            return ""
+
+        def lease(self, *_: Any) -> Claim:
+            return Claim("r", run.uri, Options(), None, "lease", 1, 0.0, fresh_until=0.0)
+
+        def renew(self, *_: Any) -> bool:
+            return False
+
+    pipeline = SimpleNamespace(manifest=SimpleNamespace(name="m", sha256="a" * 64))
+    settings = Settings(allowed_roots=str(tmp_path))
+    worker = ShardWorker(pipeline, Ledger(), SimpleNamespace(), settings, Metrics())  # type: ignore[arg-type]
+    assert worker.finish_run("r", run.uri)["state"] == "lease lost"
+    assert read_plan(run).is_open
+    assert not run.exists(SUCCESS_FILE)

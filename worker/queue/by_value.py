@@ -15,6 +15,7 @@ from nermill.worker.contracts.layout import PLAN_FILE, RunFolder
 from nermill.worker.contracts.plan import Plan, Shard, plan_json, read_plan
 from nermill.worker.contracts.records import Claim
 from nermill.worker.contracts.shard import encode_shard, read_shard
+from nermill.worker.queue.leases import Leases
 
 Patiently = Callable[[Callable[[], Any]], Any]
 
@@ -98,15 +99,19 @@ def bring_plan(run: RunFolder, claim: Claim, documents: Documents, patiently: Pa
     _write_plan(run, claim, plan)
 
 
-def close_plan(run: RunFolder, plan: Plan, documents: Documents, patiently: Patiently) -> Plan:
+def close_plan(claim: Claim, plan: Plan, documents: Documents, leases: Leases) -> Plan:
     """The plan of a run by value whose shards are all recorded; an open one is closed in the run's folder.
 
     Raises:
+        LeaseLostError: the ledger does not know the lease, so its shards may not be the run's: a server that lost its
+            memory has none.
         MessageError: the ledger's shards do not fit.
         StoreError: the plan cannot be written.
     """
     if plan.is_open:
-        shards = patiently(lambda: documents.shards(plan.run_id))
+        shards = leases.patiently(lambda: documents.shards(plan.run_id))
+        if not leases.renew(claim):
+            raise LeaseLostError
         plan = plan.closed(shards)
-        plan.write(run)
+        plan.write(claim.folder)
     return plan

@@ -37,6 +37,7 @@ def finish(claim: Claim, leases: Leases, documents: Documents, metrics: Metrics)
 
     Raises:
         UnreachableError: the run's plan is not to be seen from here.
+        LeaseLostError: the ledger does not know the lease of a run by value any more.
         StoreError: the store does not answer.
         MessageError: the ledger's entries do not fit.
     """
@@ -45,7 +46,7 @@ def finish(claim: Claim, leases: Leases, documents: Documents, metrics: Metrics)
         by_value.bring_plan(run, claim, documents, leases.patiently)
     plan = read_plan(run)
     if plan.by_value:
-        plan = by_value.close_plan(run, plan, documents, leases.patiently)
+        plan = by_value.close_plan(claim, plan, documents, leases)
     missing = {shard.index for shard in plan.shards} - run.committed()
     if missing or plan.is_open:
         metrics.refused()
