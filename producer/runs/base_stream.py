@@ -383,15 +383,14 @@ class BaseStream(ABC):
     def _send_shards(self) -> None:
         held = time.monotonic()
         while True:
-            until = held + HOLD_SECONDS / 3
+            due = held + HOLD_SECONDS / 3
             with self._changed:
-                if self._is_waiting():
-                    until = min(until, time.monotonic() + LOOK_SECONDS)
+                until = min(due, time.monotonic() + LOOK_SECONDS) if self._is_waiting() else due
                 self._changed.wait_for(self._has_to_send, max(0.0, until - time.monotonic()))
                 if self._is_written or self.failure:
                     return
                 untried = self._untried
-            is_hold_due = time.monotonic() - held > HOLD_SECONDS / 3
+            is_hold_due = time.monotonic() >= due
             if is_hold_due:
                 held = time.monotonic()
             try:

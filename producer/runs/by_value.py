@@ -107,7 +107,10 @@ def send(run: Packed, queue: Queue, on_wait: OnStatus = ignore) -> None:
     plan = run.plan
     with queue.ledger() as ledger:
         Documents(ledger).open(run.run.uri, plan)
-        if not Documents(ledger).declare(plan.run_id, [entry.shard for entry in run.shards]):
+        declared = Documents(ledger).declare(plan.run_id, [entry.shard for entry in run.shards])
+        if declared == "unknown":
+            raise lost(run.run)
+        if declared == "another":
             raise UsageError(
                 f"run {plan.run_id}: the broker has it with other shards, as another version of nermill cuts them; "
                 "name another --out"

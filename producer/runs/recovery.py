@@ -67,7 +67,10 @@ def durable_shards(run: RunFolder) -> tuple[list[Shard], Position | None]:
     """
     shards: list[Shard] = []
     first, position = 0, None
-    for index in sorted(run.shards()):
+    indices = sorted(run.shards())
+    if indices:  # its writer may have ended before it was synced; that of another one had ended its write
+        run.sync(run.shard_file(indices[-1]))
+    for index in indices:
         data = run.read(run.shard_file(index))
         documents, position = _look_into(data, run.path(run.shard_file(index)))
         shards.append(Shard(index, first, documents, hashlib.sha256(data).hexdigest()))

@@ -48,7 +48,8 @@ SHARDS, LEASES, FINISH, POISON, PARTS, PART = (
     "worker/contracts/part.py",
 )
 RUN, REPORT = "producer/runs/run.py", "worker/evaluation/report.py"
-BY_VALUE = "worker/queue/by_value.py"
+BY_VALUE, RECOVERY = "worker/queue/by_value.py", "producer/runs/recovery.py"
+STREAM, STREAM_BY_VALUE = "producer/runs/base_stream.py", "producer/runs/stream_by_value.py"
 
 MUTANTS = (
     Mutant(
@@ -336,6 +337,27 @@ MUTANTS = (
         '"{plan_json(opened, indent=1)}\\n".encode(), exclusive=True)',
         '"{plan_json(opened, indent=1)}\\n".encode())',
         ("value",),
+    ),
+    Mutant(
+        "a stream goes on behind a shard that is not synced",
+        RECOVERY,
+        "        run.sync(run.shard_file(indices[-1]))\n",
+        "        pass\n",
+        ("stream",),
+    ),
+    Mutant(
+        "a broker that lost a stream is not told of it",
+        STREAM,
+        "        if self._is_lost():\n",
+        "        if False:\n",
+        ("stream-value",),
+    ),
+    Mutant(
+        "documents by value that a broker lost are not sent again",
+        STREAM_BY_VALUE,
+        "            self._unsent.extendleft(reversed(self._offered))\n",
+        "",
+        ("stream-value",),
     ),
     Mutant("a run is sent again whole", RUN, "if shard.index not in committed]", "]"),
 )

@@ -17,20 +17,26 @@ import pyarrow.parquet as pq
 from pyarrow import ipc
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from nermill.producer.runs import by_value, compact, planning, recovery, run, status
+from nermill.producer.runs import base_stream, by_value, compact, planning, recovery, run, status, stream_by_value
 from nermill.producer.runs import queue as producer_queue
 from nermill.producer.runs import shards as producer_shards
+from nermill.producer.runs.base_stream import BaseStream
+from nermill.producer.runs.by_value import open_seen_or_not
+from nermill.producer.runs.continuation import find_followed, followed_run_id
 from nermill.producer.runs.planning import Found, Request, make_plan
 from nermill.producer.runs.queue import Queue
 from nermill.producer.runs.run import resume, wait
 from nermill.producer.runs.shards import ShardLimits
+from nermill.producer.runs.stream import Stream
+from nermill.producer.runs.stream_by_value import StreamByValue
+from nermill.producer.sources.live import Position
 from nermill.worker.contracts import layout, ledger, part, shard, store
 from nermill.worker.contracts.dispatch import Dispatcher
 from nermill.worker.contracts.document import Document, Fault
-from nermill.worker.contracts.errors import MessageError, NermillError
+from nermill.worker.contracts.errors import MessageError, NermillError, UsageError
 from nermill.worker.contracts.layout import REPORT_JSON, RunFolder
 from nermill.worker.contracts.ledger import Ledger
-from nermill.worker.contracts.message import FINISH_RUN, QUEUE
+from nermill.worker.contracts.message import FINISH_RUN, KEY_PREFIX, QUEUE
 from nermill.worker.contracts.plan import Options, Plan, read_plan
 from nermill.worker.contracts.schema import part_schema
 from nermill.worker.evaluation import report
@@ -53,6 +59,7 @@ from tests.exploration.state import digest
 from tests.exploration.world import MAX_POSITIONS, Actor, Process, World
 
 LEASE = 12.0
+NEVER = 1e6  # seconds: a shard leaves when it is full
 POISON = "poison"  # a document of that text ends the process that tags it
 ARTIFACT = "a" * 64
 READS = ("load", "workers", "waiting")  # steps of the ledger that change nothing
@@ -78,6 +85,7 @@ class Scenario:
         polls: Seconds between the first two looks of a producer that waits, and between later ones at most.
         has_gold: Whether the documents have gold tags, so that the run is evaluated.
         by_value: Whether the documents go through the broker; the producer then does not see the disk.
+        is_stream: Whether the producer follows a file that grows, and is given the same command again.
     """
 
     name: str
@@ -97,6 +105,7 @@ class Scenario:
     cancels: float = 0.0
     has_gold: bool = True
     by_value: bool = False
+    is_stream: bool = False
 
     @property
     def is_disk(self) -> bool:
@@ -122,6 +131,8 @@ SCENARIOS = {
         Scenario("compact", out="sim://bucket/out", restart=4.0, operator=8.0, pause=40.0, compacts=True),
         Scenario("cancel", seconds=(2.0,) * 4, shard_documents=1, cancels=1.0, **_IN_STEP),
         Scenario("value", by_value=True, **_IN_STEP),
+        Scenario("stream", is_stream=True, has_gold=False, **_IN_STEP),
+        Scenario("stream-value", is_stream=True, by_value=True, has_gold=False, **_IN_STEP),
         Scenario("threads", workers=1, concurrency=2, documents=("a", "b", "c"), seconds=(1.0,) * 3, shard_documents=1),
     )
 }
@@ -131,6 +142,7 @@ SCENARIOS = {
 _TOLD = {"register": 1, "close": 2, "unable": 2}
 _SHARED: dict[tuple[int, float], int] = {}
 _CONSTANT = frozenset(("pipeline", "metrics", "identity", "queues", "ledger", "_ledger", "_documents", "_dispatcher"))
+_CONSTANT_OF_STREAM = frozenset(("_queue", "_limits", "_on_shard", "_threads", "_changed", "run"))
 _TOLD_ELSEWHERE = frozenset(("_settings", "_lock", "_received"))
 
 
@@ -183,18 +195,33 @@ class _Client:
     def zcard(self, name: str) -> int:
         return int(self._world.step("", lambda: self._world.server.zcard(name)))
 
+    def get(self, name: str) -> str | None:
+        found: str | None = self._step("get", lambda: self._world.server.get(name))
+        return found
+
+    def pttl(self, name: str) -> int:
+        return int(self._step("pttl", lambda: self._world.server.pttl(name)))
+
+    def pexpire(self, name: str, milliseconds: int) -> int:
+        return int(self._step("pexpire", lambda: self._world.server.pexpire(name, milliseconds), writes=True))
+
+    def delete(self, name: str) -> int:
+        return int(self._step("delete", lambda: self._world.server.delete(name), writes=True))
+
     def smembers(self, name: str) -> list[str]:
         return list(self._step("smembers", lambda: self._world.server.smembers(name)))
 
-    def set(self, name: str, value: int, *, nx: bool, px: int) -> bool:
+    def set(self, name: str, value: object, *, nx: bool, px: int) -> bool:
+        label = name.removeprefix(KEY_PREFIX).partition(":")[0]
+
         def effect() -> bool:
             server = self._world.server
-            is_set = server.remembered(("set", name, px), lambda: server.set(name, str(value), nx=nx, px=px))
-            if is_set:
+            is_set = server.remembered(("set", name, value, px), lambda: server.set(name, str(value), nx=nx, px=px))
+            if is_set and label == "recovery":
                 self._world.watch.looks()
             return is_set
 
-        return bool(self._step("set recovery", effect, writes=True))
+        return bool(self._step(f"set {label}", effect, writes=True))
 
 
 def _unreachable() -> Exception:
@@ -401,7 +428,7 @@ def _remembered(call: Callable[..., Any], key: Callable[..., Any]) -> Callable[.
 
 
 def _of_shard(table: pa.Table) -> str:
-    return str(table.select(["doc_id", "text"]).to_pylist())
+    return str(table.select(["doc_id", "text"]).to_pylist()) + str(table.schema.metadata)
 
 
 def _of_part(table: pa.Table, metadata: dict[str, str]) -> tuple[str, ...]:
@@ -414,11 +441,23 @@ def install() -> None:
     """Puts the world in the place of the modules through which the product reaches the outside."""
     logging.disable(logging.CRITICAL)
     World.opaque = (World, Watch, Mill, Actor, Process, Scenario, Ledger, Dispatcher, Queue, ShardWorker, RunFolder)
-    World.opaque += (_Pipeline, _Client, _Settings, Metrics, Leases, Capacity, Watchdog, Isolation)
+    World.opaque += (
+        Stream,
+        StreamByValue,
+        _Pipeline,
+        _Client,
+        _Settings,
+        Metrics,
+        Leases,
+        Capacity,
+        Watchdog,
+        Isolation,
+    )
     fsspec.register_implementation("sim", Bucket, clobber=True)
-    for module in (ledger, shards, capacity, layout, run, by_value, producer_queue, status, planning):
+    producer = by_value, run, producer_queue, status, planning, base_stream, stream_by_value
+    for module in (ledger, shards, capacity, layout, *producer):
         module.time = simulated.clock  # type: ignore[attr-defined]
-    for module in (ledger, store, compact):
+    for module in (ledger, store, compact, base_stream):
         module.uuid = simulated.identifiers  # type: ignore[attr-defined]
     for module in (store, layout, recovery, planning, compact):
         module.os = _Facade("os")  # type: ignore[attr-defined]
@@ -431,7 +470,7 @@ def install() -> None:
     report.render_report = lambda scores: ""  # type: ignore[assignment]
     watchdog.os = SimpleNamespace(_exit=lambda code: World.current.die())  # type: ignore[attr-defined]
     shards.is_allowed = lambda uri, roots: True  # type: ignore[assignment]  # which follows links on a real disk
-    poison.threading = simulated.threading  # type: ignore[attr-defined]
+    poison.threading = base_stream.threading = simulated.threading  # type: ignore[attr-defined,assignment]
     layout.open_store = _open_store
     part.ThreadPoolExecutor = status.ThreadPoolExecutor = simulated.pool  # type: ignore[attr-defined,misc]
     part.pq = _Parquet()  # type: ignore[assignment]
@@ -446,6 +485,7 @@ class Mill:
     def __init__(self, world: World, scenario: Scenario) -> None:
         self.world, self.scenario = world, scenario
         run._POLL_SECONDS = scenario.polls
+        base_stream.LOOK_SECONDS = scenario.polls[0]
         self.commands = {"producer": self._produce, "canceller": self._cancel}
         self.ended: set[str] = set()  # commands that ended without an error
         self.run_uri = ""
@@ -470,11 +510,14 @@ class Mill:
             self.world.later(self.scenario.restart, process.slot, lambda: self._start_worker(process.slot))
 
     def _shared(self, process: Process) -> int:
-        """A hash of what the threads of a worker have in common."""
+        """A hash of what the threads of a process have in common."""
         worker = process.extra
         if worker is None:
             return 0
         key = process.memory, self.world.now
+        if isinstance(worker, BaseStream):
+            told = {name: value for name, value in vars(worker).items() if name not in _CONSTANT_OF_STREAM}
+            return digest(told, self.world)
         if key not in _SHARED:
             if len(_SHARED) > MAX_POSITIONS:
                 _SHARED.clear()
@@ -563,9 +606,7 @@ class Mill:
                 world.violated(f"the {name} raised {type(error).__name__}: {error}")
             if error is None:
                 self.ended.add(name)
-            else:
-                self._start_command_later(name, self.scenario.operator)
-            process.is_alive = False
+            world.kill(process)  # with its threads; see ``_died``
 
         world.act("main", process, self.commands[name], ended)
 
@@ -575,6 +616,9 @@ class Mill:
     def _produce(self) -> None:
         """``nermill submit --wait``, as the command does it."""
         scenario = self.scenario
+        if scenario.is_stream:
+            self._follow()
+            return
         documents = [Document(str(at), text) for at, text in enumerate(scenario.documents)]
         source = SimpleNamespace(
             file=SimpleNamespace(uri="/in.jsonl", position=lambda: 0),
@@ -607,13 +651,40 @@ class Mill:
         with by_value.packed(request) as packed:
             queue = self._queue()
             by_value.send(packed, queue)
-            told = wait(packed.run, packed.plan, queue)
-        if told.state != "complete":
-            self.world.violated(f"the producer waited until the run was {told.state}")
+            self._wait(packed.run, packed.plan, queue)
 
-    def _wait(self, folder: RunFolder, plan: Plan, queue: Queue) -> None:
-        told = wait(folder, plan, queue)
-        if told.state == "complete" and plan.has_gold and not folder.exists(REPORT_JSON):
+    def _follow(self) -> None:
+        """``nermill submit --follow FILE --wait`` until somebody ends it."""
+        scenario, queue = self.scenario, self._queue()
+        limits = ShardLimits(documents=scenario.shard_documents)
+        request = Request(("/in.jsonl",), scenario.out, limits=limits, by_value=scenario.by_value)
+        try:
+            durable = find_followed(request, queue)
+        except UsageError as error:
+            if "a stream by value does not go on after its end" not in str(error):
+                raise
+            self._wait(*open_seen_or_not(self.run_uri, lambda: queue), queue)  # ``nermill status --wait``
+            return
+        stream = (StreamByValue if scenario.by_value else Stream)(
+            request.out,
+            queue,
+            options=request.options,
+            limits=limits,
+            linger=NEVER,
+            source="/in.jsonl",
+            run_id=followed_run_id(request),
+            durable=durable,
+        )
+        process = self.world.actor.process  # type: ignore[union-attr]
+        process.extra, self.run_uri = stream, stream.run.uri
+        read = durable.position.line if durable and durable.position else 0
+        for at, text in enumerate(scenario.documents[read:], read):
+            stream.add(Document(str(at), text), Position(at + 1, at + 1, ""))
+        self._wait(stream.run, stream.close(), queue, stream.send_again)
+
+    def _wait(self, folder: RunFolder, plan: Plan, queue: Queue, send_again: Callable[[], None] | None = None) -> None:
+        told = wait(folder, plan, queue, send_again=send_again)
+        if told.state == "complete" and plan.has_gold and not plan.by_value and not folder.exists(REPORT_JSON):
             _evaluate(folder.uri)
         if told.state != "complete" and not self.scenario.cancels:
             self.world.violated(f"the producer waited until the run was {told.state}")

@@ -175,6 +175,7 @@ class _Search:
         schedule = branch.schedule
         remaining, last = self._bound - len(schedule), max(schedule, default=-1)
         children: list[_Branch] = []
+        own: set[int] = set()
 
         def decide(world: World, actor: Actor) -> Fault | None:
             number = len(world.steps)
@@ -184,7 +185,10 @@ class _Search:
                 return schedule.get(number)
             signature = world.signature()
             if self._is_known(signature, len(schedule), world.watch.excuses()):
+                if signature in own:
+                    raise ViolationError("no end: without another fault, this state comes again and again")
                 raise _KnownError
+            own.add(signature)
             if remaining:
                 memories = world.memories()
                 for fault in world.options(actor):

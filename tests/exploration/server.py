@@ -115,6 +115,9 @@ class Server:
         self.deadlines[key] = self._view.now + float(seconds)
         return 1
 
+    def pexpire(self, key: str, milliseconds: int) -> int:
+        return self.expire(key, str(milliseconds / 1000))
+
     def pttl(self, key: str) -> int:
         if key not in self.values:
             return -2

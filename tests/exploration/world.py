@@ -85,6 +85,7 @@ class Actor:
         about: What it does, in which process.
         memory: A hash of where it last waited, and of all that it was told since.
         reads: Times that it knows: when that was, and what it read from clocks since.
+        held: Locks that it holds.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Actor:
     begun: bool = False
     memory: int = 0
     reads: list[float] = field(default_factory=list)
+    held: int = 0
     on_end: Callable[[Any, BaseException | None], None] | None = None
 
 
@@ -181,6 +183,8 @@ class World(View):
         actor = self.actor
         if actor is None:
             return effect()
+        if actor.held and label:
+            self.violated(f"{label} while a lock is held")
         process = actor.process
         if not process.is_alive:
             raise Killed
@@ -616,12 +620,53 @@ class _Event:
 
 
 class _Condition:
-    def __enter__(self) -> None: ...
-    def __exit__(self, *_: object) -> None: ...
-    def notify_all(self) -> None: ...
-    def wait_for(self, predicate: Callable[[], bool]) -> None:
-        if not predicate():
-            World.current.await_(predicate, None)
+    """Nobody else goes on while it is held, as its holder makes no step; who waits goes on when told to."""
+
+    def __init__(self) -> None:
+        self._waiting: list[list[bool]] = []
+
+    def __enter__(self) -> None:
+        if (actor := World.current.actor) is not None:
+            actor.held += 1
+
+    def __exit__(self, *_: object) -> None:
+        if (actor := World.current.actor) is not None:
+            actor.held -= 1
+
+    def notify_all(self) -> None:
+        for told in self._waiting:
+            told[0] = True
+        self._waiting = []
+
+    def wait(self, timeout: float | None = None) -> None:
+        told = [False]
+        self._waiting.append(told)
+        actor = World.current.actor
+        assert actor is not None
+        held, actor.held = actor.held, 0
+        World.current.await_(lambda: told[0], timeout)
+        actor.held = held
+
+    def wait_for(self, predicate: Callable[[], Any], timeout: float | None = None) -> None:
+        until = None if timeout is None else World.current.clock() + timeout
+        while not predicate() and (until is None or World.current.now < until):
+            self.wait(None if until is None else until - World.current.now)
+
+
+class _Thread:
+    """An actor of its maker's process."""
+
+    def __init__(self, *, target: Callable[..., Any], args: list[Any], name: str, daemon: bool) -> None:
+        self._name, self._call = name, lambda: target(*args)
+
+    def start(self) -> None:
+        world = World.current
+        assert world.actor is not None
+        self._actor = world.act(self._name, world.actor.process, self._call)
+
+    def join(self) -> None:
+        if not self._actor.is_done:
+            World.current.await_(lambda: self._actor.is_done, None)
 
 
 class _Pool:
@@ -650,4 +695,4 @@ clock = SimpleNamespace(
     gmtime=lambda: 0,
 )
 identifiers = SimpleNamespace(uuid4=lambda: SimpleNamespace(hex=World.current.identifier()))
-threading = SimpleNamespace(Condition=_Condition)
+threading = SimpleNamespace(Condition=_Condition, Thread=_Thread)

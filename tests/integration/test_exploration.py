@@ -36,11 +36,12 @@ def explore(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.timeout(600)
 def test_no_single_fault_and_no_random_walk_breaks_an_invariant(root: Path) -> None:
-    scenarios = [word for name in ("disk", "store", "cancel", "compact", "value") for word in ("--scenario", name)]
+    names = ("disk", "store", "cancel", "compact", "value", "stream", "stream-value")
+    scenarios = [word for name in names for word in ("--scenario", name)]
     done = explore(root, *scenarios, "--slice", "1/8", "--walks", "100")
     assert done.returncode == 0, done.stdout + done.stderr
     schedules = [int(number.replace(",", "")) for number in re.findall(r"([\d,]+) schedules", done.stdout)]
-    assert len(schedules) == 6
+    assert len(schedules) == 8
     assert min(schedules) >= 50, done.stdout
     assert "not whole" not in done.stdout
 

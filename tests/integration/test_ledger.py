@@ -703,7 +703,7 @@ def declared(ledger: Ledger, shards: int) -> Documents:
     """A run by value of which no documents were offered."""
     ledger.open("r", "/out/run=r", Options())
     documents = Documents(ledger)
-    assert documents.declare("r", [shard(n) for n in range(shards)])
+    assert documents.declare("r", [shard(n) for n in range(shards)]) == "declared"
     return documents
 
 
@@ -751,10 +751,21 @@ def test_a_run_by_value_ends_when_the_last_declared_shard_is_recorded(ledger: Le
 
 def test_another_shard_of_the_same_number_is_not_declared(ledger: Ledger) -> None:
     documents = declared(ledger, 2)
-    assert documents.declare("r", [Shard(1, 10, 10, "1" * 64)]), "another hash: its documents may be packed otherwise"
-    assert not documents.declare("r", [Shard(1, 10, 11, SHA)])
-    assert not documents.declare("r", [Shard(1, 9, 10, SHA)])
+    assert documents.declare("r", [Shard(1, 10, 10, "1" * 64)]) == "declared", "its documents may be packed otherwise"
+    assert documents.declare("r", [Shard(1, 10, 11, SHA)]) == "another"
+    assert documents.declare("r", [Shard(1, 9, 10, SHA)]) == "another"
     assert [one.documents for one in documents.shards("r")] == [10, 10]
+
+
+def test_a_server_that_lost_a_run_takes_no_shards_of_it_and_can_be_told_of_it_again(
+    ledger: Ledger, client: Redis
+) -> None:
+    documents = Documents(ledger)
+    assert documents.declare("r", [shard(0)]) == "unknown"
+    documents.place("r", 0, "{}")
+    assert not client.exists(ledger.key("r"), ledger.key("r", "shards"), ledger.key("r", "positions"))
+    client.hset(ledger.key("r"), "submitted", 10)  # as an earlier version left it
+    assert declared(ledger, 2).needed("r") == {0, 1}
 
 
 def held_stream(ledger: Ledger, client: Redis) -> Documents:

@@ -114,13 +114,15 @@ class Documents:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
 
-    def declare(self, run_id: str, shards: Iterable[Shard]) -> bool:
+    def declare(self, run_id: str, shards: Iterable[Shard]) -> str:
         """Says which shards a run has; each becomes pending once its documents are offered.
 
         Returns:
-            False where the ledger has another shard of the same number, which stays.
+            ``declared``; ``another`` where the ledger has another shard of the same number, which stays; ``unknown``
+            where it does not know the run.
         """
-        return all(self._ledger.in_chunks("declare", run_id, shards))
+        answers = {str(answer) for answer in self._ledger.in_chunks("declare", run_id, shards)}
+        return next(iter(answers - {"declared"}), "declared")
 
     def needed(self, run_id: str) -> set[int]:
         """Declared shards whose documents must be offered: neither recorded nor pending, sent or leased."""

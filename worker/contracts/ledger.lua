@@ -193,7 +193,7 @@ local step = {}
 
 -- makes a run known, or known again; answers 1 where it was not
 function step.open(run, to, artifact, priority, ...)
-  local fresh = redis.call('EXISTS', key(run)) == 0
+  local fresh = state(run) == 'unknown'
   if fresh then redis.call('HSET', key(run), 'state', to, 'opened', clock())
   elseif not move(run, to) then
     return redis.error_reply('run ' .. run .. ' cannot go from ' .. state(run) .. ' to ' .. to)
@@ -234,10 +234,11 @@ function step.add(run, ...)
   return added
 end
 
--- pairs of shard and specification of a run by value, whose documents follow; each shard keeps what it has. Answers 0
--- where one is known with other documents
+-- pairs of shard and specification of a run by value, whose documents follow; each shard keeps what it has. Answers 'declared',
+-- 'another' where one is known with other documents, or 'unknown'
 function step.declare(run, ...)
   local given = {...}
+  if state(run) == 'unknown' then return 'unknown' end
   for i = 1, #given, 2 do
     local shard, spec = given[i], given[i + 1]
     local known = redis.call('HGET', key(run, 'shards'), shard)
@@ -245,11 +246,11 @@ function step.declare(run, ...)
       redis.call('HSET', key(run, 'shards'), shard, spec)
       count(run, 'submitted', tonumber(spec:match('^%d+')))
     elseif known:match('^%d+ %d+') ~= spec:match('^%d+ %d+') then
-      return 0
+      return 'another'
     end
   end
   expire(run, FORGET_SECONDS)
-  return 1
+  return 'declared'
 end
 
 -- the documents of a shard, unless it is recorded or waits or is at work already. Shards of a stream are not declared before;
@@ -278,7 +279,10 @@ function step.offer(run, shard, spec, documents, position, holder)
 end
 
 -- how far a shard of a stream by value reaches, for a server that lost it
-function step.place(run, shard, position) return redis.call('HSET', key(run, 'positions'), shard, position) end
+function step.place(run, shard, position)
+  if state(run) == 'unknown' then return 0 end
+  return redis.call('HSET', key(run, 'positions'), shard, position)
+end
 
 -- shards of a run by value, from one on, whose documents are in the run's folder: their specifications, up to the first that
 -- is not, 500 at most

@@ -113,11 +113,11 @@ class Ledger:
         """Makes shards pending, unless they are pending, sent, leased or recorded; returns how many newly are."""
         return sum(self.in_chunks("add", run_id, shards))
 
-    def in_chunks(self, step: str, run_id: str, shards: Iterable[Shard]) -> list[int]:
+    def in_chunks(self, step: str, run_id: str, shards: Iterable[Shard]) -> list[Any]:
         """A step with many shards as arguments, some at a time; the answers."""
         flat = [entry for shard in shards for entry in (shard.index, shard_entry(shard))]
         size = 2 * _CHUNK
-        return [int(self.step(step, run_id, *flat[at : at + size])) for at in range(0, len(flat), size)]
+        return [self.step(step, run_id, *flat[at : at + size]) for at in range(0, len(flat), size)]
 
     def promote(self, queue: str, now: float | None = None) -> list[Message]:
         """Moves pending shards of a queue into its window of messages, runs in turn; returns what to send."""
