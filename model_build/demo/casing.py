@@ -19,10 +19,11 @@ import torch
 from tokenizers import Regex, Tokenizer, normalizers
 from torch import Tensor, nn
 
+from nermill.worker.tagging.tokens import CASE_PATTERNS
+
 TITLE, UPPER = 1, 2  # kinds of case; 0 is a token as the tokenizer had it
 MARKS = {TITLE: "⇧", UPPER: "⇪"}  # no letters and no punctuation marks, so that they stay with their word
-_PART = r"[\p{L}\p{M}\p{N}]"  # of a word
-_FORMS = {UPPER: rf"(?<!{_PART})\p{{Lu}}{{2,}}(?!{_PART})\K", TITLE: rf"(?<!{_PART})\p{{Lu}}{_PART}*+(?!⇪)\K"}
+_PATTERNS = dict(zip((UPPER, TITLE), CASE_PATTERNS, strict=True))
 
 
 def _unused(token: str) -> bool:
@@ -107,7 +108,7 @@ def with_case_marks(tokenizer: Tokenizer) -> tuple[Tokenizer, dict[int, int]]:
     first = max(*vocabulary.values(), *(token["id"] for token in state["added_tokens"])) + 1
     vocabulary |= dict(zip(pieces, range(first, first + len(pieces)), strict=True))
     tokenizer = Tokenizer.from_str(json.dumps(state))
-    marks = [normalizers.Replace(Regex(form), MARKS[kind]) for kind, form in _FORMS.items()]
+    marks = [normalizers.Replace(Regex(form), MARKS[kind]) for kind, form in _PATTERNS.items()]
     tokenizer.normalizer = normalizers.Sequence([*marks, tokenizer.normalizer])
     return tokenizer, {vocabulary[piece]: kind for piece, kind in pieces.items()}
 

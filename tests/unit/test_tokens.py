@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from nermill.worker.contracts.manifest import TOKENIZER_FILE, resolve_artifact
 from nermill.worker.tagging import tokens
-from nermill.worker.tagging.tokens import CachedTokenizer, Tokens, tokenize
+from nermill.worker.tagging.tokens import CASE_PATTERNS, CachedTokenizer, Tokens, tokenize
 
 PIECES = [
     "the",
@@ -21,6 +21,8 @@ PIECES = [
     "un",
     "##able",
     "##s",
+    "##⇪",
+    "##⇧",
     "e",
     "##e",
     "東",
@@ -49,6 +51,13 @@ def wordpiece(*, lowercase: bool, forms: Sequence[str] = (), **options: bool) ->
     return tokenizer
 
 
+def marked() -> Tokenizer:
+    tokenizer = wordpiece(lowercase=True, forms=["The", "US"])
+    marks = [normalizers.Replace(Regex(form), mark) for form, mark in zip(CASE_PATTERNS, "⇪⇧", strict=True)]
+    tokenizer.normalizer = normalizers.Sequence([*marks, tokenizer.normalizer])
+    return tokenizer
+
+
 def byte_level() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE({c: n for n, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -69,6 +78,7 @@ TOKENIZERS = {
     "accents kept": lambda: wordpiece(lowercase=True, strip_accents=False),
     "nothing cleaned": lambda: wordpiece(lowercase=True, clean_text=False, handle_chinese_chars=False),
     "whole forms": lambda: wordpiece(lowercase=True, forms=["The", "US", "Ab", "May"]),
+    "marks of case": marked,
     "byte level": byte_level,
 }
 SPECIAL = [
@@ -155,8 +165,9 @@ def test_a_full_cache_is_emptied_and_tokens_stay_the_same(monkeypatch: pytest.Mo
         assert len(cached._texts._cached.numbers) <= 20 + 3 * 30 + 2
 
 
-def test_a_cached_piece_is_not_tokenized_again() -> None:
-    tokenizer = bundled()
+@pytest.mark.parametrize("name", ["bundled", "marks of case"])
+def test_a_cached_piece_is_not_tokenized_again(name: str) -> None:
+    tokenizer = TOKENIZERS[name]()
     cached = CachedTokenizer(tokenizer)
     cached.tokenize(["Ada Lovelace met Charles Babbage."], split=False)
     asked: list[object] = []

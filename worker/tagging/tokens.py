@@ -2,9 +2,10 @@
 
 A tokenizer of BERT's kind (``BertNormalizer``, ``BertPreTokenizer``, WordPiece) normalises each character for itself,
 ends a word at each blank and makes a word of each punctuation mark. So a text can be divided at ASCII blanks and
-punctuation marks, and its tokens are the concatenated tokens of the pieces. A text is given to the tokenizer undivided
-where that does not hold: with a tokenizer of another kind, and where the text contains a special token such as
-``[SEP]``. In lists of words each word is a piece, since every tokenizer treats words separately.
+punctuation marks, and its tokens are the concatenated tokens of the pieces. Marks that ``CASE_PATTERNS`` put behind
+words change nothing of that. A text is given to the tokenizer undivided where it does not hold: with a tokenizer of
+another kind, and where the text contains a special token such as ``[SEP]``. In lists of words each word is a piece,
+since every tokenizer treats words separately.
 """
 
 from __future__ import annotations
@@ -36,6 +37,12 @@ _WORD, _BLANK, _MARK = 0, 1, 2
 _KIND = np.zeros(256, np.uint8)
 _KIND[list(b" \t\n\r")] = _BLANK
 _KIND[list(b"!\"#$%&'()*+,-./:;<=>?@[\\]^`{|}~")] = _MARK
+
+
+_PART = r"[\p{L}\p{M}\p{N}]"  # of a word
+# Where a normalizer may put a mark: behind a word in capitals, then behind a word that begins with a capital letter.
+# They look at a word and the characters beside it, so that they match in a piece as in the text.
+CASE_PATTERNS = (rf"(?<!{_PART})\p{{Lu}}{{2,}}(?!{_PART})\K", rf"(?<!{_PART})\p{{Lu}}{_PART}*+(?!⇪)\K")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +164,11 @@ class CachedTokenizer:
 
 
 def _is_bert(state: dict[str, Any]) -> bool:
-    kinds = [(state[part] or {}).get("type") for part in ("normalizer", "pre_tokenizer", "model")]
-    return kinds == ["BertNormalizer", "BertPreTokenizer", "WordPiece"]
+    normalizer = state["normalizer"] or {}
+    *marks, last = normalizer.get("normalizers", [normalizer])
+    kinds = [(part or {}).get("type") for part in (last, state["pre_tokenizer"], state["model"])]
+    marked = all(step["type"] == "Replace" and step["pattern"].get("Regex") in CASE_PATTERNS for step in marks)
+    return marked and kinds == ["BertNormalizer", "BertPreTokenizer", "WordPiece"]
 
 
 def _divide(texts: list[str]) -> tuple[pa.Array[Any], Int, Int]:
