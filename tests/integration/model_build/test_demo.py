@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -79,9 +80,14 @@ def bundled_tokenizer() -> Tokenizer:
 
 
 def test_case_marks_are_pieces_behind_the_pieces_of_a_word_with_a_capital_letter() -> None:
-    plain = bundled_tokenizer()
-    marked, kinds = with_case_marks(bundled_tokenizer())
+    state = json.loads(bundled_tokenizer().to_str())
+    state["normalizer"] = state["normalizer"]["normalizers"][-1]
+    state["model"]["vocab"] = {token: n for token, n in state["model"]["vocab"].items() if token not in MARKED}
+    plain = Tokenizer.from_str(json.dumps(state))
+    marked, kinds = with_case_marks(plain)
     assert sorted(kinds) == [plain.get_vocab_size(), plain.get_vocab_size() + 1]
+    assert marked.get_vocab() == bundled_tokenizer().get_vocab()
+    assert with_case_marks(bundled_tokenizer())[1] == {}
     for word, mark in {"Grateful": "##⇧", "Zürich": "##⇧", "NATO": "##⇪", "B52": "##⇧", "The": "", "of": ""}.items():
         text = f"a {word}, b"
         before, after = (t.encode(text, add_special_tokens=False) for t in (plain, marked))
