@@ -393,14 +393,14 @@ class Watch:
             violated("the run is finished, and _SUCCESS is not durable")
 
     def _check_documents(self, run: str, durable: dict[str, bytes]) -> None:
-        """What the ledger knows is in the run's folder with a plan, or by value still in Redis."""
+        """What the ledger knows is in the run's folder with all that the plan names, or by value still in Redis."""
         known = self._hash(f"run:{run}:shards").keys()
         if self._scenario.by_value:  # what is only declared waits for its documents
             parts = ("pending", "sent", "leases", "results")
             known &= {shard for part in parts for shard in self._hash(f"run:{run}:{part}")}
-        for shard in known - self._hash(f"run:{run}:documents").keys():
-            if not {"_plan.json", f"_shards/shard-{int(shard):05d}.arrow"} <= durable.keys():
-                self._world.violated(f"the documents of shard {shard}, or the plan, are not durable")
+        stored = {_source(int(shard)) for shard in known - self._hash(f"run:{run}:documents").keys()}
+        if stored and (missing := {"_plan.json", *_sources(durable), *stored} - durable.keys()):
+            self._world.violated(f"the ledger knows the run, and {sorted(missing)} are not durable")
 
     # When the work is done
 
@@ -446,6 +446,10 @@ def _part(shard: int) -> str:
     return f"part-{shard:05d}.parquet"
 
 
+def _source(shard: int) -> str:
+    return f"_shards/shard-{shard:05d}.arrow"
+
+
 @cache
 def _shards(plan: bytes) -> list[int]:
     return [shard["index"] for shard in json.loads(plan)["shards"]]
@@ -454,7 +458,7 @@ def _shards(plan: bytes) -> list[int]:
 def _sources(files: dict[str, bytes]) -> set[str]:
     if "_plan.json" not in files:
         return set()
-    return {f"_shards/shard-{shard:05d}.arrow" for shard in _shards(files["_plan.json"])}
+    return {_source(shard) for shard in _shards(files["_plan.json"])}
 
 
 @cache

@@ -142,7 +142,7 @@ SCENARIOS = {
 _TOLD = {"register": 1, "close": 2, "unable": 2}
 _SHARED: dict[tuple[int, float], int] = {}
 _CONSTANT = frozenset(("pipeline", "metrics", "identity", "queues", "ledger", "_ledger", "_documents", "_dispatcher"))
-_CONSTANT_OF_STREAM = frozenset(("_queue", "_limits", "_on_shard", "_threads", "_changed", "run"))
+_CONSTANT_OF_STREAM = frozenset(("_queue", "_limits", "_on_shard", "_threads", "run"))
 _TOLD_ELSEWHERE = frozenset(("_settings", "_lock", "_received"))
 
 
@@ -203,10 +203,18 @@ class _Client:
         return int(self._step("pttl", lambda: self._world.server.pttl(name)))
 
     def pexpire(self, name: str, milliseconds: int) -> int:
-        return int(self._step("pexpire", lambda: self._world.server.pexpire(name, milliseconds), writes=True))
+        server = self._world.server
+
+        def effect() -> int:
+            return server.remembered(("pexpire", name, milliseconds), lambda: server.pexpire(name, milliseconds))
+
+        return int(self._step("pexpire", effect, writes=True))
 
     def delete(self, name: str) -> int:
-        return int(self._step("delete", lambda: self._world.server.delete(name), writes=True))
+        server = self._world.server
+        return int(
+            self._step("delete", lambda: server.remembered(("delete", name), lambda: server.delete(name)), writes=True)
+        )
 
     def smembers(self, name: str) -> list[str]:
         return list(self._step("smembers", lambda: self._world.server.smembers(name)))
@@ -514,10 +522,10 @@ class Mill:
         worker = process.extra
         if worker is None:
             return 0
-        key = process.memory, self.world.now
         if isinstance(worker, BaseStream):
-            told = {name: value for name, value in vars(worker).items() if name not in _CONSTANT_OF_STREAM}
-            return digest(told, self.world)
+            own = {name: value for name, value in vars(worker).items() if name not in _CONSTANT_OF_STREAM}
+            return digest(own, self.world)
+        key = process.memory, self.world.now
         if key not in _SHARED:
             if len(_SHARED) > MAX_POSITIONS:
                 _SHARED.clear()
