@@ -20,11 +20,13 @@ _FIRST_POSITION = 2  # MPNet's positions 0 and 1 are not used
 
 def _class_of(folder: Path) -> type[PreTrainedModel]:
     kind = AutoConfig.from_pretrained(folder).model_type
-    classes = {"bert": BertForTokenClassification, "mpnet": MPNetForTokenClassification}
+    classes: dict[str, type[PreTrainedModel]] = {
+        "bert": BertForTokenClassification,
+        "mpnet": MPNetForTokenClassification,
+    }
     if kind not in classes:
         raise SystemExit(f"{folder}: an encoder of type {kind}; bert and mpnet are read")
-    chosen: type[PreTrainedModel] = classes[kind]
-    return chosen
+    return classes[kind]
 
 
 def load_classifier(folder: Path) -> PreTrainedModel:

@@ -296,6 +296,8 @@ def train(options: argparse.Namespace) -> None:
         print(f"plain sentences: {len(texts.train)}; left out likewise: {left_out_texts}", flush=True)
     model, tokenizer = start(options, corpora)
     teacher = load_classifier(options.teacher).eval() if options.teacher else None
+    if teacher and Tokenizer.from_file(str(options.teacher / "tokenizer.json")).get_vocab() != tokenizer.get_vocab():
+        raise SystemExit(f"--teacher {options.teacher}: another tokenizer; train it with the same --cased and --marks")
     mentions = Mentions(corpora)
     mask_id = tokenizer.token_to_id("[MASK]")
     fast = [model.base_model.embeddings.word_embeddings.case]
@@ -386,6 +388,8 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16: faster where the processor has it")
     parser.add_argument("--seed", type=int, default=20)
     options = parser.parse_args()
+    if options.plain and not options.teacher:
+        parser.error("--plain needs a --teacher, which labels its sentences")
     options.weights = {"btc": options.btc, "conll": options.conll}
     train(options)
 

@@ -68,7 +68,7 @@ def durable_shards(run: RunFolder) -> tuple[list[Shard], Position | None]:
     shards: list[Shard] = []
     first, position = 0, None
     indices = sorted(run.shards())
-    if indices:  # its writer may have ended before it was synced; that of another one had ended its write
+    if indices:  # its writer may have ended before the sync; each earlier one was synced before the next was written
         run.sync(run.shard_file(indices[-1]))
     for index in indices:
         data = run.read(run.shard_file(index))

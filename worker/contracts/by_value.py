@@ -121,8 +121,8 @@ class Documents:
             ``declared``; ``another`` where the ledger has another shard of the same number, which stays; ``unknown``
             where it does not know the run.
         """
-        answers = {str(answer) for answer in self._ledger.in_chunks("declare", run_id, shards)}
-        return next(iter(answers - {"declared"}), "declared")
+        answers = self._ledger.in_chunks("declare", run_id, shards)
+        return next((str(answer) for answer in answers if answer != "declared"), "declared")
 
     def needed(self, run_id: str) -> set[int]:
         """Declared shards whose documents must be offered: neither recorded nor pending, sent or leased."""
