@@ -329,7 +329,7 @@ MUTANTS = (
         LUA,
         "elseif takes and not is_there(run, shard) then",
         "elseif takes then",
-        ("value",),
+        ("stream-value",),
     ),
     Mutant(
         "a plan by value replaces one that is there",
