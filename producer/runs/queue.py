@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,7 @@ from nermill.worker.contracts.dispatch import Dispatcher
 from nermill.worker.contracts.errors import BrokerError, MessageError, UsageError
 from nermill.worker.contracts.ledger import Ledger
 from nermill.worker.contracts.message import KEY_PREFIX, QUEUE, REQUEST_PRIORITY, TAG_DOCUMENTS, queue_of
-from nermill.worker.contracts.records import WorkerProcess
+from nermill.worker.contracts.records import RunState, WorkerProcess
 
 DEFAULT_BROKER = "redis://localhost:6379/0"
 RECOVERY_SECONDS = 2.0  # between two looks at what was lost, by whomever
@@ -111,6 +111,20 @@ class Queue:
         """Whether the server knows a run."""
         with self.ledger() as ledger:
             return bool(ledger.uri(run_id))
+
+    def reopen(self, run_id: str, state: RunState, on_wait: Callable[[], object] = lambda: None) -> None:
+        """Lets an ended run take shards again; waits while a worker is at its last step, which may write ``_SUCCESS``.
+
+        Args:
+            state: ``OPEN`` for a stream that goes on, else ``CLOSED``.
+            on_wait: Called every 0.5 s meanwhile.
+        """
+        while True:
+            with self.ledger() as ledger:
+                if ledger.reopen(run_id, state):
+                    return
+            on_wait()
+            time.sleep(0.5)
 
     def drop(self, run_id: str) -> None:
         """Makes the server forget a run."""

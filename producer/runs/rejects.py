@@ -11,6 +11,7 @@ from nermill.producer.runs.run import send
 from nermill.worker.contracts.layout import REJECT_FILE, REPORT_HTML, REPORT_JSON, SUCCESS_FILE, RunFolder, part_name
 from nermill.worker.contracts.part import read_rejects as rejects_of
 from nermill.worker.contracts.plan import Plan
+from nermill.worker.contracts.records import RunState
 
 WORTH_A_RETRY = ("model_failure", "crashed_worker")  # the other reasons lie in the document itself
 
@@ -41,6 +42,7 @@ def retry(run: RunFolder, plan: Plan, queue: Queue) -> tuple[int, int]:
             again += hopeful
             shards.append(shard)
     if shards:
+        queue.reopen(plan.run_id, RunState.CLOSED)
         for name in (SUCCESS_FILE, REPORT_JSON, REPORT_HTML, REJECT_FILE):
             run.remove(name)
         for shard in shards:

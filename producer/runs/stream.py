@@ -10,6 +10,7 @@ from nermill.producer.sources.files import is_remote
 from nermill.worker.contracts.errors import BrokerError
 from nermill.worker.contracts.layout import REJECT_FILE, REPORT_HTML, REPORT_JSON, SUCCESS_FILE
 from nermill.worker.contracts.plan import Shard
+from nermill.worker.contracts.records import RunState
 
 
 class Stream(BaseStream):
@@ -35,6 +36,7 @@ class Stream(BaseStream):
         return root
 
     def _open(self) -> None:
+        self._queue.reopen(self.plan.run_id, RunState.OPEN, self._hold)  # it may have ended before
         for name in (SUCCESS_FILE, REPORT_JSON, REPORT_HTML, REJECT_FILE):
             self.run.remove(name)  # of a run that goes on
         self.plan.write(self.run)

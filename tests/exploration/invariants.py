@@ -39,7 +39,7 @@ class Watch:
         self._lost: Counter[tuple[str, str]] = Counter()  # leases that ended while they were held
         self._attempts: dict[tuple[str, str], int] = {}  # of a process's lease of a shard
         self._looked = 0.0
-        self._was_blocked = self._was_cancelled = False
+        self._was_cancelled = False
         self.checked_from = 0  # the number of the first step that another walk did not check
         self.sent = 0
         self.tagged: Counter[int] = Counter()
@@ -88,7 +88,7 @@ class Watch:
                 self._world.violated(f"{actor.process.name} releases a lease of shard {key[1]} that it does not hold")
         elif name == "quarantine" and told:
             self._leases.pop((arguments[1], arguments[2]), None)
-        elif (name in ("add", "close") and told) or (name == "open" and arguments[2] == "open"):  # a stream goes on
+        elif (name in ("add", "close", "reopen") and told) or (name == "open" and arguments[2] == "open"):
             self._leases.pop((arguments[1], FINISH), None)
         elif name == "drop":
             self._leases = {key: held for key, held in self._leases.items() if key[0] != arguments[1]}
@@ -110,7 +110,6 @@ class Watch:
             singles,
             sorted(self._deaths.items()),
             sorted(self._lost.items()),
-            self._was_blocked,
             self._was_cancelled,
             self.is_compacted,
             since,
@@ -330,12 +329,10 @@ class Watch:
                 if one & other:
                     violated(f"shard {min(one & other)} of {run} is in two places")
             somewhere = pending | sent | leases | results | quarantined
-            self._was_blocked |= "blocked" in header  # what is received meanwhile is added again by who resumes the run
             self._was_cancelled |= header.get("state") == "cancelled"
-            is_added = not (self._was_blocked or self._was_cancelled)  # else what is in no place waits until it is
             documents = self._hash(f"run:{run}:documents").keys()
             taken = documents if self._scenario.by_value else shards  # by value others are declared and wait for theirs
-            if is_added and not taken <= somewhere:
+            if not (self._was_cancelled or taken <= somewhere):
                 violated(f"shard {min(taken - somewhere)} of {run} is in no place")
             if stored := documents & results:
                 violated(f"the documents of shard {min(stored)} of {run} are in Redis, and it is recorded")

@@ -235,15 +235,28 @@ MUTANTS = (
     Mutant(
         "a run is finished before it is marked",
         FINISH,
-        "    mark_complete(run, sorted(shard.index for shard in plan.shards))\n",
-        "    leases.ledger.close(claim.run_id, claim)\n"
-        "    mark_complete(run, sorted(shard.index for shard in plan.shards))\n",
+        "    if not mark_complete(",
+        "    leases.ledger.close(claim.run_id, claim)\n    if not mark_complete(",
+    ),
+    Mutant(
+        "a lost last step marks the run",
+        FINISH,
+        "lambda: leases.renew(claim)",
+        "lambda: True",
+        ("stream",),
+    ),
+    Mutant(
+        "the message of a blocked run leaves its shard in no place",
+        LUA,
+        "    wait(run, shard)\n    return {'blocked'}\n",
+        "    return {'blocked'}\n",
+        ("blind",),
     ),
     Mutant(
         "a run is evaluated before it is marked",
         FINISH,
-        "    mark_complete(run, sorted(shard.index for shard in plan.shards))\n",
-        "    _evaluate(claim)\n    mark_complete(run, sorted(shard.index for shard in plan.shards))\n",
+        "    if not mark_complete(",
+        "    _evaluate(claim)\n    if not mark_complete(",
     ),
     Mutant(
         "_SUCCESS comes before the rejects",

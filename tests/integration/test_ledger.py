@@ -20,7 +20,7 @@ from nermill.worker.contracts.errors import MessageError
 from nermill.worker.contracts.ledger import UNABLE_SECONDS, Ledger
 from nermill.worker.contracts.message import PRIORITIES, QUEUE, queue_of
 from nermill.worker.contracts.plan import Options, Shard
-from nermill.worker.contracts.records import TRANSITIONS, Claim, Message, RunState, WorkerProcess
+from nermill.worker.contracts.records import TRANSITIONS, Claim, Completion, Message, RunState, WorkerProcess
 
 LEASE = 60.0
 SHA = "0" * 64
@@ -81,8 +81,12 @@ class Delivery:
         return claim
 
 
+def record(ledger: Ledger, claim: Claim) -> Completion:
+    return ledger.complete(claim, "w", ok=9, rejected=1, tokens=100, computed=110)
+
+
 def complete(ledger: Ledger, claim: Claim) -> bool:
-    return ledger.complete(claim, "w", ok=9, rejected=1, tokens=100, computed=110).newly
+    return record(ledger, claim).newly
 
 
 def index_of(claim: Claim | None) -> int | None:
@@ -482,6 +486,96 @@ def test_a_run_that_no_live_worker_can_read_is_blocked(ledger: Ledger) -> None:
     assert "none of 2 workers" in progress.last_error
     assert "/out: not there" in progress.last_error
     assert due(ledger) == []
+
+
+def blocked(ledger: Ledger, shards: int) -> tuple[list[Claim], WorkerProcess]:
+    """Claims of two shards of a run that was blocked after them, and the worker that has them."""
+    begin(ledger, shards, artifact=ART)
+    able, blind = worker(name="able"), worker(name="blind")
+    ledger.register(able, 3600)
+    claims = [ledger.lease("r", message.shard, able, LEASE) for message in due(ledger)[:2]]
+    ledger.register(able, 0)
+    ledger.register(blind, 3600)
+    assert ledger.unable("r", "blind", "blind: /out: not there")
+    return [claim for claim in claims if isinstance(claim, Claim)], able
+
+
+def test_messages_of_a_blocked_run_leave_their_shards_pending(ledger: Ledger) -> None:
+    begin(ledger, 3, artifact=ART)
+    ledger.register(worker(name="blind"), 3600)
+    first, second = due(ledger)
+    assert ledger.unable("r", "blind", "blind: /out: not there")
+    for message in (first, second):
+        assert ledger.lease("r", message.shard, worker(name="other"), LEASE) == "blocked"
+    progress = ledger.progress("r")
+    assert (progress.pending, progress.sent) == (3, 0)
+    assert due(ledger) == [], "the run is blocked"
+    begin(ledger, 3, artifact=ART)
+    assert [message.shard for message in due(ledger)] == [0, 1]
+
+
+def test_a_part_that_is_recorded_ends_the_block(ledger: Ledger) -> None:
+    (first, second), able = blocked(ledger, 3)
+    assert due(ledger) == []
+    record(ledger, first)
+    progress = ledger.progress("r")
+    assert not progress.blocked
+    assert progress.last_error == ""
+    assert [message.shard for message in due(ledger)] == [2]
+    assert ledger.unable("r", "blind", "blind: /out: not there"), "the only live worker still cannot read it"
+    record(ledger, first)
+    assert ledger.progress("r").blocked, "what was recorded before says nothing new"
+    record(ledger, second)
+    third = ledger.lease("r", 2, able, LEASE)
+    assert isinstance(third, Claim)
+    assert record(ledger, third).last
+    assert [message.shard for message in due(ledger)] == [None]
+
+
+def test_the_last_step_of_a_blocked_run_waits_until_it_is_sent_again(ledger: Ledger) -> None:
+    (first, second), _ = blocked(ledger, 2)
+    record(ledger, first)
+    assert record(ledger, second).last
+    (message,) = due(ledger)
+    assert ledger.unable("r", "blind", "blind: /out: not there")
+    assert ledger.lease("r", message.shard, worker(name="blind"), LEASE) == "blocked"
+    assert due(ledger) == []
+    assert ledger.progress("r").pending == 1
+    ledger.open("r", "/out", Options(), artifact=ART)
+    ledger.seal("r")
+    assert [message.shard for message in due(ledger)] == [None]
+
+
+def test_shards_that_come_after_the_last_step_was_due_go_to_the_queue_of_their_artifact(ledger: Ledger) -> None:
+    begin(ledger, 1, artifact=ART)
+    (message,) = due(ledger)
+    claim = ledger.lease("r", message.shard, worker(), LEASE)
+    assert isinstance(claim, Claim)
+    assert record(ledger, claim).last
+    ledger.add("r", [shard(0), shard(1)])
+    assert ledger.promote(QUEUE) == []
+    assert [message.shard for message in ledger.promote(queue_of(ART))] == [1]
+
+
+def test_a_run_is_not_reopened_while_a_worker_is_at_its_last_step(ledger: Ledger) -> None:
+    assert ledger.reopen("r", RunState.OPEN), "a run that is not known has no last step"
+    assert ledger.progress("r").state == "unknown"
+    begin(ledger, 1, artifact=ART)
+    claim = Delivery(ledger).one()
+    assert record(ledger, claim).last
+    finish = Delivery(ledger).one()
+    assert not ledger.reopen("r", RunState.OPEN)
+    assert ledger.renew(finish, LEASE)
+    assert ledger.progress("r").state == "finishing"
+    later = time.time() + LEASE + 1
+    assert ledger.reopen("r", RunState.OPEN, now=later)
+    assert ledger.progress("r").state == "open"
+    assert not ledger.renew(finish, LEASE), "who was at it may not mark the run"
+    assert due(ledger) == []
+    assert ledger.seal("r")
+    assert ledger.close("r", Delivery(ledger).one())
+    assert ledger.reopen("r", RunState.CLOSED)
+    assert ledger.progress("r").state == "closed"
 
 
 def test_what_is_missing_in_two_looks_is_sent_again_the_oldest_first(ledger: Ledger) -> None:

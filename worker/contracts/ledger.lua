@@ -99,25 +99,28 @@ local function unlease(run, shard)
   redis.call('ZREM', prefix .. 'leases', join(run, shard))
 end
 
+-- what a late step writes for a run that ended is forgotten with the run
+local function end_with_run(run)
+  if state(run) == 'finished' or state(run) == 'cancelled' then expire(run, redis.call('TTL', key(run))) end
+end
+
+-- gives a run its turn: one that is not blocked any more, or whose only message is not waited for (see promote, of runs
+-- without an artifact)
+local function go_on(run)
+  if redis.call('HEXISTS', key(run), 'blocked') == 1 then return end
+  local finish = redis.call('ZSCORE', key(run, 'pending'), FINISH)
+  if redis.call('ZCARD', key(run, 'pending')) > (finish and 1 or 0) then enroll(run, queue_of(run), get(run, 'priority')) end
+  if finish then enroll(run, COMMON, '3') end
+end
+
 -- shards come after the run's last step was due: who is at it lost its lease, and what it says does not count
 local function put_off_finish(run)
   unsend(run, FINISH)
   unlease(run, FINISH)
   redis.call('HDEL', key(run, 'attempts'), FINISH) -- what comes later is another last step
   redis.call('ZREM', key(run, 'pending'), FINISH)
-end
-
--- what a late step writes for a run that ended is forgotten with the run
-local function end_with_run(run)
-  if state(run) == 'finished' or state(run) == 'cancelled' then expire(run, redis.call('TTL', key(run))) end
-end
-
--- gives a run its turn again whose only message is not waited for any more: see promote, of runs without an artifact
-local function go_on(run)
-  local finish = redis.call('ZSCORE', key(run, 'pending'), FINISH) and 1 or 0
-  if redis.call('HEXISTS', key(run), 'blocked') == 0 and redis.call('ZCARD', key(run, 'pending')) > finish then
-    enroll(run, queue_of(run), get(run, 'priority'))
-  end
+  redis.call('ZREM', turn(COMMON, '3'), run) -- else shards would be sent to workers of any artifact
+  go_on(run)
 end
 
 -- a shard waits for a message, unless the run was cancelled or the shard is recorded; answers 1 where it is new there
@@ -127,8 +130,7 @@ local function wait(run, shard)
   unsend(run, shard)
   redis.call('HSETNX', key(run, 'since'), shard, clock())
   local added = redis.call('ZADD', key(run, 'pending'), 'NX', shard == FINISH and '1e18' or shard, shard)
-  if shard == FINISH then enroll(run, COMMON, '3')
-  elseif redis.call('HEXISTS', key(run), 'blocked') == 0 then enroll(run, queue_of(run), get(run, 'priority')) end
+  go_on(run)
   end_with_run(run)
   return added
 end
@@ -198,16 +200,24 @@ function step.open(run, to, artifact, priority, ...)
   elseif not move(run, to) then
     return redis.error_reply('run ' .. run .. ' cannot go from ' .. state(run) .. ' to ' .. to)
   end
-  leave(run)
   if to == 'open' then put_off_finish(run) end -- a stream goes on
+  leave(run)
   redis.call('HSET', key(run), 'priority', priority, ...)
   redis.call('HDEL', key(run), 'blocked', 'last_error')
   redis.call('DEL', key(run, 'unable'), key(run, 'quarantined'))
   if artifact ~= '' then redis.call('HSET', key(run), 'artifact', artifact)
   else redis.call('HSETNX', key(run), 'artifact', '') end
-  if redis.call('ZCARD', key(run, 'pending')) > 0 then enroll(run, queue_of(run), priority) end
+  go_on(run)
   expire(run, FORGET_SECONDS)
   return fresh and 1 or 0
+end
+
+-- an ended run takes shards again, and its last step is not due any more; answers 0 while a worker is at that step
+function step.reopen(run, to, now)
+  local lease_end = redis.call('ZSCORE', prefix .. 'leases', join(run, FINISH))
+  if lease_end and tonumber(lease_end) > clock(now) then return 0 end
+  if state(run) ~= 'unknown' and move(run, to) then put_off_finish(run) end
+  return 1
 end
 
 -- pairs of shard and specification; answers how many newly wait for a message
@@ -347,9 +357,12 @@ function step.lease(run, shard, lease, worker, artifact, milliseconds, now)
   unsend(run, shard)
   if redis.call('HEXISTS', key(run, 'results'), shard) == 1 then return {'done'} end
   if state(run) == 'cancelled' then return {'cancelled'} end
-  if redis.call('HEXISTS', key(run), 'blocked') == 1 then return {'blocked'} end
   if redis.call('HEXISTS', key(run, 'quarantined'), shard) == 1 then return {'quarantined'} end
   if not is_known then return {'unknown'} end -- declared, and its documents have not come: the message is of a lost server
+  if redis.call('HEXISTS', key(run), 'blocked') == 1 then
+    wait(run, shard)
+    return {'blocked'}
+  end
   local bound = get(run, 'artifact')
   if shard ~= FINISH and bound ~= '' and bound ~= artifact then
     wait(run, shard)
@@ -412,7 +425,8 @@ function step.release(run, shard, lease, last_error)
   return 1
 end
 
--- a worker cannot read the run's folder; where no live worker can, the run is blocked until it is sent again
+-- a worker cannot read the run's folder; where no live worker can, the run is blocked until it is sent again, or until a
+-- worker that had a shard of it records that
 function step.unable(run, worker, milliseconds, reason, now)
   now = clock(now)
   if state(run) == 'unknown' then return 0 end
@@ -462,9 +476,8 @@ function step.complete(run, shard, lease, worker, ok, rejected, tokens, computed
     count(run, 'tokens', tokens)
     count(run, 'computed', computed)
     redis.call('HSET', key(run), 'finished', clock(now))
-    if redis.call('HEXISTS', key(run), 'blocked') == 0 and redis.call('EXISTS', key(run, 'quarantined')) == 0 then
-      redis.call('HDEL', key(run), 'last_error')
-    end
+    redis.call('HDEL', key(run), 'blocked') -- this worker can read the run's folder, and write into it
+    if redis.call('EXISTS', key(run, 'quarantined')) == 0 then redis.call('HDEL', key(run), 'last_error') end
   else
     count(run, 'duplicates', 1)
   end

@@ -109,6 +109,10 @@ class Ledger:
             header += ["plan", plan_json(plan)]
         return bool(self.step("open", run_id, state.value, artifact, priority, *header))
 
+    def reopen(self, run_id: str, state: RunState, now: float | None = None) -> bool:
+        """Lets an ended run take shards again, as ``OPEN`` or ``CLOSED``; False while a worker is at its last step."""
+        return bool(self.step("reopen", run_id, state.value, _now(now)))
+
     def add(self, run_id: str, shards: Iterable[Shard]) -> int:
         """Makes shards pending, unless they are pending, sent, leased or recorded; returns how many newly are."""
         return sum(self.in_chunks("add", run_id, shards))

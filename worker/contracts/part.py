@@ -9,7 +9,7 @@ which involves no Python object, and a part on a store is read in the caller's t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from itertools import islice
@@ -87,19 +87,23 @@ def read_rejects(run: RunFolder, shards: Iterable[int]) -> Iterator[tuple[int, p
             yield from ((shard, table) for shard, table in zip(some, tables, strict=True) if table.num_rows)
 
 
-def mark_complete(run: RunFolder, shards: Iterable[int]) -> None:
+def mark_complete(run: RunFolder, shards: Iterable[int], may_mark: Callable[[], bool] = lambda: True) -> bool:
     """Copies the rejects of a run's parts to ``_rejects``, then writes ``_SUCCESS``; does nothing where that exists.
 
     Args:
         run: A run whose planned shards all have their part.
         shards: Numbers of its parts.
+        may_mark: Asked before ``_SUCCESS`` is written.
+
+    Returns:
+        Whether ``_SUCCESS`` is there.
 
     Raises:
         StoreError: a part cannot be read, or a file cannot be written.
     """
     if run.exists(SUCCESS_FILE):
         run.sync(SUCCESS_FILE)
-        return
+        return True
     sink, count = pa.BufferOutputStream(), 0
     with pq.ParquetWriter(sink, REJECTS, compression="zstd") as writer:
         for _, table in read_rejects(run, shards):
@@ -110,7 +114,10 @@ def mark_complete(run: RunFolder, shards: Iterable[int]) -> None:
     else:
         run.remove(REJECT_FILE)
     run.write(DATASETS_FILE, _DATASETS)
+    if not may_mark():
+        return False
     run.write(SUCCESS_FILE, b"", exclusive=True)
+    return True
 
 
 def scores_of(run: RunFolder) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from nermill.worker.contracts.by_value import Documents
 from nermill.worker.contracts.command import python_command
+from nermill.worker.contracts.errors import LeaseLostError
 from nermill.worker.contracts.layout import PLAN_FILE, SUCCESS_FILE
 from nermill.worker.contracts.part import mark_complete, scores_of
 from nermill.worker.contracts.plan import read_plan
@@ -37,7 +38,7 @@ def finish(claim: Claim, leases: Leases, documents: Documents, metrics: Metrics)
 
     Raises:
         UnreachableError: the run's plan is not to be seen from here.
-        LeaseLostError: the ledger does not know the lease of a run by value any more.
+        LeaseLostError: the ledger does not know the lease any more: the run takes shards again, or the server lost it.
         StoreError: the store does not answer.
         MessageError: the ledger's entries do not fit.
     """
@@ -59,7 +60,8 @@ def finish(claim: Claim, leases: Leases, documents: Documents, metrics: Metrics)
         log.warning("run %s is not complete, %s", claim.run_id, reason)
         leases.ledger.quarantine(claim, reason)
         return {"state": "incomplete", "reason": reason}
-    mark_complete(run, sorted(shard.index for shard in plan.shards))
+    if not mark_complete(run, sorted(shard.index for shard in plan.shards), lambda: leases.renew(claim)):
+        raise LeaseLostError
     run.remove_stale_files()
     log.info("run %s is complete", claim.run_id)
     reason = _evaluate(claim) if plan.has_gold else ""
