@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from dataclasses import asdict, dataclass
 
@@ -123,7 +124,8 @@ def _durable_by_value(run: RunFolder, plan: Plan, queue: Queue) -> Durable:
         places = documents.positions(plan.run_id)
     try:
         position = Position.of_json(places[len(shards) - 1]) if shards else None
-        cuts = tuple(Position.of_json(places[index]) for index in sorted(places) if index >= len(shards))
+        following = itertools.takewhile(places.__contains__, itertools.count(len(shards)))
+        cuts = tuple(Position.of_json(places[index]) for index in following)
     except (KeyError, ValueError, TypeError):
         raise _unplaced(run) from None
     return Durable(run, plan, shards, position, cuts)

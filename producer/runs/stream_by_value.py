@@ -69,9 +69,9 @@ class StreamByValue(BaseStream):
         plan = self.plan
         with self._queue.ledger() as ledger:
             Documents(ledger).open(self.run.uri, plan, RunState.OPEN)
-            ledger.add(plan.run_id, self._shards)
-            if self._position is not None:
+            if self._position is not None:  # before the shards, which are worth nothing without it
                 Documents(ledger).place(plan.run_id, self._shards[-1].index, self._position.as_json())
+            ledger.add(plan.run_id, self._shards)
         with self._changed:
             self._unsent.extendleft(reversed(self._offered))
             self._offered.clear()
