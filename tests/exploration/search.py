@@ -11,7 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 
-from tests.exploration.scenario import SCENARIOS, Mill, Scenario, install
+from tests.exploration.mill import Mill, install
+from tests.exploration.scenario import SCENARIOS, Scenario
 from tests.exploration.world import Actor, Chosen, Fault, Memories, ViolationError, World
 
 Schedule = dict[int, Fault]  # the fault in the place of a step, by the step's number
