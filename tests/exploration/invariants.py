@@ -14,6 +14,7 @@ from nermill.worker.contracts.ledger import CLOSED_SECONDS
 from nermill.worker.contracts.message import FINISH, KEY_PREFIX
 from nermill.worker.contracts.records import MAX_ATTEMPTS, MAX_STRIKES
 from tests.exploration.places import Bucket
+from tests.exploration.scenario import FLAKY
 
 if TYPE_CHECKING:
     from tests.exploration.scenario import Scenario
@@ -36,6 +37,9 @@ class Watch:
         self._dropped = False
         self._is_unevaluated = False  # too many attempts did not live to write the report
         self.is_compacted = False  # from the begin of the command on
+        self.is_retried = False  # likewise
+        self.retried = 0  # how often a shard was sent again for its rejects
+        self._is_late = False  # whether a worker may write after its lease ended
         self._lost: Counter[tuple[str, str]] = Counter()  # leases that ended while they were held
         self._attempts: dict[tuple[str, str], int] = {}  # of a process's lease of a shard
         self._looked = 0.0
@@ -112,19 +116,20 @@ class Watch:
             sorted(self._lost.items()),
             self._was_cancelled,
             self.is_compacted,
+            self.is_retried,
             since,
         )
 
     def excuses(self) -> tuple[int, ...]:
         """What allows more, the greater each number is: a state that held with less holds with more."""
         hindered = (p.is_hindered for p in self._world.processes if p.is_alive)
-        return self.slack(), int(self._dropped), int(self._is_unevaluated), *hindered
+        return self.slack(), int(self._is_late), int(self._dropped), int(self._is_unevaluated), *hindered
 
     def slack(self) -> int:
         """How many shards may be tagged again yet."""
         scenario = self._scenario
         held = scenario.workers * scenario.concurrency  # what a fault may cause to be tagged again
-        bound = scenario.shards + held * self._world.faults + (POISON_DEATHS if self.poisoned else 0)
+        bound = scenario.shards + self.retried + held * self._world.faults + (POISON_DEATHS if self.poisoned else 0)
         return bound - sum(self.tagged.values())
 
     def looks(self) -> None:
@@ -148,6 +153,7 @@ class Watch:
 
     def befell(self, kind: str, process: Process) -> None:
         """A fault is about to happen at a step of a process."""
+        self._is_late |= kind in ("pause", "stall") and process.slot != "producer"
         if kind == "drop":
             self._leases.clear()
             self._dropped = True
@@ -187,6 +193,8 @@ class Watch:
         """A run is about to be evaluated."""
         self.evaluations += 1
         files = self._files()
+        if self._is_excused():
+            return
         if "_SUCCESS" not in files or not self._planned_whole(files) <= files.keys():
             self._world.violated("the run is evaluated and is not whole")
 
@@ -208,6 +216,13 @@ class Watch:
             from tests.exploration.world import ViolationError
 
             raise ViolationError("; ".join(world.violations))
+
+    def _is_excused(self) -> bool:
+        """Whether a late worker may have recorded or marked what is not there any more, as rejects are tried again.
+
+        It proved its lease before, and no store can compare that with what it writes.
+        """
+        return self.is_retried and self._is_late
 
     def _folder(self) -> str:
         """The run's folder, as the place spells it; empty until there is one."""
@@ -264,8 +279,10 @@ class Watch:
         if self.is_compacted:
             self._check_compacted(files)
             return
-        for name, data in self._parts.items():
-            if name not in files:
+        for name, data in list(self._parts.items()):
+            if name not in files and self.is_retried and _rejected(data):
+                del self._parts[name]
+            elif name not in files:
                 violated(f"{name} is gone")
             elif files[name] != data:
                 violated(f"{name} changed")
@@ -275,7 +292,7 @@ class Watch:
                 self._check_part(name, data)
         if "_plan.json" in files and (lost := _sources(files) - files.keys()):
             violated(f"_plan.json is there, {lost} are not")
-        if "_SUCCESS" in files:
+        if "_SUCCESS" in files and not self._is_excused():
             durable = self._durable()
             if missing := self._planned_whole(files) - durable.keys():
                 violated(f"_SUCCESS is there, {sorted(missing)} are not durable")
@@ -299,7 +316,12 @@ class Watch:
             self._world.violated(f"{name} has the documents {rows}")
         for document, reason in rows:
             is_poison = scenario.documents[int(document)] == "poison"
-            if is_poison != (reason is not None) and not (reason and self._deaths[document] >= MAX_STRIKES):
+            is_flaky = scenario.documents[int(document)] == FLAKY and reason in ("model_failure", None)
+            if (
+                not is_flaky
+                and is_poison != (reason is not None)
+                and not (reason and self._deaths[document] >= MAX_STRIKES)
+            ):
                 self._world.violated(f"document {document} is rejected for {reason}")
         rejected = sum(reason is not None for _, reason in rows)
         if (stats["ok"], stats["rejected"], stats["documents"]) != (len(rows) - rejected, rejected, len(rows)):
@@ -332,6 +354,8 @@ class Watch:
             self._was_cancelled |= header.get("state") == "cancelled"
             documents = self._hash(f"run:{run}:documents").keys()
             taken = documents if self._scenario.by_value else shards  # by value others are declared and wait for theirs
+            if self.is_retried:  # a result is forgotten before its shard is added
+                taken = {shard for shard in taken if _part(int(shard)) in self._parts}
             if not (self._was_cancelled or taken <= somewhere):
                 violated(f"shard {min(taken - somewhere)} of {run} is in no place")
             if stored := documents & results:
@@ -378,6 +402,9 @@ class Watch:
             if shard == FINISH:
                 continue
             name = _part(int(shard))
+            was_removed = self.is_retried and name not in self._parts  # and is recorded until that is said
+            if self._is_excused() or was_removed:
+                continue
             if name not in durable:
                 violated(f"shard {shard} is recorded, its part is not durable")
                 continue
@@ -428,7 +455,13 @@ class Watch:
             is_index = key.startswith(tuple(KEY_PREFIX + name for name in ("turn:", "sent", "leases")))
             if is_index and value:
                 violated(f"the work is done, and {key} has {sorted(value)}")
-        is_plain = not (self.poisoned or scenario.blind or scenario.cancels)
+        if (
+            scenario.retries
+            and not self._is_late
+            and (rejected := [row for data in self._parts.values() for row in _rejected(data)])
+        ):
+            violated(f"rejects were tried again, and {rejected} are rejected")
+        is_plain = not (self.poisoned or scenario.blind or scenario.cancels or scenario.retries)
         if is_plain and not any(step.fault for step in world.steps):
             if self.tagged != Counter(range(scenario.shards)):
                 violated(f"without faults, shards were tagged so often: {dict(self.tagged)}")

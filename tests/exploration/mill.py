@@ -16,6 +16,7 @@ from nermill.producer.runs.by_value import open_seen_or_not
 from nermill.producer.runs.continuation import find_followed, followed_run_id
 from nermill.producer.runs.planning import Found, Request, make_plan
 from nermill.producer.runs.queue import Queue
+from nermill.producer.runs.rejects import retry
 from nermill.producer.runs.run import resume, wait
 from nermill.producer.runs.shards import ShardLimits
 from nermill.producer.runs.stream import Stream
@@ -231,9 +232,18 @@ class Mill:
             return
         if not self.watch.is_compacted:
             self._wait(folder, plan, queue)
+        while scenario.retries and self._retry(folder, plan, queue):
+            self._wait(folder, plan, queue)
         if scenario.compacts:
             self.watch.is_compacted = True
             compact.compact(folder, read_plan(folder))
+
+    def _retry(self, folder: RunFolder, plan: Plan, queue: Queue) -> int:
+        """``nermill rejects --retry``."""
+        self.watch.is_retried = True
+        again, _ = retry(folder, plan, queue)
+        self.watch.retried += bool(again)
+        return again
 
     def _send(self, request: Request, found: Found) -> None:
         """``nermill submit --by-value --wait``."""

@@ -256,7 +256,7 @@ MUTANTS = (
         "a run is evaluated before it is marked",
         FINISH,
         "    if not mark_complete(",
-        "    _evaluate(claim)\n    if not mark_complete(",
+        "    _evaluate(claim, leases)\n    if not mark_complete(",
     ),
     Mutant(
         "_SUCCESS comes before the rejects",

@@ -7,6 +7,7 @@ from typing import Any
 
 LEASE = 12.0
 POISON = "poison"  # a document of that text ends the process that tags it
+FLAKY = "flaky"  # the model fails on a document of that text until rejects are tried again
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Scenario:
         operator: Seconds until somebody gives a command again that failed or was killed.
         pause: Seconds for which a process or thread does nothing: more than a lease.
         compacts: Whether the run is compacted when it is complete.
+        retries: Whether rejects are tried again when the run is complete, until there are none.
         cancels: Seconds after which somebody cancels the run; 0 where nobody does.
         polls: Seconds between the first two looks of a producer that waits, and between later ones at most.
         has_gold: Whether the documents have gold tags, so that the run is evaluated.
@@ -46,6 +48,7 @@ class Scenario:
     pause: float = 2 * LEASE + 1
     polls: tuple[float, float] = (1.0, 9.0)
     compacts: bool = False
+    retries: bool = False
     cancels: float = 0.0
     has_gold: bool = True
     by_value: bool = False
@@ -73,6 +76,7 @@ SCENARIOS = {
         Scenario("alone", waits=False, **_IN_STEP),
         Scenario("blind", waits=False, blind=("w0",)),
         Scenario("compact", out="sim://bucket/out", restart=4.0, operator=8.0, pause=40.0, compacts=True),
+        Scenario("retry", documents=("a", FLAKY, "c", "d"), retries=True, **_IN_STEP),
         Scenario("cancel", seconds=(2.0,) * 4, shard_documents=1, cancels=1.0, **_IN_STEP),
         Scenario("value", by_value=True, **_IN_STEP),
         Scenario("stream", is_stream=True, has_gold=False, **_IN_STEP),

@@ -33,7 +33,7 @@ from nermill.worker.tagging.clock import DeviceClock
 from nermill.worker.tagging.pipeline import Annotated, Stats
 from tests.exploration import world as simulated
 from tests.exploration.places import Bucket
-from tests.exploration.scenario import POISON, Scenario
+from tests.exploration.scenario import FLAKY, POISON, Scenario
 from tests.exploration.server import Server
 from tests.exploration.world import Process, World
 
@@ -205,7 +205,8 @@ class Model:
     ) -> Annotated:
         self._world.watch.annotates(self._process, first, table.num_rows)
         attempt = self._world.watch.attempt(self._process, first)
-        self._world.tell(attempt)
+        fails = FLAKY if not self._world.watch.is_retried else ""
+        self._world.tell((attempt, fails))
         texts = tuple(
             zip(table["doc_id"].to_pylist(), table["text"].to_pylist(), table["fault_reason"].to_pylist(), strict=True)
         )
@@ -215,11 +216,12 @@ class Model:
         if any(text == POISON and fault is None for _, text, fault in texts):
             self._world.watch.poison()
             self._world.die()
-        return _annotated(texts, first, attempt)
+        return _annotated(texts, first, attempt, fails)
 
 
 @cache
-def _annotated(texts: tuple[tuple[str, str, str | None], ...], first: int, computed: int) -> Annotated:
+def _annotated(texts: tuple[tuple[str, str, str | None], ...], first: int, computed: int, fails: str) -> Annotated:
+    texts = tuple((name, text, "model_failure" if text == fails else fault) for name, text, fault in texts)
     rows = [
         {
             "doc_index": first + at,

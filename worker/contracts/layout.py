@@ -117,7 +117,7 @@ class RunFolder:
             self._place[0].sync(path)
 
     def remove(self, name: str) -> None:
-        """Removes a file; a missing file is no error."""
+        """Removes a file, which then does not come back when the host fails; a missing file is no error."""
         path = self.path(name)
         with store_errors("remove", path):
             self._place[0].remove(path)

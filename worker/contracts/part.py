@@ -93,7 +93,7 @@ def mark_complete(run: RunFolder, shards: Iterable[int], may_mark: Callable[[], 
     Args:
         run: A run whose planned shards all have their part.
         shards: Numbers of its parts.
-        may_mark: Asked before ``_SUCCESS`` is written.
+        may_mark: Asked when the rejects are read, before anything is written.
 
     Returns:
         Whether ``_SUCCESS`` is there.
@@ -109,13 +109,13 @@ def mark_complete(run: RunFolder, shards: Iterable[int], may_mark: Callable[[], 
         for _, table in read_rejects(run, shards):
             writer.write_table(table)
             count += table.num_rows
+    if not may_mark():
+        return False
     if count:
         run.write(REJECT_FILE, sink.getvalue().to_pybytes())
     else:
         run.remove(REJECT_FILE)
     run.write(DATASETS_FILE, _DATASETS)
-    if not may_mark():
-        return False
     run.write(SUCCESS_FILE, b"", exclusive=True)
     return True
 

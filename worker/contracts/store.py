@@ -46,7 +46,7 @@ class Store(Protocol):
         """Makes sure that a file which is there stays there, whatever its writer still did."""
 
     def remove(self, path: str) -> None:
-        """Removes a file; a missing file is no error."""
+        """Removes a file, which then does not come back; a missing file is no error."""
 
     def list(self, path: str) -> list[str]:
         """Names in a folder; empty where there is no such folder."""
@@ -119,8 +119,10 @@ class Disk:
         _sync_folder(os.path.dirname(path))
 
     def remove(self, path: str) -> None:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
+        with suppress(FileNotFoundError):  # also where the folder is missing
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+            _sync_folder(os.path.dirname(path))
 
     def list(self, path: str) -> list[str]:
         try:

@@ -64,18 +64,23 @@ def finish(claim: Claim, leases: Leases, documents: Documents, metrics: Metrics)
         raise LeaseLostError
     run.remove_stale_files()
     log.info("run %s is complete", claim.run_id)
-    reason = _evaluate(claim) if plan.has_gold else ""
+    reason = _evaluate(claim, leases) if plan.has_gold else ""
     scores = scores_of(run) if plan.by_value else None  # for producers that cannot read the folder
     leases.patiently(lambda: leases.ledger.close(claim.run_id, claim, json.dumps(scores) if scores else ""))
     return {"state": "complete", "reason": reason}
 
 
-def _evaluate(claim: Claim) -> str:
+def _evaluate(claim: Claim, leases: Leases) -> str:
     """Writes the run's report, unless several processes ended at that.
 
     Returns:
         Why there is no report; empty where there is one.
+
+    Raises:
+        LeaseLostError: the ledger does not know the lease any more.
     """
+    if not leases.renew(claim):
+        raise LeaseLostError
     if claim.attempts > MAX_ATTEMPTS:
         reason = f"no report: {MAX_ATTEMPTS} attempts did not live to write it"
     else:
