@@ -239,6 +239,13 @@ MUTANTS = (
         "    leases.ledger.close(claim.run_id, claim)\n    if not mark_complete(",
     ),
     Mutant(
+        "a removal is not synced",
+        STORE,
+        "                os.unlink(path)\n            _sync_folder(os.path.dirname(path))\n",
+        "                os.unlink(path)\n",
+        ("retry",),
+    ),
+    Mutant(
         "a lost last step marks the run",
         FINISH,
         "lambda: leases.renew(claim)",
