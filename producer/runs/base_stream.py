@@ -133,8 +133,7 @@ class BaseStream(ABC):
             self.run, self._shards = durable.run, list(durable.shards)
             self.plan = replace(durable.plan, shards=(), is_open=True, cancelled=False, priority=priority)
             self._taken = self._durable_documents()
-        if not self._hold():
-            raise UsageError(f"{self.run.uri}: another producer fills this stream; end that one first")
+        self._keep_hold()
         self._open()
         self._threads = [
             threading.Thread(target=self._guarded, args=[work], name=f"stream-{name}", daemon=True)
@@ -305,6 +304,10 @@ class BaseStream(ABC):
 
     def _hold(self) -> bool:
         return self._queue.hold_stream(self.plan.run_id, self._holder, HOLD_SECONDS)
+
+    def _keep_hold(self) -> None:
+        if not self._hold():
+            raise UsageError(f"{self.run.uri}: another producer fills this stream; end that one first")
 
     def _durable_documents(self) -> int:
         return self._shards[-1].first + self._shards[-1].documents if self._shards else 0

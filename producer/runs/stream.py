@@ -36,7 +36,8 @@ class Stream(BaseStream):
         return root
 
     def _open(self) -> None:
-        self._queue.reopen(self.plan.run_id, RunState.OPEN, self._hold)  # it may have ended before
+        self._queue.reopen(self.plan.run_id, RunState.OPEN, self._keep_hold)  # it may have ended before
+        self._keep_hold()
         for name in (SUCCESS_FILE, REPORT_JSON, REPORT_HTML, REJECT_FILE):
             self.run.remove(name)  # of a run that goes on
         self.plan.write(self.run)

@@ -71,7 +71,7 @@ class StreamByValue(BaseStream):
             Documents(ledger).open(self.run.uri, plan, RunState.OPEN)
             if self._position is not None:  # before the shards, which are worth nothing without it
                 Documents(ledger).place(plan.run_id, self._shards[-1].index, self._position.as_json())
-            ledger.add(plan.run_id, self._shards)
+            ledger.add(plan.run_id, reversed(self._shards))  # whoever goes on counts them from the first one
         with self._changed:
             self._unsent.extendleft(reversed(self._offered))
             self._offered.clear()

@@ -39,7 +39,8 @@ class Watch:
         self.is_compacted = False  # from the begin of the command on
         self.is_retried = False  # likewise
         self.retried = 0  # how often a shard was sent again for its rejects
-        self._is_late = False  # whether a worker may write after its lease ended
+        self._proved: set[str] = set()  # processes that proved the lease of the last step, and write
+        self._is_late = False  # whether a worker may write after a lease ended that it proved before
         self._lost: Counter[tuple[str, str]] = Counter()  # leases that ended while they were held
         self._attempts: dict[tuple[str, str], int] = {}  # of a process's lease of a shard
         self._looked = 0.0
@@ -83,6 +84,8 @@ class Watch:
             if held is None or held[:2] != (actor.process, lease):
                 self._world.violated(f"{actor.process.name} renews a lease of shard {shard} that it does not hold")
             self._leases[run, shard] = actor.process, lease, now + milliseconds / 1000
+            if "/finish " in actor.about:
+                self._proved.add(actor.process.name)
         elif name in ("release", "complete"):
             key = (arguments[1], arguments[2])
             held = self._leases.get(key)
@@ -94,6 +97,7 @@ class Watch:
             self._leases.pop((arguments[1], arguments[2]), None)
         elif (name in ("add", "close", "reopen") and told) or (name == "open" and arguments[2] == "open"):
             self._leases.pop((arguments[1], FINISH), None)
+            self._proved.discard(actor.process.name)
         elif name == "drop":
             self._leases = {key: held for key, held in self._leases.items() if key[0] != arguments[1]}
         elif name == "expire":
@@ -153,7 +157,8 @@ class Watch:
 
     def befell(self, kind: str, process: Process) -> None:
         """A fault is about to happen at a step of a process."""
-        self._is_late |= kind in ("pause", "stall") and process.slot != "producer"
+        writes = process.name in self._proved or any(one.label.startswith("ledger.complete") for one in process.actors)
+        self._is_late |= kind in ("pause", "stall") and writes
         if kind == "drop":
             self._leases.clear()
             self._dropped = True

@@ -514,6 +514,17 @@ def test_messages_of_a_blocked_run_leave_their_shards_pending(ledger: Ledger) ->
     assert [message.shard for message in due(ledger)] == [0, 1]
 
 
+def test_a_message_that_comes_after_its_lease_ended_leaves_the_shard_in_one_place(ledger: Ledger) -> None:
+    begin(ledger, 1, artifact=ART)
+    claim = Delivery(ledger).one()
+    ledger.register(worker(name="blind"), 3600)
+    assert ledger.unable("r", "blind", "blind: /out: not there")
+    assert ledger.lease("r", 0, worker(name="other"), LEASE, now=time.time() + LEASE + 1) == "blocked"
+    progress = ledger.progress("r")
+    assert (progress.pending, progress.leased) == (1, 0)
+    assert not ledger.renew(claim, LEASE)
+
+
 def test_a_part_that_is_recorded_ends_the_block(ledger: Ledger) -> None:
     (first, second), able = blocked(ledger, 3)
     assert due(ledger) == []
@@ -566,8 +577,8 @@ def test_a_run_is_not_reopened_while_a_worker_is_at_its_last_step(ledger: Ledger
     finish = Delivery(ledger).one()
     assert not ledger.reopen("r", RunState.OPEN)
     assert ledger.renew(finish, LEASE)
-    assert ledger.progress("r").state == "finishing"
     later = time.time() + LEASE + 1
+    assert ledger.lease("r", None, worker(), LEASE, now=later) == "not due", "nobody begins it again"
     assert ledger.reopen("r", RunState.OPEN, now=later)
     assert ledger.progress("r").state == "open"
     assert not ledger.renew(finish, LEASE), "who was at it may not mark the run"

@@ -212,11 +212,12 @@ function step.open(run, to, artifact, priority, ...)
   return fresh and 1 or 0
 end
 
--- an ended run takes shards again, and its last step is not due any more; answers 0 while a worker is at that step
+-- a run takes shards again, and no worker begins its last step any more; answers 0 while one is at that step
 function step.reopen(run, to, now)
+  if state(run) == 'unknown' or not move(run, to) then return 1 end
   local lease_end = redis.call('ZSCORE', prefix .. 'leases', join(run, FINISH))
   if lease_end and tonumber(lease_end) > clock(now) then return 0 end
-  if state(run) ~= 'unknown' and move(run, to) then put_off_finish(run) end
+  put_off_finish(run)
   return 1
 end
 
@@ -355,6 +356,7 @@ function step.lease(run, shard, lease, worker, artifact, milliseconds, now)
   if held and tonumber(held) > now then return {'leased elsewhere'} end
   local is_known = shard == FINISH or is_there(run, shard)
   unsend(run, shard)
+  if held then unlease(run, shard) end -- it is over
   if redis.call('HEXISTS', key(run, 'results'), shard) == 1 then return {'done'} end
   if state(run) == 'cancelled' then return {'cancelled'} end
   if redis.call('HEXISTS', key(run, 'quarantined'), shard) == 1 then return {'quarantined'} end
@@ -476,7 +478,7 @@ function step.complete(run, shard, lease, worker, ok, rejected, tokens, computed
     count(run, 'tokens', tokens)
     count(run, 'computed', computed)
     redis.call('HSET', key(run), 'finished', clock(now))
-    redis.call('HDEL', key(run), 'blocked') -- this worker can read the run's folder, and write into it
+    redis.call('HDEL', key(run), 'blocked') -- this worker can read the run's folder
     if redis.call('EXISTS', key(run, 'quarantined')) == 0 then redis.call('HDEL', key(run), 'last_error') end
   else
     count(run, 'duplicates', 1)

@@ -110,7 +110,7 @@ class Ledger:
         return bool(self.step("open", run_id, state.value, artifact, priority, *header))
 
     def reopen(self, run_id: str, state: RunState, now: float | None = None) -> bool:
-        """Lets an ended run take shards again, as ``OPEN`` or ``CLOSED``; False while a worker is at its last step."""
+        """Lets a run take shards again, as ``OPEN`` or ``CLOSED``; False while a worker is at its last step."""
         return bool(self.step("reopen", run_id, state.value, _now(now)))
 
     def add(self, run_id: str, shards: Iterable[Shard]) -> int:

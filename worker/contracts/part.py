@@ -93,7 +93,7 @@ def mark_complete(run: RunFolder, shards: Iterable[int], may_mark: Callable[[], 
     Args:
         run: A run whose planned shards all have their part.
         shards: Numbers of its parts.
-        may_mark: Asked when the rejects are read, before anything is written.
+        may_mark: Asked when the rejects are read, before anything is written; not where ``_SUCCESS`` exists.
 
     Returns:
         Whether ``_SUCCESS`` is there.

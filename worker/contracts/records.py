@@ -93,7 +93,8 @@ class Progress:
         leased: Shards that a worker holds.
         leased_tokens: Their tokens, of those shards whose worker renewed its lease since it tokenized them.
         leased_computed: How many of those are computed.
-        blocked: Whether the run is not served until it is sent again; ``last_error`` says why.
+        blocked: Whether the run is not served until it is sent again or a shard of it is recorded; ``last_error`` says
+            why.
         quarantined: Shards that are not served until they are sent again; ``last_error`` is the last one's reason.
         scores: Of a run by value that was evaluated, as JSON.
     """

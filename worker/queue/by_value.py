@@ -105,11 +105,13 @@ def close_plan(claim: Claim, plan: Plan, documents: Documents, leases: Leases) -
     Raises:
         LeaseLostError: the ledger does not know the lease, so its shards may not be the run's: a server that lost its
             memory has none.
-        MessageError: the ledger's shards do not fit.
+        MessageError: the ledger's shards do not fit, or are not all of those in the run's folder.
         StoreError: the plan cannot be written.
     """
     if plan.is_open:
         shards = leases.patiently(lambda: documents.shards(plan.run_id))
+        if lost := (claim.folder.committed() | claim.folder.shards()) - {shard.index for shard in shards}:
+            raise MessageError(f"{claim.uri}: has shard {min(lost)}, which the broker lost; give the same input again")
         if not leases.renew(claim):
             raise LeaseLostError
         plan = plan.closed(shards)

@@ -53,6 +53,8 @@ def finish(claim: Claim, leases: Leases, documents: Documents, metrics: Metrics)
         metrics.refused()
         reason = f"{len(missing)} parts are missing: nermill resume {run.uri}"
         if plan.by_value:
+            if not leases.renew(claim):
+                raise LeaseLostError
             run.remove(SUCCESS_FILE)
             for shard in missing:
                 leases.ledger.forget(claim.run_id, shard)
