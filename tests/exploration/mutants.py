@@ -250,7 +250,7 @@ MUTANTS = (
         FINISH,
         "lambda: leases.renew(claim)",
         "lambda: True",
-        ("stream",),
+        ("retry",),
     ),
     Mutant(
         "the message of a blocked run leaves its shard in no place",
