@@ -113,7 +113,7 @@ class Queue:
             return bool(ledger.uri(run_id))
 
     def reopen(self, run_id: str, state: RunState, on_wait: Callable[[], object] = lambda: None) -> None:
-        """Lets an ended run take shards again; waits while a worker is at its last step, which may write ``_SUCCESS``.
+        """Lets a run take shards again; waits while a worker is at its last step, which may write ``_SUCCESS``.
 
         Args:
             state: ``OPEN`` for a stream that goes on, else ``CLOSED``.

@@ -91,8 +91,8 @@ MUTANTS = (
     Mutant(
         "a worker that lost its lease commits its part",
         SHARDS,
-        "if time.monotonic() > claim.fresh_until and not",
-        "if False and not",
+        "if time.monotonic() > claim.fresh_until:",
+        "if False:",
         ("compact",),
     ),
     Mutant(
@@ -235,8 +235,8 @@ MUTANTS = (
     Mutant(
         "a run is finished before it is marked",
         FINISH,
-        "    if not mark_complete(",
-        "    leases.ledger.close(claim.run_id, claim)\n    if not mark_complete(",
+        "    mark_complete(",
+        "    leases.ledger.close(claim.run_id, claim)\n    mark_complete(",
     ),
     Mutant(
         "a removal is not synced",
@@ -248,8 +248,8 @@ MUTANTS = (
     Mutant(
         "a lost last step marks the run",
         FINISH,
-        "lambda: leases.renew(claim)",
-        "lambda: True",
+        "lambda: leases.prove(claim)",
+        "lambda: None",
         ("retry",),
     ),
     Mutant(
@@ -262,8 +262,8 @@ MUTANTS = (
     Mutant(
         "a run is evaluated before it is marked",
         FINISH,
-        "    if not mark_complete(",
-        "    _evaluate(claim, leases)\n    if not mark_complete(",
+        "    mark_complete(",
+        "    _evaluate(claim, leases)\n    mark_complete(",
     ),
     Mutant(
         "_SUCCESS comes before the rejects",
@@ -325,8 +325,12 @@ MUTANTS = (
     Mutant(
         "a run by value is closed by a ledger that lost it",
         BY_VALUE,
-        "if not leases.renew(claim):",
-        "if False:",
+        """\
+        if lost := (claim.folder.committed() | claim.folder.shards()) - {shard.index for shard in shards}:
+            raise MessageError(f"{claim.uri}: has shard {min(lost)}, which the broker lost; give the same input again")
+        leases.prove(claim)
+""",
+        "",
         ("value",),
     ),
     Mutant(

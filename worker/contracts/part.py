@@ -87,37 +87,32 @@ def read_rejects(run: RunFolder, shards: Iterable[int]) -> Iterator[tuple[int, p
             yield from ((shard, table) for shard, table in zip(some, tables, strict=True) if table.num_rows)
 
 
-def mark_complete(run: RunFolder, shards: Iterable[int], may_mark: Callable[[], bool] = lambda: True) -> bool:
+def mark_complete(run: RunFolder, shards: Iterable[int], before_write: Callable[[], None] = lambda: None) -> None:
     """Copies the rejects of a run's parts to ``_rejects``, then writes ``_SUCCESS``; does nothing where that exists.
 
     Args:
         run: A run whose planned shards all have their part.
         shards: Numbers of its parts.
-        may_mark: Asked when the rejects are read, before anything is written; not where ``_SUCCESS`` exists.
-
-    Returns:
-        Whether ``_SUCCESS`` is there.
+        before_write: Called when the rejects are read, before anything is written; not where ``_SUCCESS`` exists.
 
     Raises:
         StoreError: a part cannot be read, or a file cannot be written.
     """
     if run.exists(SUCCESS_FILE):
         run.sync(SUCCESS_FILE)
-        return True
+        return
     sink, count = pa.BufferOutputStream(), 0
     with pq.ParquetWriter(sink, REJECTS, compression="zstd") as writer:
         for _, table in read_rejects(run, shards):
             writer.write_table(table)
             count += table.num_rows
-    if not may_mark():
-        return False
+    before_write()
     if count:
         run.write(REJECT_FILE, sink.getvalue().to_pybytes())
     else:
         run.remove(REJECT_FILE)
     run.write(DATASETS_FILE, _DATASETS)
     run.write(SUCCESS_FILE, b"", exclusive=True)
-    return True
 
 
 def scores_of(run: RunFolder) -> dict[str, Any] | None:

@@ -112,8 +112,7 @@ def close_plan(claim: Claim, plan: Plan, documents: Documents, leases: Leases) -
         shards = leases.patiently(lambda: documents.shards(plan.run_id))
         if lost := (claim.folder.committed() | claim.folder.shards()) - {shard.index for shard in shards}:
             raise MessageError(f"{claim.uri}: has shard {min(lost)}, which the broker lost; give the same input again")
-        if not leases.renew(claim):
-            raise LeaseLostError
+        leases.prove(claim)
         plan = plan.closed(shards)
         plan.write(claim.folder)
     return plan

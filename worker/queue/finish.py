@@ -10,7 +10,6 @@ from typing import Any
 
 from nermill.worker.contracts.by_value import Documents
 from nermill.worker.contracts.command import python_command
-from nermill.worker.contracts.errors import LeaseLostError
 from nermill.worker.contracts.layout import PLAN_FILE, SUCCESS_FILE
 from nermill.worker.contracts.part import mark_complete, scores_of
 from nermill.worker.contracts.plan import read_plan
@@ -53,8 +52,7 @@ def finish(claim: Claim, leases: Leases, documents: Documents, metrics: Metrics)
         metrics.refused()
         reason = f"{len(missing)} parts are missing: nermill resume {run.uri}"
         if plan.by_value:
-            if not leases.renew(claim):
-                raise LeaseLostError
+            leases.prove(claim)
             run.remove(SUCCESS_FILE)
             for shard in missing:
                 leases.ledger.forget(claim.run_id, shard)
@@ -62,8 +60,7 @@ def finish(claim: Claim, leases: Leases, documents: Documents, metrics: Metrics)
         log.warning("run %s is not complete, %s", claim.run_id, reason)
         leases.ledger.quarantine(claim, reason)
         return {"state": "incomplete", "reason": reason}
-    if not mark_complete(run, sorted(shard.index for shard in plan.shards), lambda: leases.renew(claim)):
-        raise LeaseLostError
+    mark_complete(run, sorted(shard.index for shard in plan.shards), lambda: leases.prove(claim))
     run.remove_stale_files()
     log.info("run %s is complete", claim.run_id)
     reason = _evaluate(claim, leases) if plan.has_gold else ""
@@ -81,8 +78,7 @@ def _evaluate(claim: Claim, leases: Leases) -> str:
     Raises:
         LeaseLostError: the ledger does not know the lease any more.
     """
-    if not leases.renew(claim):
-        raise LeaseLostError
+    leases.prove(claim)
     if claim.attempts > MAX_ATTEMPTS:
         reason = f"no report: {MAX_ATTEMPTS} attempts did not live to write it"
     else:

@@ -15,6 +15,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from nermill.worker.contracts.deadline import within
 from nermill.worker.contracts.dispatch import Dispatcher
+from nermill.worker.contracts.errors import LeaseLostError
 from nermill.worker.contracts.ledger import Ledger
 from nermill.worker.contracts.message import QUEUE, queue_of
 from nermill.worker.contracts.records import Claim, WorkerProcess
@@ -65,6 +66,15 @@ class Leases:
     def renew(self, claim: Claim) -> bool:
         """Extends a lease; False where another worker holds the shard."""
         return self.patiently(lambda: self.ledger.renew(claim, self.seconds))
+
+    def prove(self, claim: Claim) -> None:
+        """Extends a lease before something is written that another worker may write too.
+
+        Raises:
+            LeaseLostError: another worker holds the shard, or nobody.
+        """
+        if not self.renew(claim):
+            raise LeaseLostError
 
     @contextmanager
     def hold(self, claim: Claim) -> Iterator[None]:

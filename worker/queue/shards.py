@@ -262,8 +262,8 @@ class ShardWorker:
         return result
 
     def _check_lease(self, claim: Claim) -> None:
-        if time.monotonic() > claim.fresh_until and not self.leases.renew(claim):
-            raise LeaseLostError
+        if time.monotonic() > claim.fresh_until:
+            self.leases.prove(claim)
 
     @staticmethod
     def _is_compacted(run: RunFolder, shard: Shard) -> bool:
