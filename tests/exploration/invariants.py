@@ -121,6 +121,7 @@ class Watch:
             self._was_cancelled,
             self.is_compacted,
             self.is_retried,
+            [process.slot for process in self._world.processes if process.is_alive and process.name in self._proved],
             since,
         )
 
