@@ -24,6 +24,19 @@ def python_command(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-c", _RUN.format(module), *arguments]
 
 
+def end_with(parent: int) -> None:
+    """Has this process get SIGTERM when the process that started it ends, however it ends (Linux).
+
+    It is for children of a process with threads, where nothing but the program may run between fork and exec.
+
+    Args:
+        parent: Its pid; this process ends at once where that has ended already.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def start_child(command: Sequence[str], *, cores: Collection[int] = (), **options: Any) -> subprocess.Popen[bytes]:
     """Starts a process that gets SIGTERM when this process ends, however it ends (Linux).
 

@@ -1,9 +1,13 @@
-"""Evaluates one run and writes its report: ``python -m nermill.worker.evaluation RUN``, a run's last step."""
+"""Evaluates one run and writes its report, as a part of its last step: ``python -m nermill.worker.evaluation RUN PID``.
+
+PID is that of the worker which starts it, and with which it ends.
+"""
 
 from __future__ import annotations
 
 import sys
 
+from nermill.worker.contracts.command import end_with
 from nermill.worker.contracts.errors import NermillError
 from nermill.worker.contracts.layout import RunFolder
 from nermill.worker.evaluation import evaluate, write_report
@@ -25,4 +29,5 @@ def main(uri: str) -> None:
 
 
 if __name__ == "__main__":
+    end_with(int(sys.argv[2]))
     main(sys.argv[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 from collections.abc import Sequence
 from typing import Any
@@ -89,12 +90,12 @@ def _evaluate(claim: Claim, leases: Leases) -> str:
 
 
 def evaluate_apart(uri: str) -> str:
-    """Evaluates a run in a process of its own, which does not hold this one's interpreter lock.
+    """Evaluates a run in a process of its own, which does not hold this one's interpreter lock and ends with it.
 
     Returns:
         Why there is no report; empty where there is one.
     """
-    command: Sequence[str] = python_command("nermill.worker.evaluation", uri)
+    command: Sequence[str] = python_command("nermill.worker.evaluation", uri, str(os.getpid()))
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=EVALUATION_SECONDS, check=False)
     except subprocess.TimeoutExpired:

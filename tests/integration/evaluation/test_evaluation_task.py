@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -203,3 +207,18 @@ def test_what_workers_measure_is_what_their_devices_did(fleet: Harness) -> None:
     assert set(stages) == {"queue", "tokenize", "wait", "compute", "decode", "write", "shard"}
     assert 0 < stages["queue"]["p50"] < stages["queue"]["p99"] < 60, "later shards waited longer to be claimed"
     assert 0 < stages["write"]["p50"] < 5
+
+
+@pytest.mark.parametrize("is_early", [True, False])
+def test_an_evaluation_ends_with_the_worker_that_started_it(fleet: Harness, is_early: bool) -> None:
+    plan = fleet.folder / "_plan.json"
+    os.mkfifo(plan)  # to read it lasts as long as somebody may write
+    code = f"from nermill.worker.queue.finish import evaluate_apart; evaluate_apart({str(fleet.folder)!r})"
+    with ExitStack() as stack, subprocess.Popen([sys.executable, "-c", code]) as worker:
+        children = Path(f"/proc/{worker.pid}/task/{worker.pid}/children")
+        fleet.until(children.read_text, 20)
+        evaluation = Path("/proc", children.read_text().strip())
+        if not is_early:
+            stack.enter_context(plan.open("wb"))  # once the evaluation reads it
+        worker.kill()
+        fleet.until(lambda: not evaluation.exists() or ") Z" in (evaluation / "stat").read_text(), 20)
