@@ -58,4 +58,4 @@ class MessageError(NermillError):
 
 
 class LeaseLostError(NermillError):
-    """The lease of a shard ended and another worker got it; this worker's result is dropped."""
+    """The lease of a shard or of a last step ended, so another worker may have it; this one's result is dropped."""

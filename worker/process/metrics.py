@@ -44,7 +44,7 @@ class Metrics:
         self._attempts = self._counter("shard_attempts", "Shards leased, first and further tries")
         self._redelivered = self._counter("redelivered_shards", "Shards leased that had been tried before")
         self._recovered = self._counter("recovered_shards", "Expired leases and lost messages that were sent again")
-        self._lost = self._counter("lost_leases", "Shards that went to another worker while this one held them")
+        self._lost = self._counter("lost_leases", "Shards whose lease ended while this worker held them")
         self._handed_back = self._counter("handed_back_shards", "Shards released for another try")
         self._messages = self._counter("messages", "Messages received, by task", task=TASKS)
         self._refused = self._counter("refused_messages", "Messages and ledger entries that were not valid")

@@ -37,7 +37,7 @@ def store(claim: Claim, shard: Shard, documents: Documents, patiently: Patiently
     Raises:
         MessageError: the ledger's entries do not fit, or the folder holds another run or other documents.
         StoreError: the store does not take the files.
-        LeaseLostError: another worker has the shard.
+        LeaseLostError: the lease ended.
     """
     run = claim.folder
     table: pa.Table = patiently(lambda: documents.take(claim, shard))

@@ -64,14 +64,14 @@ class Leases:
         return self.patiently(lambda: self.ledger.lease(run_id, shard, self.identity, self.seconds))
 
     def renew(self, claim: Claim) -> bool:
-        """Extends a lease; False where another worker holds the shard."""
+        """Extends a lease; False where it ended: another worker may hold the shard, or nobody."""
         return self.patiently(lambda: self.ledger.renew(claim, self.seconds))
 
     def prove(self, claim: Claim) -> None:
         """Extends a lease before something is written that another worker may write too.
 
         Raises:
-            LeaseLostError: another worker holds the shard, or nobody.
+            LeaseLostError: it ended.
         """
         if not self.renew(claim):
             raise LeaseLostError

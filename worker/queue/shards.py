@@ -65,7 +65,7 @@ _REASONS = {
     "done": "its part is recorded already",
     "leased elsewhere": "another worker holds its lease",
     "cancelled": "the run is cancelled",
-    "blocked": "the run is blocked; nermill status RUN says why, nermill resume RUN serves it again",
+    "blocked": "the run is blocked, its shard waits; nermill status RUN says why, nermill resume RUN serves it again",
     "quarantined": "the shard was refused; nermill status RUN says why, nermill resume RUN serves it again",
     "other artifact": "the run is bound to another artifact; its message went to that artifact's queue",
     "unable": "this worker could not read the run's folder a short time ago; the message was sent again",
@@ -189,8 +189,8 @@ class ShardWorker:
                 return outcome("refused", str(error))
             except LeaseLostError:
                 self.metrics.lost()
-                log.warning("run %s shard %s went to another worker; its result is dropped", claim.run_id, claim.key)
-                return outcome("lease lost", "its lease ended, and another worker was given the shard")
+                log.warning("run %s shard %s: its lease ended; the result is dropped", claim.run_id, claim.key)
+                return outcome("lease lost", "its lease ended: another worker may have the shard, or it is not due")
             except StoreError as error:
                 on_fed()
                 return self._give_back(claim, error)
