@@ -150,7 +150,8 @@ def rejects(
     opened = open_runs(runs)
     if retry:
         queue = Queue(broker)
-        counts = [retry_rejects(folder, plan, queue) for folder, plan in opened]
+        tell = cache(lambda: say("a worker is at the run's last step; waiting for its end"))
+        counts = [retry_rejects(folder, plan, queue, tell) for folder, plan in opened]
         again, hopeless = (sum(column) for column in zip(*counts, strict=True))
         told = f"; {hopeless} are not, their documents are at fault: correct and submit them" if hopeless else ""
         say(f"{again} rejects are tried again{told}")

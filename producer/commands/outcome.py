@@ -64,10 +64,10 @@ def go_on(run: RunFolder, plan: Plan, queue: Queue, high_water: int, *, wait: bo
     from nermill.producer.runs.status import look
 
     with told_how_to_go_on(f"nermill resume {run.uri}"), watching() as show:
-        if was_complete := runs.finish(run, plan):
+        if was_whole := runs.is_whole(run, plan):
             ensure_evaluated(run, plan)  # before workers are asked to
         plan = runs.resume(run, plan, queue, high_water, paused(show))
-        if wait and runs.wait(run, plan, queue, show).state == "complete" and not was_complete:
+        if wait and runs.wait(run, plan, queue, show).state == "complete" and not was_whole:
             ensure_evaluated(run, plan)
     code = report_status(look(run, plan, queue), as_json=as_json)
     return code if wait else exit_code_of_sent(plan.details.get("rejected", 0), run)

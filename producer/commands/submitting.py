@@ -32,7 +32,7 @@ def run(ctx: typer.Context, model: o.Model = "demo", devices: o.Devices = "auto"
     from nermill.producer.local.worker import local_worker
     from nermill.producer.runs.planning import make_plan
     from nermill.producer.runs.progress import reading, watching
-    from nermill.producer.runs.run import finish, resume, wait
+    from nermill.producer.runs.run import is_complete, resume, wait
     from nermill.producer.runs.status import look
     from nermill.worker.contracts.device import parse_devices
 
@@ -41,7 +41,7 @@ def run(ctx: typer.Context, model: o.Model = "demo", devices: o.Devices = "auto"
     with reading() as on_read:
         folder, plan = make_plan(request, on_read)
     say_left_out(plan.details.get("left_out", ()))
-    if not finish(folder, plan):
+    if not is_complete(folder, plan):
         with told_how_to_go_on("the same command again"), local_worker(model, devices, folder.uri) as (queue, worker):
 
             def follow(status: Status) -> None:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from nermill.producer.runs.continuation import Durable
 from nermill.producer.runs.planning import model_identity, utc_now
-from nermill.producer.runs.queue import HIGH_WATER, Queue
+from nermill.producer.runs.queue import HIGH_WATER, HOLD_SECONDS, Queue
 from nermill.producer.runs.shards import (
     ANOTHER_PRODUCER,
     Kind,
@@ -30,7 +30,6 @@ from nermill.worker.contracts.errors import BrokerError, StoreError, UsageError
 from nermill.worker.contracts.layout import RunFolder
 from nermill.worker.contracts.plan import Input, Options, Plan, Priority, Shard
 
-HOLD_SECONDS = 6.0
 BACKLOG = 4  # shards that may wait for a slow store, and as many for a slow broker, before ``add`` waits
 LOOK_SECONDS = 0.2  # between two looks at the workers while something waits for them
 

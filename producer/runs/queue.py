@@ -17,6 +17,7 @@ from nermill.worker.contracts.records import RunState, WorkerProcess
 
 DEFAULT_BROKER = "redis://localhost:6379/0"
 RECOVERY_SECONDS = 2.0  # between two looks at what was lost, by whomever
+HOLD_SECONDS = 6.0
 HIGH_WATER = 5_000_000  # documents that may be unfinished before the producer waits
 
 
@@ -131,8 +132,8 @@ class Queue:
         with self.ledger() as ledger:
             ledger.drop(run_id)
 
-    def hold_stream(self, run_id: str, holder: str, seconds: float) -> bool:
-        """Says that the stream of an open run has a producer, for so long; False where it has another one."""
+    def hold_stream(self, run_id: str, holder: str, seconds: float = HOLD_SECONDS) -> bool:
+        """Says that a run has a producer, which alone may change it, for so long; False where it has another one."""
         key, milliseconds = f"{KEY_PREFIX}stream:{run_id}", int(seconds * 1000)
         with self.ledger():
             if self._client.set(key, holder, nx=True, px=milliseconds):
@@ -151,13 +152,15 @@ class Queue:
         if is_due:
             self.promote()
 
-    def leave_stream(self, run_id: str) -> None:
-        """Says that it has none any more."""
+    def leave_stream(self, run_id: str, holder: str = "") -> None:
+        """Says that it has none any more; of a named holder, where the hold has not run out and gone to another."""
+        key = f"{KEY_PREFIX}stream:{run_id}"
         with self.ledger():
-            self._client.delete(f"{KEY_PREFIX}stream:{run_id}")
+            if not holder or self._client.get(key) == holder:
+                self._client.delete(key)
 
     def has_producer(self, run_id: str) -> bool:
-        """Whether somebody still sends documents to an open run: waits until the hold is renewed or runs out."""
+        """Whether somebody holds a run, see ``hold_stream``: waits until the hold is renewed or runs out."""
         key = f"{KEY_PREFIX}stream:{run_id}"
         with self.ledger():
             before = int(self._client.pttl(key))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import uuid
 from dataclasses import replace
 
 from nermill.producer.runs.queue import Queue
@@ -25,11 +26,15 @@ def recover(run: RunFolder, plan: Plan, queue: Queue) -> Plan:
     Raises:
         StoreError: a shard cannot be read.
     """
-    shards, _ = durable_shards(run)
-    if queue.has_producer(plan.run_id):
-        return replace(plan, shards=tuple(shards))
-    plan = plan.closed(shards)
-    plan.write(run)
+    holder = uuid.uuid4().hex
+    while not queue.hold_stream(plan.run_id, holder):
+        if queue.has_producer(plan.run_id):
+            return replace(plan, shards=tuple(durable_shards(run)[0]))
+    try:
+        plan = plan.closed(durable_shards(run)[0])  # what the producer wrote until it was gone
+        plan.write(run)
+    finally:
+        queue.leave_stream(plan.run_id, holder)
     return plan
 
 

@@ -11,19 +11,29 @@ from nermill.producer.runs.queue import HIGH_WATER, Queue
 from nermill.producer.runs.recovery import finish_swap, recover, recover_by_value
 from nermill.producer.runs.status import PartTotals, Status, artifact_of_parts, look
 from nermill.producer.sources.files import absolute, suggestion
-from nermill.worker.contracts.errors import BrokerError, StoreError, UsageError
-from nermill.worker.contracts.layout import FIRST_LAYOUT, PLAN_FILE, REPORT_JSON, SUCCESS_FILE, RunFolder
+from nermill.worker.contracts.errors import BrokerError, LeaseLostError, StoreError, UsageError
+from nermill.worker.contracts.layout import (
+    FIRST_LAYOUT,
+    PLAN_FILE,
+    REJECT_FILE,
+    REPORT_HTML,
+    REPORT_JSON,
+    SUCCESS_FILE,
+    RunFolder,
+)
 from nermill.worker.contracts.ledger import Ledger
 from nermill.worker.contracts.message import PRIORITIES
 from nermill.worker.contracts.part import mark_complete
 from nermill.worker.contracts.plan import Plan, Shard, read_plan
-from nermill.worker.contracts.records import Progress, RunState
+from nermill.worker.contracts.records import Claim, Progress, RunState, WorkerProcess
 
 MAX_WAITING_SHARDS = 100_000  # about 120 MB in the broker
 BROKER_TIMEOUT = 120.0  # seconds without a broker before a waiting producer gives up
 SETTLE_SECONDS = 30.0  # for a worker to begin the run's last step: _SUCCESS and evaluation
 _BATCH = 64  # shards sent between two looks at the high-water mark
 _POLL_SECONDS = (0.1, 1.0)
+_OURSELVES = WorkerProcess("producer", "", "", "")  # who holds the last step of a run that no worker ends
+_FINISH_SECONDS = 60.0  # how long it is held, if this process is killed meanwhile
 _LONGEST_PAUSE = 5.0  # after a look that lasted: of a slow store, or over a network that was cut
 
 OnStatus = Callable[[Status], None]
@@ -97,7 +107,8 @@ def send(run: RunFolder, plan: Plan, queue: Queue, high_water: int = HIGH_WATER,
         for shard in done - committed:
             ledger.forget(plan.run_id, shard)
     if missing and is_marked:
-        run.remove(SUCCESS_FILE)
+        queue.reopen(plan.run_id, RunState.CLOSED)
+        unmark(run)
     if not missing and not lacks_report:
         finish(run, plan, queue)
         return 0
@@ -185,9 +196,13 @@ def wait(
                     return status
                 complete_since = complete_since or began
                 is_settled = began - complete_since > SETTLE_SECONDS
-                if not is_working or (is_settled and not status.progress.leased):
-                    finish(run, plan, queue)
-                    return look(run, plan, None, totals)
+                if answered != began:
+                    if run.exists(SUCCESS_FILE):
+                        return status
+                elif not is_working or (is_settled and not status.progress.leased):
+                    with suppress(BrokerError):
+                        if finish(run, plan, queue):
+                            return look(run, plan, None, totals)
             if status.state == "cancelled" and not status.progress.leased:
                 return status
             check_served(run, plan, status.progress)
@@ -228,20 +243,72 @@ def not_all_sent(run: RunFolder) -> StoreError:
     return StoreError(f"{run.uri}: not all of its documents were sent; submit the same input again")
 
 
-def finish(run: RunFolder, plan: Plan, queue: Queue | None = None) -> bool:
-    """Marks a run whose parts are all there; False where some are missing."""
-    if plan.is_open or {shard.index for shard in plan.shards} != run.committed():  # more: see producer.compact
+def is_whole(run: RunFolder, plan: Plan) -> bool:
+    """Whether all parts of a run are there, and no more: see ``compact``."""
+    return not plan.is_open and {shard.index for shard in plan.shards} == run.committed()
+
+
+def is_complete(run: RunFolder, plan: Plan) -> bool:
+    """Whether all parts of a run are there, and ``_SUCCESS``."""
+    return is_whole(run, plan) and run.exists(SUCCESS_FILE)
+
+
+def finish(run: RunFolder, plan: Plan, queue: Queue) -> bool:
+    """Does what is left of the last step of a run whose parts are all there: ``_SUCCESS``, without an evaluation.
+
+    It is leased, as it is for a worker: nobody else marks the run, or takes its marks away, meanwhile.
+
+    Returns:
+        False where parts are missing, shards may still come, or somebody else does the last step.
+    """
+    if not is_whole(run, plan) or queue.has_producer(plan.run_id):
         return False
-    mark_complete(run, sorted(shard.index for shard in plan.shards))
-    if queue is not None:
-        with queue.ledger() as ledger:
-            ledger.close(plan.run_id)
+    with queue.ledger() as ledger:
+        progress = ledger.progress(plan.run_id)
+        if progress.state == RunState.FINISHED and run.exists(SUCCESS_FILE):
+            run.sync(SUCCESS_FILE)
+            return True
+        if progress.state == "unknown":
+            open_ledger(ledger, run, plan)
+        claim = ledger.lease(plan.run_id, None, _OURSELVES, _FINISH_SECONDS) if ledger.due(plan.run_id) else ""
+        if not isinstance(claim, Claim):
+            return False
+        is_marked = False
+        try:
+            is_marked = _mark(run, claim, ledger) and ledger.close(plan.run_id, claim)
+        finally:
+            if not is_marked:
+                ledger.release(claim)
+    return is_marked
+
+
+def _mark(run: RunFolder, claim: Claim, ledger: Ledger) -> bool:
+    """Writes ``_SUCCESS`` of a run whose last step is leased, unless the run was changed before that."""
+
+    def prove() -> None:
+        if not ledger.renew(claim, _FINISH_SECONDS):
+            raise LeaseLostError
+
+    plan = read_plan(run)
+    if not is_whole(run, plan):
+        return False
+    try:
+        mark_complete(run, sorted(shard.index for shard in plan.shards), prove)
+    except LeaseLostError:
+        return False
     return True
+
+
+def unmark(run: RunFolder) -> None:
+    """Removes what the last step wrote. The caller has reopened the run, see ``Queue.reopen``."""
+    for name in (SUCCESS_FILE, REPORT_JSON, REPORT_HTML, REJECT_FILE):
+        run.remove(name)
 
 
 def cancel(run: RunFolder, plan: Plan, queue: Queue) -> Plan:
     """Stops what has not started; committed parts stay, and so does what a worker holds at this moment."""
-    if finish(run, plan, queue):
+    if is_whole(run, plan):
+        finish(run, plan, queue)
         return plan
     cancelled = replace(plan, cancelled=True) if plan.is_followed_by_ledger else plan.cancel(run)
     with queue.ledger() as ledger:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from nermill.producer.runs.base_stream import BaseStream, Group
 from nermill.producer.runs.planning import check_writable, normalised
-from nermill.producer.runs.run import is_above, open_ledger, send, send_shards
+from nermill.producer.runs.run import is_above, open_ledger, send, send_shards, unmark
 from nermill.producer.runs.shards import write_shard
 from nermill.producer.sources.files import is_remote
 from nermill.worker.contracts.errors import BrokerError
-from nermill.worker.contracts.layout import REJECT_FILE, REPORT_HTML, REPORT_JSON, SUCCESS_FILE
 from nermill.worker.contracts.plan import Shard
 from nermill.worker.contracts.records import RunState
 
@@ -38,8 +37,7 @@ class Stream(BaseStream):
     def _open(self) -> None:
         self._queue.reopen(self.plan.run_id, RunState.OPEN, self._keep_hold)  # it may have ended before
         self._keep_hold()
-        for name in (SUCCESS_FILE, REPORT_JSON, REPORT_HTML, REJECT_FILE):
-            self.run.remove(name)  # of a run that goes on
+        unmark(self.run)
         self.plan.write(self.run)
         self._unsent = []
         self._open_again()

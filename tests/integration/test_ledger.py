@@ -589,6 +589,39 @@ def test_a_run_is_not_reopened_while_a_worker_is_at_its_last_step(ledger: Ledger
     assert ledger.progress("r").state == "closed"
 
 
+def test_a_producer_that_sees_all_parts_makes_the_last_step_due(ledger: Ledger, client: Redis) -> None:
+    assert not ledger.due("r"), "a run that is not known"
+    begin(ledger, 2, artifact=ART)
+    late = Delivery(ledger).one()
+    ledger.unable("r", "w", "/out: not there")
+    assert ledger.due("r"), "whatever is recorded"
+    assert (ledger.progress("r").state, ledger.progress("r").blocked) == ("finishing", 0)
+    producer = ledger.lease("r", None, worker(name="producer"), LEASE)
+    assert isinstance(producer, Claim)
+    assert ledger.due("r")
+    assert ledger.lease("r", None, worker(), LEASE) == "leased elsewhere"
+    assert ledger.at_work("r") == {0, 1}
+    assert ledger.close("r", producer)
+    assert record(ledger, late) == Completion(newly=True, last=False)
+    assert ledger.at_work("r") == {1}
+    assert ledger.due("r"), "a mark that was taken away"
+    assert ledger.promote(QUEUE)[0].shard is None, "a worker does it where the producer ends"
+
+
+def test_the_last_step_of_a_run_that_may_change_is_not_due(ledger: Ledger, client: Redis) -> None:
+    begin(ledger, 1, artifact=ART)
+    record(ledger, Delivery(ledger).one())
+    assert ledger.close("r", Delivery(ledger).one())
+    held = ledger.key("r").replace("run:", "stream:")
+    client.set(held, "a producer")
+    assert not ledger.due("r")
+    assert ledger.progress("r").state == "finished"
+    client.delete(held)
+    ledger.open("r", "/out", Options(), artifact=ART, state=RunState.OPEN)
+    assert not ledger.due("r")
+    assert ledger.progress("r").state == "open"
+
+
 def test_what_is_missing_in_two_looks_is_sent_again_the_oldest_first(ledger: Ledger) -> None:
     begin(ledger, 9, artifact=ART)
     queue = queue_of(ART)

@@ -221,6 +221,22 @@ function step.reopen(run, to, now)
   return 1
 end
 
+-- a producer sees all parts of a run that takes no more shards: its last step is due, whatever is recorded; answers 0 where shards
+-- may come, or while somebody holds the run to change it
+function step.due(run)
+  local now = state(run)
+  if now == 'unknown' or now == 'open' or redis.call('EXISTS', prefix .. 'stream:' .. run) == 1 then return 0 end
+  if now ~= 'finishing' then
+    move(run, 'closed')
+    move(run, 'finishing')
+  end
+  redis.call('HDEL', key(run), 'blocked')
+  redis.call('HDEL', key(run, 'quarantined'), FINISH)
+  if redis.call('HEXISTS', key(run, 'leases'), FINISH) == 0 then wait(run, FINISH) end
+  expire(run, FORGET_SECONDS)
+  return 1
+end
+
 -- pairs of shard and specification; answers how many newly wait for a message
 function step.add(run, ...)
   local added, given = 0, {...}
@@ -287,6 +303,15 @@ function step.offer(run, shard, spec, documents, position, holder)
     expire(run, FORGET_SECONDS)
   end
   return {answer, held_bytes(run)}
+end
+
+-- shards that wait, were sent or are leased
+function step.at_work(run)
+  local answer = redis.call('ZRANGE', key(run, 'pending'), 0, -1)
+  for _, part in ipairs({'sent', 'leases'}) do
+    for _, shard in ipairs(redis.call('HKEYS', key(run, part))) do answer[#answer + 1] = shard end
+  end
+  return answer
 end
 
 -- how far a shard of a stream by value reaches, for a server that lost it

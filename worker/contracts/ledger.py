@@ -113,6 +113,10 @@ class Ledger:
         """Lets a run take shards again, as ``OPEN`` or ``CLOSED``; False while a worker is at its last step."""
         return bool(self.step("reopen", run_id, state.value, _now(now)))
 
+    def due(self, run_id: str) -> bool:
+        """Makes the last step of a run due whose parts are all there; False where it may take shards, or is unknown."""
+        return bool(self.step("due", run_id))
+
     def add(self, run_id: str, shards: Iterable[Shard]) -> int:
         """Makes shards pending, unless they are pending, sent, leased or recorded; returns how many newly are."""
         return sum(self.in_chunks("add", run_id, shards))
@@ -169,7 +173,7 @@ class Ledger:
     def renew(
         self, claim: Claim, lease_seconds: float, now: float | None = None, *, tokens: tuple[int, int] | None = None
     ) -> bool:
-        """Extends a lease; False where another worker holds the shard.
+        """Extends a lease; False where it ended: another worker may hold the shard, or nobody.
 
         Args:
             tokens: Tokens of the shard that are computed, and all of them; for people, as long as the shard is leased.
@@ -273,6 +277,10 @@ class Ledger:
     def done(self, run_id: str) -> set[int]:
         """Shards whose completion the ledger has recorded."""
         return {int(shard) for shard in self.client.hkeys(self.key(run_id, "results"))}
+
+    def at_work(self, run_id: str) -> set[int]:
+        """Shards that wait, whose message was sent, or that a worker holds."""
+        return {int(shard) for shard in self.step("at_work", run_id) if shard != FINISH}
 
     def uri(self, run_id: str) -> str:
         """A run's folder or URI; empty for a run that this server does not know."""
