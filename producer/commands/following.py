@@ -152,8 +152,11 @@ def rejects(
         queue = Queue(broker)
         tell = cache(lambda: say("a worker is at the run's last step; waiting for its end"))
         counts = [retry_rejects(folder, plan, queue, tell) for folder, plan in opened]
-        again, hopeless = (sum(column) for column in zip(*counts, strict=True))
+        again, hopeless, at_work = (sum(column) for column in zip(*counts, strict=True))
         told = f"; {hopeless} are not, their documents are at fault: correct and submit them" if hopeless else ""
+        told += (
+            f"; {at_work} are not, their shards wait or are at work: give the command again later" if at_work else ""
+        )
         say(f"{again} rejects are tried again{told}")
         return 0
     row = None

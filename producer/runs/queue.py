@@ -138,12 +138,18 @@ class Queue:
         with self.ledger():
             if self._client.set(key, holder, nx=True, px=milliseconds):
                 return True
-            return bool(self._client.get(key) == holder and self._client.pexpire(key, milliseconds))
+        return self.renew_hold(run_id, holder, seconds)
+
+    def renew_hold(self, run_id: str, holder: str, seconds: float = HOLD_SECONDS) -> bool:
+        """Holds a run for longer; False where the hold ran out, so that somebody else may have changed the run."""
+        key = f"{KEY_PREFIX}stream:{run_id}"
+        with self.ledger():
+            return bool(self._client.get(key) == holder and self._client.pexpire(key, int(seconds * 1000)))
 
     def end_stream(self, run_id: str) -> None:
         """Says that no more shards will be added to a stream, and that it has no producer any more."""
+        self.leave_stream(run_id)  # first: the last step of a run that is held is not due
         self.seal(run_id)
-        self.leave_stream(run_id)
 
     def seal(self, run_id: str) -> None:
         """Says that no more shards will be added; the last step is due where all that the server knows are recorded."""

@@ -27,15 +27,15 @@ def recover(run: RunFolder, plan: Plan, queue: Queue) -> Plan:
         StoreError: a shard cannot be read.
     """
     holder = uuid.uuid4().hex
-    while not queue.hold_stream(plan.run_id, holder):
-        if queue.has_producer(plan.run_id):
-            return replace(plan, shards=tuple(durable_shards(run)[0]))
-    try:
-        plan = plan.closed(durable_shards(run)[0])  # what the producer wrote until it was gone
-        plan.write(run)
-    finally:
-        queue.leave_stream(plan.run_id, holder)
-    return plan
+    while True:
+        while not queue.hold_stream(plan.run_id, holder):
+            if queue.has_producer(plan.run_id):
+                return replace(plan, shards=tuple(durable_shards(run)[0]))
+        closed = plan.closed(durable_shards(run)[0])  # what the producer wrote until it was gone
+        closed.write(run)
+        if queue.renew_hold(plan.run_id, holder):  # else another may have gone on before that, and written more
+            queue.leave_stream(plan.run_id, holder)
+            return closed
 
 
 def recover_by_value(run: RunFolder, plan: Plan, queue: Queue) -> Plan:

@@ -200,9 +200,9 @@ def wait(
                     if run.exists(SUCCESS_FILE):
                         return status
                 elif not is_working or (is_settled and not status.progress.leased):
-                    with suppress(BrokerError):
-                        if finish(run, plan, queue):
-                            return look(run, plan, None, totals)
+                    if (last := _last(run, plan, queue, status)) is not None:
+                        return last
+                    plan = read_plan(run)  # which somebody else may have changed
             if status.state == "cancelled" and not status.progress.leased:
                 return status
             check_served(run, plan, status.progress)
@@ -218,6 +218,15 @@ def wait(
                     send(run, plan, queue)
         pause = min(_POLL_SECONDS[1], pause * 1.2)
         time.sleep(max(pause, min(_LONGEST_PAUSE, 5 * (time.monotonic() - began))))
+
+
+def _last(run: RunFolder, plan: Plan, queue: Queue, status: Status) -> Status | None:
+    """The last status of a complete run at which nobody works; None where it is not marked yet, or was changed."""
+    with suppress(BrokerError):
+        if finish(run, plan, queue):
+            last = look(run, plan, None)
+            return last if last.state == "complete" else None
+    return status if status.progress.state == RunState.FINISHED and run.exists(SUCCESS_FILE) else None
 
 
 def check_served(run: RunFolder, plan: Plan, progress: Progress) -> None:
@@ -270,7 +279,7 @@ def finish(run: RunFolder, plan: Plan, queue: Queue) -> bool:
             return True
         if progress.state == "unknown":
             open_ledger(ledger, run, plan)
-        claim = ledger.lease(plan.run_id, None, _OURSELVES, _FINISH_SECONDS) if ledger.due(plan.run_id) else ""
+        claim = ledger.lease(plan.run_id, None, _OURSELVES, _FINISH_SECONDS, is_whole=True)
         if not isinstance(claim, Claim):
             return False
         is_marked = False

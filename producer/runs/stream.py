@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from functools import partial
+
 from nermill.producer.runs.base_stream import BaseStream, Group
 from nermill.producer.runs.planning import check_writable, normalised
 from nermill.producer.runs.run import is_above, open_ledger, send, send_shards, unmark
 from nermill.producer.runs.shards import write_shard
 from nermill.producer.sources.files import is_remote
-from nermill.worker.contracts.errors import BrokerError
+from nermill.worker.contracts.errors import BrokerError, StoreError
 from nermill.worker.contracts.plan import Shard
 from nermill.worker.contracts.records import RunState
 
@@ -35,8 +38,11 @@ class Stream(BaseStream):
         return root
 
     def _open(self) -> None:
-        self._queue.reopen(self.plan.run_id, RunState.OPEN, self._keep_hold)  # it may have ended before
-        self._keep_hold()
+        reopen = partial(self._queue.reopen, self.plan.run_id, RunState.OPEN, self._keep_hold)
+        reopen()  # it may have ended before
+        while not self._queue.renew_hold(self.plan.run_id, self._holder):  # and again since
+            self._keep_hold()
+            reopen()
         unmark(self.run)
         self.plan.write(self.run)
         self._unsent = []
@@ -51,7 +57,12 @@ class Stream(BaseStream):
             self._untried += bool(self._unsent)
 
     def _is_lost(self) -> bool:
-        return not self._queue.knows(self.plan.run_id)
+        with self._queue.ledger() as ledger:
+            state = ledger.progress(self.plan.run_id).state
+        if state not in ("open", "unknown"):
+            told = "was closed or cancelled while its producer was away; give the same command again, which goes on"
+            raise StoreError(f"{self.run.uri}: the stream {told}")
+        return state == "unknown"
 
     def _store(self, group: Group) -> None:
         last, position = self._shards[-1] if self._shards else None, group.positions[-1]
@@ -89,6 +100,8 @@ class Stream(BaseStream):
         return False
 
     def _end(self) -> None:
+        with suppress(BrokerError):  # it may be away: what is durable is sent later
+            self._renew()
         self.plan = self.plan.closed(self._shards)
         self.plan.write(self.run)
 

@@ -158,7 +158,13 @@ class Watch:
 
     def befell(self, kind: str, process: Process) -> None:
         """A fault is about to happen at a step of a process."""
-        writes = process.name in self._proved or any(one.label.startswith("ledger.complete") for one in process.actors)
+        hold = f"{KEY_PREFIX}stream:{self._run_id()}"
+        holds = self._scenario.resumes and (hold in self._world.server.values or self._dropped)
+        writes = (
+            process.name in self._proved
+            or any(one.label.startswith("ledger.complete") for one in process.actors)
+            or (holds and process.slot == "producer")
+        )
         self._is_late |= kind in ("pause", "stall") and writes
         if kind == "drop":
             self._leases.clear()
@@ -199,7 +205,7 @@ class Watch:
         """A run is about to be evaluated."""
         self.evaluations += 1
         files = self._files()
-        if self._is_excused():
+        if self._is_excused() or (self.is_retried and self._scenario.resumes):
             return
         if "_SUCCESS" not in files or not self._planned_whole(files) <= files.keys():
             self._world.violated("the run is evaluated and is not whole")
@@ -228,7 +234,7 @@ class Watch:
 
         It proved its lease before, and no store can compare that with what it writes.
         """
-        return self.is_retried and self._is_late
+        return (self.is_retried or bool(self._scenario.resumes)) and self._is_late
 
     def _folder(self) -> str:
         """The run's folder, as the place spells it; empty until there is one."""
@@ -258,9 +264,10 @@ class Watch:
         return {_part(shard) for shard in _shards(files["_plan.json"])}
 
     def _planned_whole(self, files: dict[str, bytes]) -> set[str]:
-        """Parts of a complete run; a plan that is not compacted has all shards."""
-        planned = self._planned(files)
-        return planned if self.is_compacted else planned | set(map(_part, range(self._scenario.shards)))
+        """Parts of a complete run; not all shards where it was compacted, or is a stream that may be given again."""
+        planned, scenario = self._planned(files), self._scenario
+        has_all = not (self.is_compacted or (scenario.is_stream and scenario.resumes))
+        return planned | set(map(_part, range(scenario.shards))) if has_all else planned
 
     def _check_compacted(self, files: dict[str, bytes]) -> None:
         """Whoever goes by the plan, or lists the folder and then finds ``_SUCCESS``, reads each document once.
@@ -360,18 +367,23 @@ class Watch:
             self._was_cancelled |= header.get("state") == "cancelled"
             documents = self._hash(f"run:{run}:documents").keys()
             taken = documents if self._scenario.by_value else shards  # by value others are declared and wait for theirs
-            if self.is_retried:  # a result is forgotten before its shard is added
-                taken = {shard for shard in taken if _part(int(shard)) in self._parts}
+            with_part = {shard for shard in taken if shard == FINISH or _part(int(shard)) in self._parts}
+            if self._scenario.resumes:  # a producer that sees all parts ends a run, whatever is recorded
+                taken = set() if self.is_retried else taken - with_part
+            elif self.is_retried:  # a result is forgotten before its shard is added
+                taken = with_part
             if not (self._was_cancelled or taken <= somewhere):
                 violated(f"shard {min(taken - somewhere)} of {run} is in no place")
             if stored := documents & results:
                 violated(f"the documents of shard {min(stored)} of {run} are in Redis, and it is recorded")
             if header.get("state") == "finishing" and FINISH not in somewhere:
                 violated(f"the last step of {run} is in no place")
-            if header.get("state") == "finished" and FINISH in pending | sent | leases:
+            waits_or_leased = pending | sent if self._scenario.resumes else pending | sent | leases  # see Ledger.lease
+            if header.get("state") == "finished" and FINISH in waits_or_leased:
                 violated(f"run {run} is finished, and its last step is not")
-            if header.get("state") == "finishing" and not shards <= results:
-                violated(f"run {run} is finishing, shard {min(shards - results)} is not recorded")
+            lacking = {shard for shard in shards - results if _part(int(shard)) not in self._parts}
+            if header.get("state") == "finishing" and lacking:
+                violated(f"run {run} is finishing, shard {min(lacking)} is not recorded")
             is_one_by_one = header.get("artifact") == "" and (sent | leases)
             if pending and not (self._is_enrolled(run) or is_one_by_one or "blocked" in header):
                 violated(f"shards of {run} are pending, and nobody will send them")
@@ -419,7 +431,8 @@ class Watch:
             if tuple(map(int, text.split())) != told:
                 violated(f"shard {shard} is recorded with {text}, its part says {told}")
         is_finished = self._hash(f"run:{run}").get("state") == "finished"
-        if is_finished and "_SUCCESS" not in durable and not self._scenario.is_stream:  # which may go on after its end
+        is_unmarked = is_finished and "_SUCCESS" not in durable
+        if is_unmarked and not (self._scenario.is_stream or self._is_excused()):  # a stream may go on after its end
             violated("the run is finished, and _SUCCESS is not durable")
 
     def _check_documents(self, run: str, durable: dict[str, bytes]) -> None:

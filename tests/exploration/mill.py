@@ -77,7 +77,7 @@ class Mill:
         self.world, self.scenario = world, scenario
         run._POLL_SECONDS = scenario.polls
         base_stream.LOOK_SECONDS = scenario.polls[0]
-        self.commands = {"producer": self._produce, "canceller": self._cancel}
+        self.commands = {"producer": self._produce, "canceller": self._cancel, "other": self._resume}
         self.ended: set[str] = set()  # commands that ended without an error
         self.run_uri = ""
         self._metrics = _metrics()
@@ -92,6 +92,8 @@ class Mill:
         self._start_command("producer")
         if scenario.cancels:
             self._start_command_later("canceller", scenario.cancels)
+        if scenario.resumes:
+            self._start_command_later("other", scenario.polls[0])
 
     def _died(self, process: Process) -> None:
         if process.slot in self.commands:
@@ -241,9 +243,9 @@ class Mill:
     def _retry(self, folder: RunFolder, plan: Plan, queue: Queue) -> int:
         """``nermill rejects --retry``."""
         self.watch.is_retried = True
-        again, _ = retry(folder, plan, queue)
-        self.watch.retried += bool(again)
-        return again
+        found = retry(folder, plan, queue)
+        self.watch.retried += bool(found.again)
+        return found.again + found.at_work
 
     def _send(self, request: Request, found: Found) -> None:
         """``nermill submit --by-value --wait``."""
@@ -294,6 +296,16 @@ class Mill:
         folder, plan = run.open_run(self.run_uri or self.scenario.out)
         run.cancel(folder, plan, self._queue())
 
+    def _resume(self) -> None:
+        """``nermill resume --wait``, again and again, beside the producer of the run."""
+        for _ in range(self.scenario.resumes):
+            folder, plan = run.open_run(self.run_uri or self.scenario.out)
+            queue = self._queue()
+            plan = resume(folder, plan, queue)
+            if not plan.is_open:
+                self._wait(folder, plan, queue)
+            run.time.sleep(self.scenario.polls[0])
+
     def _queue(self) -> Queue:
         made = Queue.__new__(Queue)
         client = Client(self.world)
@@ -312,7 +324,8 @@ class Mill:
                 self.ended.remove("producer")
                 self._start_command_later("producer", self.scenario.operator)
             return False
-        is_done = "producer" in self.ended and ("canceller" in self.ended or not self.scenario.cancels)
+        others = {"canceller": self.scenario.cancels, "other": self.scenario.resumes}
+        is_done = {"producer", *(name for name, is_there in others.items() if is_there)} <= self.ended
         return is_done and idle and not (asleep or any(world.queues.values()) or self.watch.has_leases())
 
 

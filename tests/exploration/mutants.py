@@ -49,6 +49,7 @@ SHARDS, LEASES, FINISH, POISON, PARTS, PART = (
 )
 RUN, REPORT = "producer/runs/run.py", "worker/evaluation/report.py"
 BY_VALUE, RECOVERY = "worker/queue/by_value.py", "producer/runs/recovery.py"
+BY_REFERENCE = "producer/runs/stream.py"
 STREAM, STREAM_BY_VALUE = "producer/runs/base_stream.py", "producer/runs/stream_by_value.py"
 
 MUTANTS = (
@@ -251,6 +252,32 @@ MUTANTS = (
         "lambda: leases.prove(claim)",
         "lambda: None",
         ("retry",),
+    ),
+    Mutant(
+        "a producer marks a run that is held",
+        LUA,
+        "return redis.call('EXISTS', prefix .. 'stream:' .. run) == 1",
+        "return false",
+        ("resume", "stream-resume"),
+    ),
+    Mutant(
+        "an abandoned stream is listed before it is held",
+        RECOVERY,
+        "        while not queue.hold_stream(plan.run_id, holder):\n            if queue.has_producer(plan.run_id):\n"
+        "                return replace(plan, shards=tuple(durable_shards(run)[0]))\n"
+        "        closed = plan.closed(durable_shards(run)[0])",
+        "        listed = durable_shards(run)[0]\n"
+        "        while not queue.hold_stream(plan.run_id, holder):\n            if queue.has_producer(plan.run_id):\n"
+        "                return replace(plan, shards=tuple(listed))\n"
+        "        closed = plan.closed(listed)",
+        ("stream-resume",),
+    ),
+    Mutant(
+        "a producer goes on with a stream that was closed",
+        BY_REFERENCE,
+        'if state not in ("open", "unknown"):',
+        "if False:",
+        ("stream-resume",),
     ),
     Mutant(
         "the message of a blocked run leaves its shard in no place",

@@ -28,6 +28,7 @@ class Scenario:
         compacts: Whether the run is compacted when it is complete.
         retries: Whether rejects are tried again when the run is complete, until there are none.
         cancels: Seconds after which somebody cancels the run; 0 where nobody does.
+        resumes: How often somebody else sends the run again and follows it, from the first look at its folder on.
         polls: Seconds between the first two looks of a producer that waits, and between later ones at most.
         has_gold: Whether the documents have gold tags, so that the run is evaluated.
         by_value: Whether the documents go through the broker; the producer then does not see the disk.
@@ -50,6 +51,7 @@ class Scenario:
     compacts: bool = False
     retries: bool = False
     cancels: float = 0.0
+    resumes: int = 0
     has_gold: bool = True
     by_value: bool = False
     is_stream: bool = False
@@ -77,9 +79,11 @@ SCENARIOS = {
         Scenario("blind", waits=False, blind=("w0",)),
         Scenario("compact", out="sim://bucket/out", restart=4.0, operator=8.0, pause=40.0, compacts=True),
         Scenario("retry", documents=("a", FLAKY, "c", "d"), retries=True, **_IN_STEP),
+        Scenario("resume", documents=("a", FLAKY, "c", "d"), retries=True, resumes=3, **_IN_STEP),
         Scenario("cancel", seconds=(2.0,) * 4, shard_documents=1, cancels=1.0, **_IN_STEP),
         Scenario("value", by_value=True, **_IN_STEP),
         Scenario("stream", is_stream=True, has_gold=False, **_IN_STEP),
+        Scenario("stream-resume", is_stream=True, has_gold=False, resumes=3, **_IN_STEP),
         Scenario("stream-value", is_stream=True, by_value=True, has_gold=False, **_IN_STEP),
         Scenario("threads", workers=1, concurrency=2, documents=("a", "b", "c"), seconds=(1.0,) * 3, shard_documents=1),
     )

@@ -589,23 +589,48 @@ def test_a_run_is_not_reopened_while_a_worker_is_at_its_last_step(ledger: Ledger
     assert ledger.progress("r").state == "closed"
 
 
-def test_a_producer_that_sees_all_parts_makes_the_last_step_due(ledger: Ledger, client: Redis) -> None:
-    assert not ledger.due("r"), "a run that is not known"
+def test_a_producer_that_sees_all_parts_leases_the_last_step(ledger: Ledger) -> None:
+    producer = worker(name="producer")
+    assert ledger.lease("r", None, producer, LEASE, is_whole=True) == "unknown"
     begin(ledger, 2, artifact=ART)
     late = Delivery(ledger).one()
-    ledger.unable("r", "w", "/out: not there")
-    assert ledger.due("r"), "whatever is recorded"
-    assert (ledger.progress("r").state, ledger.progress("r").blocked) == ("finishing", 0)
-    producer = ledger.lease("r", None, worker(name="producer"), LEASE)
-    assert isinstance(producer, Claim)
-    assert ledger.due("r")
-    assert ledger.lease("r", None, worker(), LEASE) == "leased elsewhere"
+    ledger.register(worker(), 3600)
+    assert ledger.unable("r", "w", "/out: not there")
+    assert ledger.lease("r", None, producer, LEASE) == "not due"
+    claim = ledger.lease("r", None, producer, LEASE, is_whole=True)
+    assert isinstance(claim, Claim)
+    assert ledger.progress("r").blocked == 0, "a producer sees its folder"
+    assert ledger.lease("r", None, worker(), LEASE, is_whole=True) == "leased elsewhere"
     assert ledger.at_work("r") == {0, 1}
-    assert ledger.close("r", producer)
+    assert ledger.release(claim)
+    assert ledger.at_work("r") == {0, 1}
+    assert ledger.progress("r").state == "closed"
+    assert ledger.progress("r").waiting == 1, "the last step is not due for a worker"
+    claim = ledger.lease("r", None, producer, LEASE, is_whole=True)
+    assert isinstance(claim, Claim)
+    assert ledger.close("r", claim)
     assert record(ledger, late) == Completion(newly=True, last=False)
-    assert ledger.at_work("r") == {1}
-    assert ledger.due("r"), "a mark that was taken away"
-    assert ledger.promote(QUEUE)[0].shard is None, "a worker does it where the producer ends"
+    assert (ledger.progress("r").state, ledger.at_work("r")) == ("finished", set()), "all parts are there"
+    assert isinstance(ledger.lease("r", None, producer, LEASE, is_whole=True), Claim), "a mark that was taken away"
+
+
+def test_a_last_step_that_is_due_waits_for_a_worker_where_a_producer_gives_it_back(ledger: Ledger) -> None:
+    begin(ledger, 1, artifact=ART)
+    late = Delivery(ledger).one()
+    claim = ledger.lease("r", None, worker(name="producer"), LEASE, is_whole=True)
+    assert isinstance(claim, Claim)
+    assert not record(ledger, late).last, "a producer is at it"
+    assert ledger.release(claim)
+    assert Delivery(ledger).one().shard is None
+
+
+def test_a_worker_does_the_last_step_of_a_producer_that_was_lost(ledger: Ledger) -> None:
+    begin(ledger, 1, artifact=ART)
+    claim = ledger.lease("r", None, worker(name="producer"), LEASE, is_whole=True)
+    assert isinstance(claim, Claim)
+    ledger.expire(time.time() + LEASE + 1)
+    assert ledger.progress("r").state == "finishing"
+    assert {message.shard for message in due(ledger)} == {0, None}
 
 
 def test_the_last_step_of_a_run_that_may_change_is_not_due(ledger: Ledger, client: Redis) -> None:
@@ -614,11 +639,10 @@ def test_the_last_step_of_a_run_that_may_change_is_not_due(ledger: Ledger, clien
     assert ledger.close("r", Delivery(ledger).one())
     held = ledger.key("r").replace("run:", "stream:")
     client.set(held, "a producer")
-    assert not ledger.due("r")
-    assert ledger.progress("r").state == "finished"
+    assert ledger.lease("r", None, worker(), LEASE, is_whole=True) == "not due"
     client.delete(held)
     ledger.open("r", "/out", Options(), artifact=ART, state=RunState.OPEN)
-    assert not ledger.due("r")
+    assert ledger.lease("r", None, worker(), LEASE, is_whole=True) == "not due"
     assert ledger.progress("r").state == "open"
 
 

@@ -161,7 +161,7 @@ def test_rejects_are_tried_again_once_the_cause_is_gone(fleet: Harness) -> None:
     assert found == {"d5": "model_failure", "d40": "empty", "d70": "model_failure"}
     refusing.terminate()
 
-    assert retry(run, plan, fleet.queue()) == (2, 1)
+    assert retry(run, plan, fleet.queue()) == (2, 1, 0)
     assert not run.exists(SUCCESS_FILE)
     assert run.committed() == {1}, "a shard whose documents are themselves at fault is left alone"
     fleet.worker()
@@ -170,7 +170,7 @@ def test_rejects_are_tried_again_once_the_cause_is_gone(fleet: Harness) -> None:
     assert run.exists(SUCCESS_FILE)
     assert [row["doc_id"] for row in read_rejects(run, plan)] == ["d40"]
     assert [row["doc_id"] for row in rows(run)] == [f"d{n}" for n in range(96)]
-    assert retry(run, plan, fleet.queue()) == (0, 1)
+    assert retry(run, plan, fleet.queue()) == (0, 1, 0)
 
 
 @pytest.mark.slow

@@ -123,10 +123,12 @@ local function put_off_finish(run)
   go_on(run)
 end
 
--- a shard waits for a message, unless the run was cancelled or the shard is recorded; answers 1 where it is new there
+-- a shard waits for a message, unless the run was cancelled or the shard is recorded; a last step, where it is due; answers 1
+-- where it is new there
 local function wait(run, shard)
   local now = state(run)
   if now == 'cancelled' or now == 'unknown' or redis.call('HEXISTS', key(run, 'results'), shard) == 1 then return 0 end
+  if shard == FINISH and now ~= 'finishing' then return 0 end
   unsend(run, shard)
   redis.call('HSETNX', key(run, 'since'), shard, clock())
   local added = redis.call('ZADD', key(run, 'pending'), 'NX', shard == FINISH and '1e18' or shard, shard)
@@ -135,9 +137,12 @@ local function wait(run, shard)
   return added
 end
 
+-- whether a producer holds the run, which alone may change it then
+local function is_held(run) return redis.call('EXISTS', prefix .. 'stream:' .. run) == 1 end
+
 local function finish_when_done(run)
   local now = state(run)
-  if now ~= 'closed' then return 0 end
+  if now ~= 'closed' or is_held(run) then return 0 end
   if redis.call('HLEN', key(run, 'results')) < redis.call('HLEN', key(run, 'shards')) then return 0 end
   move(run, 'finishing')
   if redis.call('HEXISTS', key(run, 'leases'), FINISH) + redis.call('HEXISTS', key(run, 'sent'), FINISH) > 0 then return 0 end
@@ -218,22 +223,6 @@ function step.reopen(run, to, now)
   local lease_end = redis.call('ZSCORE', prefix .. 'leases', join(run, FINISH))
   if lease_end and tonumber(lease_end) > clock(now) then return 0 end
   put_off_finish(run)
-  return 1
-end
-
--- a producer sees all parts of a run that takes no more shards: its last step is due, whatever is recorded; answers 0 where shards
--- may come, or while somebody holds the run to change it
-function step.due(run)
-  local now = state(run)
-  if now == 'unknown' or now == 'open' or redis.call('EXISTS', prefix .. 'stream:' .. run) == 1 then return 0 end
-  if now ~= 'finishing' then
-    move(run, 'closed')
-    move(run, 'finishing')
-  end
-  redis.call('HDEL', key(run), 'blocked')
-  redis.call('HDEL', key(run, 'quarantined'), FINISH)
-  if redis.call('HEXISTS', key(run, 'leases'), FINISH) == 0 then wait(run, FINISH) end
-  expire(run, FORGET_SECONDS)
   return 1
 end
 
@@ -371,19 +360,26 @@ function step.promote(queue, now)
   return answer
 end
 
--- leases a shard to a worker; answers its state, and with 'leased' all that is needed to tag it
-function step.lease(run, shard, lease, worker, artifact, milliseconds, now)
+-- leases a shard to a worker; answers its state, and with 'leased' all that is needed to tag it. The last step is due when all
+-- shards are recorded; or, with 'whole', for a producer that sees all parts, unless shards may come or somebody holds the run
+function step.lease(run, shard, lease, worker, artifact, milliseconds, whole, now)
   now = clock(now)
   if state(run) == 'unknown' then return {'unknown'} end
   if shard ~= FINISH and redis.call('HEXISTS', key(run, 'shards'), shard) == 0 then return {'unknown'} end
-  if shard == FINISH and state(run) ~= 'finishing' then return {'not due'} end
+  if shard == FINISH and state(run) ~= 'finishing' then
+    if whole == '' or state(run) == 'open' or is_held(run) then return {'not due'} end
+  end
   local held = redis.call('ZSCORE', prefix .. 'leases', join(run, shard))
   if held and tonumber(held) > now then return {'leased elsewhere'} end
   local is_known = shard == FINISH or is_there(run, shard)
   unsend(run, shard)
   if held then unlease(run, shard) end -- it is over
+  if whole ~= '' then
+    redis.call('HDEL', key(run), 'blocked') -- the producer sees the run's folder
+    redis.call('HDEL', key(run, 'quarantined'), FINISH)
+  end
   if redis.call('HEXISTS', key(run, 'results'), shard) == 1 then return {'done'} end
-  if state(run) == 'cancelled' then return {'cancelled'} end
+  if state(run) == 'cancelled' and whole == '' then return {'cancelled'} end
   if redis.call('HEXISTS', key(run, 'quarantined'), shard) == 1 then return {'quarantined'} end
   if not is_known then return {'unknown'} end -- declared, and its documents have not come: the message is of a lost server
   if redis.call('HEXISTS', key(run), 'blocked') == 1 then
@@ -539,6 +535,8 @@ function step.expire(now)
   for _, member in ipairs(expired) do
     local run, shard = member:match('^(.*) (.-)$')
     unlease(run, shard)
+    -- of a producer that saw all parts and was lost: a worker does it
+    if shard == FINISH and state(run) == 'closed' and not is_held(run) then move(run, 'finishing') end
     wait(run, shard)
   end
   held_bytes('')
@@ -647,7 +645,8 @@ function step.close(run, lease, seconds, scores)
   unlease(run, FINISH)
   unsend(run, FINISH)
   redis.call('HDEL', key(run, 'attempts'), FINISH) -- a run that is resumed has another last step
-  redis.call('ZREM', key(run, 'pending'), FINISH)
+  for _, shard in ipairs(redis.call('HKEYS', key(run, 'sent'))) do unsend(run, shard) end -- their parts are there
+  redis.call('DEL', key(run, 'pending'), key(run, 'since'))
   leave(run)
   if state(run) == 'closed' then move(run, 'finishing') end
   move(run, 'finished')

@@ -113,10 +113,6 @@ class Ledger:
         """Lets a run take shards again, as ``OPEN`` or ``CLOSED``; False while a worker is at its last step."""
         return bool(self.step("reopen", run_id, state.value, _now(now)))
 
-    def due(self, run_id: str) -> bool:
-        """Makes the last step of a run due whose parts are all there; False where it may take shards, or is unknown."""
-        return bool(self.step("due", run_id))
-
     def add(self, run_id: str, shards: Iterable[Shard]) -> int:
         """Makes shards pending, unless they are pending, sent, leased or recorded; returns how many newly are."""
         return sum(self.in_chunks("add", run_id, shards))
@@ -140,9 +136,20 @@ class Ledger:
         return bool(self.client.set(f"{self._prefix}recovery", 1, nx=True, px=max(1, _ms(every))))
 
     def lease(
-        self, run_id: str, shard: int | None, worker: WorkerProcess, lease_seconds: float, now: float | None = None
+        self,
+        run_id: str,
+        shard: int | None,
+        worker: WorkerProcess,
+        lease_seconds: float,
+        now: float | None = None,
+        *,
+        is_whole: bool = False,
     ) -> Claim | str:
         """Leases a shard, or a run's last step; the first lease binds a run to the worker's artifact.
+
+        Args:
+            is_whole: The caller sees all parts of the run: its last step is due whatever is recorded, unless the run
+                is open or has a producer.
 
         Returns:
             The claim, or why there is none: ``unknown``, ``done``, ``leased elsewhere``, ``cancelled``, ``blocked``,
@@ -154,7 +161,15 @@ class Ledger:
         fresh_until = time.monotonic() + lease_seconds / 2
         lease, number = uuid.uuid4().hex, FINISH if shard is None else str(shard)
         state, *entry = self.step(
-            "lease", run_id, number, lease, worker.name, worker.artifact, _ms(lease_seconds), _now(now)
+            "lease",
+            run_id,
+            number,
+            lease,
+            worker.name,
+            worker.artifact,
+            _ms(lease_seconds),
+            "whole" if is_whole else "",
+            _now(now),
         )
         if state != "leased":
             return str(state)

@@ -105,7 +105,7 @@ def test_rejects_can_be_tried_again_afterwards(complete, broker, serving):
     run, plan = complete
     compacted = compact(run, plan)
     queue = Queue(broker)
-    assert retry(run, compacted, queue) == (1, 0)
+    assert retry(run, compacted, queue) == (1, 0, 0)
     with serving():
         assert runs.wait(run, compacted, queue).ok == 20
 
@@ -162,7 +162,7 @@ def test_a_lease_that_is_left_over_does_not_come_back(planned_run, broker, servi
             pass
     compacted = compact(run, plan)
     assert ledger.progress(plan.run_id).leased == 1
-    assert retry(run, compacted, queue) == (1, 0)
+    assert retry(run, compacted, queue) == (1, 0, 0)
     after = ledger.progress(plan.run_id)
     assert (after.waiting, after.leased, after.done) == (1, 0, 0)
     claim = next_claim(ledger, ARTIFACT)
@@ -269,7 +269,7 @@ def test_a_retry_is_not_undone_by_an_interrupted_swap(complete, broker, serving,
         with pytest.raises(KeyboardInterrupt):
             compact(run, plan)
     queue = Queue(broker)
-    assert retry(run, plan, queue) == (1, 0)
+    assert retry(run, plan, queue) == (1, 0, 0)
     compacted = runs.resume(run, read_plan(run), queue)
     assert ([shard.index for shard in compacted.shards], run.committed()) == ([7], set())
     with serving():

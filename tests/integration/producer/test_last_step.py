@@ -20,7 +20,7 @@ from nermill.producer.runs.shards import ShardLimits
 from nermill.producer.runs.stream import Stream
 from nermill.worker.contracts.broker import redis_client
 from nermill.worker.contracts.document import Document
-from nermill.worker.contracts.errors import UsageError
+from nermill.worker.contracts.errors import StoreError, UsageError
 from nermill.worker.contracts.layout import SUCCESS_FILE, RunFolder, part_name
 from nermill.worker.contracts.ledger import Ledger
 from nermill.worker.contracts.part import mark_complete
@@ -102,7 +102,6 @@ def test_it_is_not_done_while_another_producer_may_change_the_run(
     run, plan = tagged
     with held(queue, plan.run_id):
         assert not runs.finish(run, plan, queue)
-        assert not ledger.due(plan.run_id)
         with pytest.raises(UsageError, match="another producer"):
             retry(run, plan, queue)
     assert not run.exists(SUCCESS_FILE)
@@ -116,12 +115,12 @@ def test_a_run_that_was_changed_before_it_was_leased_is_not_marked(
     run, plan = tagged
     lease = Ledger.lease
 
-    def late(self: Ledger, *arguments: object) -> Claim | str:
+    def late(self: Ledger, *arguments: object, **options: bool) -> Claim | str:
         if change == "more shards":
             replace(plan, is_open=True).write(run)
         else:
             run.remove(part_name(1))
-        return lease(self, *arguments)  # type: ignore[arg-type]
+        return lease(self, *arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Ledger, "lease", late)
     assert not runs.finish(run, plan, queue)
@@ -164,14 +163,46 @@ def test_a_part_that_is_not_recorded_is_not_taken_away_for_another_try(
     claim = next_claim(ledger, ARTIFACT)
     assert claim is not None
     assert claim.shard == plan.shards[1]
-    assert retry(run, plan, queue) == (0, 0)
+    assert retry(run, plan, queue) == (0, 0, 1)
     tag(claim, ledger)
     assert run.committed() == {0, 1, 2}
     assert runs.finish(run, plan, queue)
-    assert retry(run, plan, queue) == (1, 0)
+    assert retry(run, plan, queue) == (1, 0, 0)
     assert run.committed() == {0, 2}
     assert not run.exists(SUCCESS_FILE)
     assert queue.hold_stream(plan.run_id, "the next one"), "nobody holds it any more"
+
+
+def test_parts_stay_where_the_hold_on_their_run_was_lost(
+    queue: Queue, tagged: tuple[RunFolder, Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, plan = tagged
+    assert runs.finish(run, plan, queue)
+    reopen = Queue.reopen
+
+    def late(self: Queue, *arguments: object) -> None:
+        reopen(self, *arguments)  # type: ignore[arg-type]
+        self.leave_stream(plan.run_id)
+
+    monkeypatch.setattr(Queue, "reopen", late)
+    with pytest.raises(StoreError, match="give the command again"):
+        retry(run, plan, queue)
+    assert run.exists(SUCCESS_FILE)
+    assert run.committed() == {0, 1, 2}
+
+
+def test_a_stream_that_was_closed_meanwhile_tells_its_producer(
+    queue: Queue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nermill.producer.runs.base_stream.HOLD_SECONDS", 0.3)
+    stream = Stream(str(tmp_path), queue, linger=0.01)
+    stream.add(Document("a", text="Ada"))
+    stream.flush()
+    with queue.ledger() as ledger:
+        ledger.seal(stream.plan.run_id)
+    with pytest.raises(StoreError, match="closed or cancelled while its producer was away"):
+        stream.close()
+    assert read_plan(stream.run).is_open, "whoever closed it has written the plan"
 
 
 def test_what_a_producer_wrote_before_it_was_gone_is_part_of_its_stream(

@@ -225,7 +225,7 @@ def test_rejects_are_listed_and_tried_again(broker, serving, planned):
             (8, "d8", "model_failure", 1), (9, "d9", "empty", 1),
         ]  # fmt: skip
         before = (Path(run.uri) / part_name(2)).stat().st_mtime_ns
-        assert retry(run, plan, queue) == (1, 1)
+        assert retry(run, plan, queue) == (1, 1, 0)
         assert runs.wait(run, plan, queue).rejected == 2
     assert (Path(run.uri) / part_name(2)).stat().st_mtime_ns != before
     assert len(list(read_rejects(run, plan))) == 2
