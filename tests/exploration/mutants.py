@@ -156,8 +156,8 @@ MUTANTS = (
     Mutant(
         "an expired shard does not wait",
         LUA,
-        "    unlease(run, shard)\n    wait(run, shard)\n",
-        "    unlease(run, shard)\n",
+        "    wait(run, shard)\n  end\n  held_bytes",
+        "  end\n  held_bytes",
     ),
     Mutant("a lease stays in the index", LUA, "  redis.call('ZREM', prefix .. 'leases', join(run, shard))\n", ""),
     Mutant(
