@@ -150,7 +150,7 @@ def rejects(
     opened = open_runs(runs)
     if retry:
         queue = Queue(broker)
-        tell = cache(lambda: say("a worker is at the run's last step; waiting for its end"))
+        tell = cache(lambda: say("somebody is at the run's last step; waiting for its end"))
         counts = [retry_rejects(folder, plan, queue, tell) for folder, plan in opened]
         again, hopeless, at_work = (sum(column) for column in zip(*counts, strict=True))
         told = f"; {hopeless} are not, their documents are at fault: correct and submit them" if hopeless else ""

@@ -52,7 +52,9 @@ def ensure_evaluated(run: RunFolder, plan: Plan) -> None:
 
     if not run.exists(REPORT_JSON):
         with counting("evaluating", "documents") as on_documents:
-            write_report(run, evaluate(run, on_documents=on_documents))
+            report = evaluate(run, on_documents=on_documents)
+        if not run.exists(REPORT_JSON):  # else a worker made it meanwhile, perhaps of other parts
+            write_report(run, report)
     for line in json.loads(run.read(REPORT_JSON))["warnings"]:
         say(line)
 
@@ -64,10 +66,10 @@ def go_on(run: RunFolder, plan: Plan, queue: Queue, high_water: int, *, wait: bo
     from nermill.producer.runs.status import look
 
     with told_how_to_go_on(f"nermill resume {run.uri}"), watching() as show:
-        if was_whole := runs.is_whole(run, plan):
+        if was_complete := runs.is_complete(run, plan):
             ensure_evaluated(run, plan)  # before workers are asked to
         plan = runs.resume(run, plan, queue, high_water, paused(show))
-        if wait and runs.wait(run, plan, queue, show).state == "complete" and not was_whole:
+        if wait and runs.wait(run, plan, queue, show).state == "complete" and not was_complete:
             ensure_evaluated(run, plan)
     code = report_status(look(run, plan, queue), as_json=as_json)
     return code if wait else exit_code_of_sent(plan.details.get("rejected", 0), run)

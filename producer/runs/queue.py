@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -10,7 +11,7 @@ from typing import Any
 
 from nermill.worker.contracts.broker import celery_app, check_broker, first_version, redacted
 from nermill.worker.contracts.dispatch import Dispatcher
-from nermill.worker.contracts.errors import BrokerError, MessageError, UsageError
+from nermill.worker.contracts.errors import BrokerError, MessageError, StoreError, UsageError
 from nermill.worker.contracts.ledger import Ledger
 from nermill.worker.contracts.message import KEY_PREFIX, QUEUE, REQUEST_PRIORITY, TAG_DOCUMENTS, queue_of
 from nermill.worker.contracts.records import RunState, WorkerProcess
@@ -114,7 +115,7 @@ class Queue:
             return bool(ledger.uri(run_id))
 
     def reopen(self, run_id: str, state: RunState, on_wait: Callable[[], object] = lambda: None) -> None:
-        """Lets a run take shards again; waits while a worker is at its last step, which may write ``_SUCCESS``.
+        """Lets a run take shards again; waits while a worker or producer is at its last step, and may mark it.
 
         Args:
             state: ``OPEN`` for a stream that goes on, else ``CLOSED``.
@@ -133,7 +134,7 @@ class Queue:
             ledger.drop(run_id)
 
     def hold_stream(self, run_id: str, holder: str, seconds: float = HOLD_SECONDS) -> bool:
-        """Says that a run has a producer, which alone may change it, for so long; False where it has another one."""
+        """Holds a run, or a stream's run, for a producer and for so long; False where another producer holds it."""
         key, milliseconds = f"{KEY_PREFIX}stream:{run_id}", int(seconds * 1000)
         with self.ledger():
             if self._client.set(key, holder, nx=True, px=milliseconds):
@@ -146,9 +147,41 @@ class Queue:
         with self.ledger():
             return bool(self._client.get(key) == holder and self._client.pexpire(key, int(seconds * 1000)))
 
-    def end_stream(self, run_id: str) -> None:
-        """Says that no more shards will be added to a stream, and that it has no producer any more."""
-        self.leave_stream(run_id)  # first: the last step of a run that is held is not due
+    @contextmanager
+    def held(self, run_id: str, uri: str) -> Iterator[Callable[[], None]]:
+        """Holds a run in the block, so that nobody else changes or marks it; a dead producer's hold is waited for.
+
+        Yields:
+            What renews the hold: to be called before each change, and every few seconds. It raises StoreError where
+            the hold ran out, so that somebody else may have changed the run.
+
+        Raises:
+            UsageError: another producer holds the run.
+        """
+        holder = uuid.uuid4().hex
+
+        def prove() -> None:
+            if not self.renew_hold(run_id, holder):
+                raise StoreError(f"{uri}: somebody else may have changed the run meanwhile; give the command again")
+
+        while not self.hold_stream(run_id, holder):
+            if self.has_producer(run_id):
+                raise UsageError(f"{uri}: another producer may change this run; end that one first")
+        try:
+            yield prove
+        finally:
+            self.leave_stream(run_id, holder)
+
+    def end_stream(self, run_id: str, holder: str = "") -> None:
+        """Says that no more shards will be added to a stream, and that it has no producer any more.
+
+        Args:
+            holder: Its producer, where that is the caller: nothing is said where another one goes on with the stream.
+        """
+        while holder and not self.hold_stream(run_id, holder):
+            if self.has_producer(run_id):
+                return
+        self.leave_stream(run_id, holder)  # first: the last step of a run that is held is not due
         self.seal(run_id)
 
     def seal(self, run_id: str) -> None:
@@ -159,7 +192,7 @@ class Queue:
             self.promote()
 
     def leave_stream(self, run_id: str, holder: str = "") -> None:
-        """Says that it has none any more; of a named holder, where the hold has not run out and gone to another."""
+        """Ends the hold of a run; where ``holder`` is named, only if the hold is still its own."""
         key = f"{KEY_PREFIX}stream:{run_id}"
         with self.ledger():
             if not holder or self._client.get(key) == holder:

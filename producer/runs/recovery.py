@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import uuid
+from collections.abc import Callable
 from dataclasses import replace
 
 from nermill.producer.runs.queue import Queue
@@ -24,18 +24,20 @@ def recover(run: RunFolder, plan: Plan, queue: Queue) -> Plan:
     """The plan of an open run as its folder tells it; closed for good where its producer is gone.
 
     Raises:
-        StoreError: a shard cannot be read.
+        StoreError: a shard cannot be read, or another producer may have changed the run meanwhile.
     """
-    holder = uuid.uuid4().hex
-    while True:
-        while not queue.hold_stream(plan.run_id, holder):
-            if queue.has_producer(plan.run_id):
-                return replace(plan, shards=tuple(durable_shards(run)[0]))
-        closed = plan.closed(durable_shards(run)[0])  # what the producer wrote until it was gone
+    if queue.has_producer(plan.run_id):
+        return replace(plan, shards=tuple(durable_shards(run)[0]))
+    with queue.held(plan.run_id, run.uri) as prove:
+        closed = plan.closed(durable_shards(run, prove)[0])  # what the producer wrote until it was gone
+        prove()
         closed.write(run)
-        if queue.renew_hold(plan.run_id, holder):  # else another may have gone on before that, and written more
-            queue.leave_stream(plan.run_id, holder)
-            return closed
+        try:
+            prove()
+        except StoreError:
+            plan.write(run)  # of another producer, which may have gone on before that
+            raise
+    return closed
 
 
 def recover_by_value(run: RunFolder, plan: Plan, queue: Queue) -> Plan:
@@ -64,8 +66,14 @@ def recover_by_value(run: RunFolder, plan: Plan, queue: Queue) -> Plan:
     return replace(plan, cancelled=False)
 
 
-def durable_shards(run: RunFolder) -> tuple[list[Shard], Position | None]:
+def durable_shards(
+    run: RunFolder, before_each: Callable[[], object] = lambda: None
+) -> tuple[list[Shard], Position | None]:
     """The shards in a stream's folder, and how far they reach in its input, where they say so.
+
+    Args:
+        run: The run's folder.
+        before_each: Called before each shard is read.
 
     Raises:
         StoreError: a shard cannot be read.
@@ -76,6 +84,7 @@ def durable_shards(run: RunFolder) -> tuple[list[Shard], Position | None]:
     if indices:  # its writer may have ended before the sync; each earlier one was synced before the next was written
         run.sync(run.shard_file(indices[-1]))
     for index in indices:
+        before_each()
         data = run.read(run.shard_file(index))
         documents, position = _look_into(data, run.path(run.shard_file(index)))
         shards.append(Shard(index, first, documents, hashlib.sha256(data).hexdigest()))

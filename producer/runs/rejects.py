@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from nermill.producer.runs.compact import finish_interrupted_swap
 from nermill.producer.runs.queue import Queue
 from nermill.producer.runs.run import send, unmark
-from nermill.worker.contracts.errors import StoreError, UsageError
 from nermill.worker.contracts.layout import RunFolder, part_name
 from nermill.worker.contracts.part import read_rejects as rejects_of
 from nermill.worker.contracts.plan import Plan, read_plan
@@ -62,53 +60,46 @@ def retry(run: RunFolder, plan: Plan, queue: Queue, on_wait: Callable[[], object
     found, shards = _worth_a_retry(run, plan, queue)
     if not shards:
         return found
-    if plan.is_open:  # nobody marks it before its end
-        for shard in shards:
-            run.remove(part_name(shard))
-    else:
+    try:
         plan, found = _take_parts_away(run, plan, queue, on_wait)
+    except BaseException:
+        queue.seal(plan.run_id)  # what was recorded meanwhile made no last step due
+        raise
     send(run, plan, queue)
     return found
 
 
 def _take_parts_away(run: RunFolder, plan: Plan, queue: Queue, on_wait: Callable[[], object]) -> tuple[Plan, Retry]:
     """Removes the marks of a run and the parts with rejects; nobody marks the run meanwhile."""
-    holder = uuid.uuid4().hex
+    with queue.held(plan.run_id, run.uri) as prove:
 
-    def hold() -> None:
-        if not queue.renew_hold(plan.run_id, holder):
-            raise StoreError(f"{run.uri}: somebody else may have changed the run meanwhile; give the command again")
+        def wait() -> None:
+            prove()
+            on_wait()
 
-    def wait() -> None:
-        hold()
-        on_wait()
-
-    if not queue.hold_stream(plan.run_id, holder):
-        raise UsageError(f"{run.uri}: another producer may change this run; end that one first")
-    try:
         queue.reopen(plan.run_id, RunState.CLOSED, wait)
         plan = read_plan(run)  # the run's last step may have taken a while
-        found, shards = _worth_a_retry(run, plan, queue)
+        found, shards = _worth_a_retry(run, plan, queue, prove)
+        prove()
         if shards:
-            hold()
             unmark(run)
         for shard in shards:
-            hold()
+            prove()
             run.remove(part_name(shard))
             with queue.ledger() as ledger:
                 ledger.forget(plan.run_id, shard)
-    finally:
-        queue.leave_stream(plan.run_id, holder)
     return plan, found
 
 
-def _worth_a_retry(run: RunFolder, plan: Plan, queue: Queue) -> tuple[Retry, list[int]]:
+def _worth_a_retry(
+    run: RunFolder, plan: Plan, queue: Queue, before_each: Callable[[], object] = lambda: None
+) -> tuple[Retry, list[int]]:
     """How many rejects are worth another try, and the shards of those that can be tried now."""
     again = own_fault = waits = 0
     shards = []
     with queue.ledger() as ledger:
         at_work = ledger.at_work(plan.run_id)
-    for shard, table in rejects_of(run, _committed(run, plan)):
+    for shard, table in rejects_of(run, _each(_committed(run, plan), before_each)):
         reasons = table["reason"].to_pylist()
         hopeful = sum(reason in WORTH_A_RETRY for reason in reasons)
         own_fault += len(reasons) - hopeful
@@ -118,6 +109,12 @@ def _worth_a_retry(run: RunFolder, plan: Plan, queue: Queue) -> tuple[Retry, lis
             again += hopeful
             shards.append(shard)
     return Retry(again, own_fault, waits), shards
+
+
+def _each(shards: list[int], before_each: Callable[[], object]) -> Iterator[int]:
+    for shard in shards:
+        before_each()
+        yield shard
 
 
 def _committed(run: RunFolder, plan: Plan) -> list[int]:

@@ -20,6 +20,7 @@ from nermill.worker.contracts.layout import (
     REPORT_JSON,
     SUCCESS_FILE,
     RunFolder,
+    part_name,
 )
 from nermill.worker.contracts.ledger import Ledger
 from nermill.worker.contracts.message import PRIORITIES
@@ -32,7 +33,7 @@ BROKER_TIMEOUT = 120.0  # seconds without a broker before a waiting producer giv
 SETTLE_SECONDS = 30.0  # for a worker to begin the run's last step: _SUCCESS and evaluation
 _BATCH = 64  # shards sent between two looks at the high-water mark
 _POLL_SECONDS = (0.1, 1.0)
-_OURSELVES = WorkerProcess("producer", "", "", "")  # who holds the last step of a run that no worker ends
+_PRODUCER = WorkerProcess("producer", "", "", "")  # who holds the last step of a run that no worker ends
 _FINISH_SECONDS = 60.0  # how long it is held, if this process is killed meanwhile
 _LONGEST_PAUSE = 5.0  # after a look that lasted: of a slow store, or over a network that was cut
 
@@ -106,15 +107,16 @@ def send(run: RunFolder, plan: Plan, queue: Queue, high_water: int = HIGH_WATER,
         open_ledger(ledger, run, plan)
         for shard in done - committed:
             ledger.forget(plan.run_id, shard)
+    totals = PartTotals(run)
     if missing and is_marked:
-        queue.reopen(plan.run_id, RunState.CLOSED)
+        state = RunState.OPEN if plan.is_open else RunState.CLOSED
+        queue.reopen(plan.run_id, state, lambda: on_wait(look(run, plan, queue, totals)))
         unmark(run)
     if not missing and not lacks_report:
         finish(run, plan, queue)
         return 0
     # workers record the parts that they find; the report is due when all are recorded
     unrecorded = [shard for shard in plan.shards if shard.index not in done] if lacks_report else missing
-    totals = PartTotals(run)
     sent = 0
     for at in range(0, len(unrecorded), _BATCH):
         while at and is_above(queue, plan, high_water):
@@ -140,7 +142,9 @@ def resume(run: RunFolder, plan: Plan, queue: Queue, high_water: int = HIGH_WATE
     if not run.is_local:
         from nermill.producer.runs.compact import finish_interrupted_swap
 
-        plan = finish_interrupted_swap(run) or plan
+        finish_interrupted_swap(run)
+    while not (plan := read_plan(run)).is_open and queue.has_producer(plan.run_id):
+        pass  # it goes on with a stream, or takes parts away to try rejects again
     if plan.is_open:
         plan = recover(run, plan, queue)
     if plan.cancelled:
@@ -200,9 +204,13 @@ def wait(
                     if run.exists(SUCCESS_FILE):
                         return status
                 elif not is_working or (is_settled and not status.progress.leased):
-                    if (last := _last(run, plan, queue, status)) is not None:
+                    if (last := _last(run, plan, queue)) is not None:
                         return last
                     plan = read_plan(run)  # which somebody else may have changed
+                    if is_settled:
+                        _check_parts(run, plan)
+            else:
+                complete_since = 0.0
             if status.state == "cancelled" and not status.progress.leased:
                 return status
             check_served(run, plan, status.progress)
@@ -220,13 +228,24 @@ def wait(
         time.sleep(max(pause, min(_LONGEST_PAUSE, 5 * (time.monotonic() - began))))
 
 
-def _last(run: RunFolder, plan: Plan, queue: Queue, status: Status) -> Status | None:
+def _last(run: RunFolder, plan: Plan, queue: Queue) -> Status | None:
     """The last status of a complete run at which nobody works; None where it is not marked yet, or was changed."""
     with suppress(BrokerError):
-        if finish(run, plan, queue):
-            last = look(run, plan, None)
-            return last if last.state == "complete" else None
-    return status if status.progress.state == RunState.FINISHED and run.exists(SUCCESS_FILE) else None
+        if finish(run, plan, queue) and (last := look(run, plan, None)).state == "complete":
+            return last
+    return None
+
+
+def _check_parts(run: RunFolder, plan: Plan) -> None:
+    """Looks for parts that are not the run's.
+
+    Raises:
+        StoreError: there are some, so that the run is not marked: who lists its folder would read them.
+    """
+    more = run.committed() - {shard.index for shard in plan.shards}
+    if more and not plan.is_open:
+        names = ", ".join(part_name(shard) for shard in sorted(more)[:5])
+        raise StoreError(f"{run.uri}: {names}: not named by its plan; take them away, then nermill resume {run.uri}")
 
 
 def check_served(run: RunFolder, plan: Plan, progress: Progress) -> None:
@@ -253,8 +272,11 @@ def not_all_sent(run: RunFolder) -> StoreError:
 
 
 def is_whole(run: RunFolder, plan: Plan) -> bool:
-    """Whether all parts of a run are there, and no more: see ``compact``."""
-    return not plan.is_open and {shard.index for shard in plan.shards} == run.committed()
+    """Whether all parts of a run are there; and no more, as while it is compacted, unless it is marked."""
+    if plan.is_open:
+        return False
+    more = run.committed() ^ (planned := {shard.index for shard in plan.shards})
+    return not more or (not more & planned and run.exists(SUCCESS_FILE))
 
 
 def is_complete(run: RunFolder, plan: Plan) -> bool:
@@ -279,7 +301,7 @@ def finish(run: RunFolder, plan: Plan, queue: Queue) -> bool:
             return True
         if progress.state == "unknown":
             open_ledger(ledger, run, plan)
-        claim = ledger.lease(plan.run_id, None, _OURSELVES, _FINISH_SECONDS, is_whole=True)
+        claim = ledger.lease(plan.run_id, None, _PRODUCER, _FINISH_SECONDS, is_whole=True)
         if not isinstance(claim, Claim):
             return False
         is_marked = False
@@ -294,15 +316,17 @@ def finish(run: RunFolder, plan: Plan, queue: Queue) -> bool:
 def _mark(run: RunFolder, claim: Claim, ledger: Ledger) -> bool:
     """Writes ``_SUCCESS`` of a run whose last step is leased, unless the run was changed before that."""
 
-    def prove() -> None:
+    def before_write() -> None:
         if not ledger.renew(claim, _FINISH_SECONDS):
             raise LeaseLostError
+        for name in (REPORT_JSON, REPORT_HTML):  # of the parts of before
+            run.remove(name)
 
     plan = read_plan(run)
     if not is_whole(run, plan):
         return False
     try:
-        mark_complete(run, sorted(shard.index for shard in plan.shards), prove)
+        mark_complete(run, sorted(shard.index for shard in plan.shards), before_write)
     except LeaseLostError:
         return False
     return True

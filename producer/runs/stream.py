@@ -8,7 +8,7 @@ from functools import partial
 from nermill.producer.runs.base_stream import BaseStream, Group
 from nermill.producer.runs.planning import check_writable, normalised
 from nermill.producer.runs.run import is_above, open_ledger, send, send_shards, unmark
-from nermill.producer.runs.shards import write_shard
+from nermill.producer.runs.shards import ANOTHER_PRODUCER, write_shard
 from nermill.producer.sources.files import is_remote
 from nermill.worker.contracts.errors import BrokerError, StoreError
 from nermill.worker.contracts.plan import Shard
@@ -57,12 +57,20 @@ class Stream(BaseStream):
             self._untried += bool(self._unsent)
 
     def _is_lost(self) -> bool:
+        return self._state() == "unknown"
+
+    def _state(self) -> str:
+        """The run's state in the ledger: open, or unknown.
+
+        Raises:
+            StoreError: somebody closed or cancelled the run.
+        """
         with self._queue.ledger() as ledger:
             state = ledger.progress(self.plan.run_id).state
         if state not in ("open", "unknown"):
-            told = "was closed or cancelled while its producer was away; give the same command again, which goes on"
-            raise StoreError(f"{self.run.uri}: the stream {told}")
-        return state == "unknown"
+            told = f"the stream is {state}: somebody else ended it; to go on: nermill submit - --resume {self.run.uri}"
+            raise StoreError(f"{self.run.uri}: {told}, or --follow again")
+        return state
 
     def _store(self, group: Group) -> None:
         last, position = self._shards[-1] if self._shards else None, group.positions[-1]
@@ -101,10 +109,12 @@ class Stream(BaseStream):
 
     def _end(self) -> None:
         with suppress(BrokerError):  # it may be away: what is durable is sent later
-            self._renew()
+            if not self._hold():
+                raise StoreError(f"{self.run.uri}: {ANOTHER_PRODUCER}")
+            self._state()
         self.plan = self.plan.closed(self._shards)
         self.plan.write(self.run)
 
     def _seal(self) -> None:
         self._send()
-        self._queue.end_stream(self.plan.run_id)
+        self._queue.end_stream(self.plan.run_id, self._holder)

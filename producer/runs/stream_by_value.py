@@ -181,4 +181,4 @@ class StreamByValue(BaseStream):
     def _seal(self) -> None:
         if self._is_lost():
             self._open_again()
-        self._queue.end_stream(self.plan.run_id)
+        self._queue.end_stream(self.plan.run_id, self._holder)

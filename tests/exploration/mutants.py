@@ -263,13 +263,10 @@ MUTANTS = (
     Mutant(
         "an abandoned stream is listed before it is held",
         RECOVERY,
-        "        while not queue.hold_stream(plan.run_id, holder):\n            if queue.has_producer(plan.run_id):\n"
-        "                return replace(plan, shards=tuple(durable_shards(run)[0]))\n"
-        "        closed = plan.closed(durable_shards(run)[0])",
-        "        listed = durable_shards(run)[0]\n"
-        "        while not queue.hold_stream(plan.run_id, holder):\n            if queue.has_producer(plan.run_id):\n"
-        "                return replace(plan, shards=tuple(listed))\n"
-        "        closed = plan.closed(listed)",
+        "    with queue.held(plan.run_id, run.uri) as prove:\n"
+        "        closed = plan.closed(durable_shards(run, prove)[0])",
+        "    listed = durable_shards(run)[0]\n"
+        "    with queue.held(plan.run_id, run.uri) as prove:\n        closed = plan.closed(listed)",
         ("stream-resume",),
     ),
     Mutant(

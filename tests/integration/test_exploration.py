@@ -58,7 +58,7 @@ def test_a_seeded_fault_is_found_and_a_schedule_is_walked_again(root: Path) -> N
     done = explore(root, "--mutant", "leases are not renewed")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 of 1 found" in done.stdout
-    again = explore(root, "--scenario", "disk", "--replay", "60:kill w0,90:fail")
+    again = explore(root, "--scenario", "disk", "--replay", "63:kill w0,90:fail")
     assert again.returncode == 0, again.stdout + again.stderr
     assert "<-- kill w0" in again.stdout
     assert "no invariant is violated" in again.stdout

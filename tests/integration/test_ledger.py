@@ -599,7 +599,7 @@ def test_a_producer_that_sees_all_parts_leases_the_last_step(ledger: Ledger) -> 
     assert ledger.lease("r", None, producer, LEASE) == "not due"
     claim = ledger.lease("r", None, producer, LEASE, is_whole=True)
     assert isinstance(claim, Claim)
-    assert ledger.progress("r").blocked == 0, "a producer sees its folder"
+    assert ledger.progress("r").blocked == 1, "it sees its folder, workers do not"
     assert ledger.lease("r", None, worker(), LEASE, is_whole=True) == "leased elsewhere"
     assert ledger.at_work("r") == {0, 1}
     assert ledger.release(claim)
@@ -611,6 +611,7 @@ def test_a_producer_that_sees_all_parts_leases_the_last_step(ledger: Ledger) -> 
     assert ledger.close("r", claim)
     assert record(ledger, late) == Completion(newly=True, last=False)
     assert (ledger.progress("r").state, ledger.at_work("r")) == ("finished", set()), "all parts are there"
+    assert ledger.progress("r").blocked == 0
     assert isinstance(ledger.lease("r", None, producer, LEASE, is_whole=True), Claim), "a mark that was taken away"
 
 

@@ -11,7 +11,7 @@
     ├── EngineError         an accelerator failed
     ├── EvaluationError     scores contradict each other
     ├── MessageError        a message or ledger entry is not valid
-    └── LeaseLostError      another worker has the shard's lease
+    └── LeaseLostError      a lease ended, so that another worker may have it
 """
 
 from __future__ import annotations

@@ -374,15 +374,11 @@ function step.lease(run, shard, lease, worker, artifact, milliseconds, whole, no
   local is_known = shard == FINISH or is_there(run, shard)
   unsend(run, shard)
   if held then unlease(run, shard) end -- it is over
-  if whole ~= '' then
-    redis.call('HDEL', key(run), 'blocked') -- the producer sees the run's folder
-    redis.call('HDEL', key(run, 'quarantined'), FINISH)
-  end
   if redis.call('HEXISTS', key(run, 'results'), shard) == 1 then return {'done'} end
   if state(run) == 'cancelled' and whole == '' then return {'cancelled'} end
-  if redis.call('HEXISTS', key(run, 'quarantined'), shard) == 1 then return {'quarantined'} end
+  if redis.call('HEXISTS', key(run, 'quarantined'), shard) == 1 and whole == '' then return {'quarantined'} end
   if not is_known then return {'unknown'} end -- declared, and its documents have not come: the message is of a lost server
-  if redis.call('HEXISTS', key(run), 'blocked') == 1 then
+  if redis.call('HEXISTS', key(run), 'blocked') == 1 and whole == '' then -- else a producer sees the run's folder
     wait(run, shard)
     return {'blocked'}
   end
@@ -645,7 +641,12 @@ function step.close(run, lease, seconds, scores)
   unlease(run, FINISH)
   unsend(run, FINISH)
   redis.call('HDEL', key(run, 'attempts'), FINISH) -- a run that is resumed has another last step
+  redis.call('HDEL', key(run), 'blocked')
+  redis.call('HDEL', key(run, 'quarantined'), FINISH)
   for _, shard in ipairs(redis.call('HKEYS', key(run, 'sent'))) do unsend(run, shard) end -- their parts are there
+  for _, shard in ipairs(redis.call('HKEYS', key(run, 'documents'))) do
+    if redis.call('HEXISTS', key(run, 'leases'), shard) == 0 then remove_documents(run, shard) end
+  end
   redis.call('DEL', key(run, 'pending'), key(run, 'since'))
   leave(run)
   if state(run) == 'closed' then move(run, 'finishing') end

@@ -110,7 +110,7 @@ class Ledger:
         return bool(self.step("open", run_id, state.value, artifact, priority, *header))
 
     def reopen(self, run_id: str, state: RunState, now: float | None = None) -> bool:
-        """Lets a run take shards again, as ``OPEN`` or ``CLOSED``; False while a worker is at its last step."""
+        """Lets a run take shards again, as ``OPEN`` or ``CLOSED``; False while somebody is at its last step."""
         return bool(self.step("reopen", run_id, state.value, _now(now)))
 
     def add(self, run_id: str, shards: Iterable[Shard]) -> int:
@@ -260,7 +260,7 @@ class Ledger:
         """Marks a run finished; its counters stay readable for a day.
 
         Args:
-            claim: The lease of the run's last step, for a worker; False is returned where it does not hold it.
+            claim: The lease of the run's last step; False is returned where it is not held any more.
             scores: Of the run's evaluation, as JSON, for producers that cannot read the run's folder.
         """
         return bool(self.step("close", run_id, claim.lease if claim else "", CLOSED_SECONDS, scores))

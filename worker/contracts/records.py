@@ -17,8 +17,9 @@ MAX_INDEX = 1 << 62  # of a document; parts hold it in 64 bits
 class RunState(str, Enum):
     """State of a run in the ledger.
 
-    ``OPEN``: a stream that still grows. ``CLOSED``: all its shards are known. ``FINISHING``: all are recorded and the
-    run's last step is due. ``FINISHED``: ``_SUCCESS`` is written. ``CANCELLED``: what was not leased is not served.
+    ``OPEN``: a stream that still grows. ``CLOSED``: all its shards are known. ``FINISHING``: all are recorded, or a
+    producer saw all parts, and the run's last step is due. ``FINISHED``: ``_SUCCESS`` is written. ``CANCELLED``: what
+    was not leased is not served.
     """
 
     OPEN = "open"

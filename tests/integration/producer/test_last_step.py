@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,7 @@ from nermill.worker.contracts.errors import StoreError, UsageError
 from nermill.worker.contracts.layout import SUCCESS_FILE, RunFolder, part_name
 from nermill.worker.contracts.ledger import Ledger
 from nermill.worker.contracts.part import mark_complete
-from nermill.worker.contracts.plan import Plan, read_plan
+from nermill.worker.contracts.plan import Plan, Shard, read_plan
 from nermill.worker.contracts.records import Claim, RunState, WorkerProcess
 from tests.stand_in import next_claim
 
@@ -200,7 +202,7 @@ def test_a_stream_that_was_closed_meanwhile_tells_its_producer(
     stream.flush()
     with queue.ledger() as ledger:
         ledger.seal(stream.plan.run_id)
-    with pytest.raises(StoreError, match="closed or cancelled while its producer was away"):
+    with pytest.raises(StoreError, match="the stream is closed: somebody else ended it"):
         stream.close()
     assert read_plan(stream.run).is_open, "whoever closed it has written the plan"
 
@@ -225,3 +227,99 @@ def test_what_a_producer_wrote_before_it_was_gone_is_part_of_its_stream(
     plan = runs.resume(stream.run, replace(stream.plan, is_open=True, shards=()), queue)
     assert not plan.is_open
     assert [shard.documents for shard in plan.shards] == [1, 1]
+
+
+def short_holds(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    for name in ("hold_stream", "renew_hold"):
+        monkeypatch.setattr(Queue, name, partialmethod(getattr(Queue, name), seconds=seconds))
+
+
+def abandoned(queue: Queue, out: Path, shards: int) -> Stream:
+    """A stream whose producer was killed."""
+    stream = Stream(str(out), queue, limits=ShardLimits(documents=1), linger=0.01)
+    for number in range(shards):
+        stream.add(Document(str(number), text="Ada"))
+    stream.close()
+    queue.drop(stream.plan.run_id)
+    replace(stream.plan, is_open=True, shards=()).write(stream.run)
+    return stream
+
+
+def test_a_stream_is_closed_though_its_shards_are_read_for_longer_than_a_hold(
+    queue: Queue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = abandoned(queue, tmp_path, 5)
+    short_holds(monkeypatch, 0.4)
+    read = RunFolder.read
+
+    def slow(self: RunFolder, name: str) -> bytes:
+        time.sleep(0.2 if "shard-" in name else 0)
+        return read(self, name)
+
+    monkeypatch.setattr(RunFolder, "read", slow)
+    assert len(runs.resume(stream.run, stream.plan, queue).shards) == 5
+
+
+def test_a_producer_that_goes_on_while_its_stream_is_closed_keeps_it_open(
+    queue: Queue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = abandoned(queue, tmp_path, 1)
+    closed = Plan.closed
+
+    def late(self: Plan, shards: list[Shard]) -> Plan:
+        renew = Queue.renew_hold
+
+        def again(self: Queue, run_id: str, holder: str) -> bool:
+            monkeypatch.setattr(Queue, "renew_hold", lambda *_: False)  # the next time, after the plan
+            return renew(self, run_id, holder)
+
+        monkeypatch.setattr(Queue, "renew_hold", again)
+        return closed(self, shards)
+
+    monkeypatch.setattr(Plan, "closed", late)
+    with pytest.raises(StoreError, match="give the command again"):
+        runs.resume(stream.run, stream.plan, queue)
+    assert read_plan(stream.run).is_open
+
+
+def test_a_plan_from_before_a_stream_went_on_does_not_close_it(queue: Queue, ledger: Ledger, tmp_path: Path) -> None:
+    stream = Stream(str(tmp_path), queue, linger=0.01)
+    stream.add(Document("a", text="Ada"))
+    stream.flush()
+    assert runs.resume(stream.run, stream.plan.closed([]), queue).is_open
+    assert ledger.progress(stream.plan.run_id).state == RunState.OPEN
+    stream.close()
+
+
+def test_a_try_that_is_interrupted_leaves_the_last_step_due(
+    queue: Queue, ledger: Ledger, tagged: tuple[RunFolder, Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, plan = tagged
+
+    def interrupted(_: RunFolder) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nermill.producer.runs.rejects.unmark", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        retry(run, plan, queue)
+    assert ledger.progress(plan.run_id).state == RunState.FINISHING
+    claim = next_claim(ledger, ARTIFACT)
+    assert claim is not None
+    assert claim.shard is None
+
+
+@pytest.mark.parametrize("is_marked", [True, False])
+def test_a_part_that_no_plan_names_ends_the_waiting(
+    queue: Queue, tagged: tuple[RunFolder, Plan], monkeypatch: pytest.MonkeyPatch, is_marked: bool
+) -> None:
+    run, plan = tagged
+    monkeypatch.setattr(runs, "SETTLE_SECONDS", 0.2)
+    if is_marked:
+        assert runs.finish(run, plan, queue)
+    run.write(part_name(9), run.read(part_name(0)))
+    if is_marked:
+        plan = runs.resume(run, plan, queue)
+        assert runs.wait(run, plan, queue).state == "complete"
+    else:
+        with pytest.raises(StoreError, match=r"part-00009\.parquet: not named by its plan"):
+            runs.wait(run, plan, queue)
