@@ -261,12 +261,15 @@ MUTANTS = (
         ("resume", "stream-resume"),
     ),
     Mutant(
-        "an abandoned stream is listed before it is held",
+        "an abandoned stream is listed before its hold runs out",
         RECOVERY,
+        "    if queue.has_producer(plan.run_id):\n        return replace(plan, shards=tuple(durable_shards(run)[0]))\n"
         "    with queue.held(plan.run_id, run.uri) as prove:\n"
         "        closed = plan.closed(durable_shards(run, prove)[0])",
-        "    listed = durable_shards(run)[0]\n"
-        "    with queue.held(plan.run_id, run.uri) as prove:\n        closed = plan.closed(listed)",
+        "    listed = durable_shards(run)[0]\n    if queue.has_producer(plan.run_id):\n"
+        "        return replace(plan, shards=tuple(listed))\n"
+        "    with queue.held(plan.run_id, run.uri) as prove:\n"
+        "        closed = plan.closed(listed)",
         ("stream-resume",),
     ),
     Mutant(
