@@ -66,7 +66,7 @@ def go_on(run: RunFolder, plan: Plan, queue: Queue, high_water: int, *, wait: bo
     from nermill.producer.runs.status import look
 
     with told_how_to_go_on(f"nermill resume {run.uri}"), watching() as show:
-        if was_complete := runs.is_complete(run, plan):
+        if was_complete := runs.finish(run, plan, queue):
             ensure_evaluated(run, plan)  # before workers are asked to
         plan = runs.resume(run, plan, queue, high_water, paused(show))
         if wait and runs.wait(run, plan, queue, show).state == "complete" and not was_complete:
