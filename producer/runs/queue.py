@@ -134,7 +134,7 @@ class Queue:
             ledger.drop(run_id)
 
     def hold_stream(self, run_id: str, holder: str, seconds: float = HOLD_SECONDS) -> bool:
-        """Holds a run, or a stream's run, for a producer and for so long; False where another producer holds it."""
+        """Holds a run for so long, so that no other producer changes it; False where another one holds it."""
         key, milliseconds = f"{KEY_PREFIX}stream:{run_id}", int(seconds * 1000)
         with self.ledger():
             if self._client.set(key, holder, nx=True, px=milliseconds):
@@ -164,13 +164,19 @@ class Queue:
             if not self.renew_hold(run_id, holder):
                 raise StoreError(f"{uri}: somebody else may have changed the run meanwhile; give the command again")
 
-        while not self.hold_stream(run_id, holder):
-            if self.has_producer(run_id):
-                raise UsageError(f"{uri}: another producer may change this run; end that one first")
+        if not self._take_hold(run_id, holder):
+            raise UsageError(f"{uri}: another producer may change this run; end that one first")
         try:
             yield prove
         finally:
             self.leave_stream(run_id, holder)
+
+    def _take_hold(self, run_id: str, holder: str) -> bool:
+        """Holds a run once a dead producer's hold has run out; False where a living one holds it."""
+        while not self.hold_stream(run_id, holder):
+            if self.has_producer(run_id):
+                return False
+        return True
 
     def end_stream(self, run_id: str, holder: str = "") -> None:
         """Says that no more shards will be added to a stream, and that it has no producer any more.
@@ -178,9 +184,8 @@ class Queue:
         Args:
             holder: Its producer, where that is the caller: nothing is said where another one goes on with the stream.
         """
-        while holder and not self.hold_stream(run_id, holder):
-            if self.has_producer(run_id):
-                return
+        if holder and not self._take_hold(run_id, holder):
+            return
         self.leave_stream(run_id, holder)  # first: the last step of a run that is held is not due
         self.seal(run_id)
 
